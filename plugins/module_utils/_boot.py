@@ -1,0 +1,135 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""State that survives a reboot: one file of ours for each concern, and one unit.
+
+A module writes its wish to ``/etc/agentfleet/<concern>.json`` and then sets the
+running state from it. At boot ``agentfleet-restore.service`` reads the same
+files and runs the same code (copied to the host by the module itself), so that
+there is one writer and no second implementation, and Ansible may be gone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import sys
+import typing as t
+
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Resource, Step, apply_all
+
+PACKAGE = "ansible_collections.agentfleet.metal.plugins.module_utils"
+LIBRARY = "/usr/local/lib/agentfleet"
+STATE = "/etc/agentfleet"
+UNIT = "/etc/systemd/system/agentfleet-restore.service"
+UNIT_TEXT = f"""\
+# Written by agentfleet.metal. Restores the state declared in {STATE}.
+[Unit]
+Description=Restore CXL, DAX, tiering, SR-IOV and vfio state declared by agentfleet.metal
+After=systemd-udev-settle.service systemd-modules-load.service local-fs.target
+Wants=systemd-udev-settle.service
+Before=agentfleet-microvms.target
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+Environment=PYTHONPATH={LIBRARY} PYTHONDONTWRITEBYTECODE=1
+ExecStart=/usr/bin/python3 -m {PACKAGE}._boot
+TimeoutStartSec=300
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+# Concern -> (module, class). The class takes (host, desired) and is a Resource.
+# The order is that of the hardware: a device exists before it is used.
+CONCERNS: dict[str, tuple[str, str]] = {
+    "cxl": ("_cxl", "CxlRegions"),
+    "dax": ("_dax", "DaxDevices"),
+    "tiering": ("_tiering", "MemoryTiering"),
+    "sriov": ("_sriov", "SriovVfs"),
+    "vfio": ("_vfio", "VfioBindings"),
+}
+
+
+def wanted(host: Host, concern: str) -> dict[str, t.Any] | None:
+    """The wish stored on the host for a concern, or None."""
+    try:
+        return json.loads(host.read(f"{STATE}/{concern}.json") or "null")
+    except ValueError:
+        return None
+
+
+def _sources() -> dict[str, str]:
+    """Path below LIBRARY -> text of each module_utils file this process has loaded."""
+    found = {}
+    for name, module in sorted(sys.modules.items()):
+        if name.startswith(PACKAGE + "._") and module is not None:
+            found[name.replace(".", "/") + ".py"] = inspect.getsource(module)
+    return found
+
+
+def _files(concern: str, desired: t.Mapping[str, t.Any]) -> dict[str, tuple[str, int]]:
+    files = {f"{LIBRARY}/{path}": (text, 0o644) for path, text in _sources().items()}
+    files[UNIT] = (UNIT_TEXT, 0o644)
+    files[f"{STATE}/{concern}.json"] = (json.dumps(desired, indent=2, sort_keys=True) + "\n", 0o644)
+    return files
+
+
+def persist_plan(host: Host, concern: str, desired: t.Mapping[str, t.Any]) -> list[Step]:
+    """The step that makes a wish survive a reboot; none when it does already.
+
+    :param desired: what the concern's class takes, JSON-able, without secrets
+    """
+    stale = {
+        path: content
+        for path, content in _files(concern, desired).items()
+        if host.read(path) != content[0].strip()
+    }
+    enabled = host.exists("/etc/systemd/system/multi-user.target.wants/agentfleet-restore.service")
+    if not stale and enabled:
+        return []
+    return [
+        Step(
+            "persist",
+            f"{STATE}/{concern}.json",
+            before=wanted(host, concern),
+            after=dict(desired),
+            why="so that it is back after a reboot",
+            data=("persist", stale),
+        )
+    ]
+
+
+def persist_apply(host: Host, step: Step) -> bool:
+    """Carry out a step of persist_plan; False when the step is not one."""
+    if not (isinstance(step.data, tuple) and step.data[0] == "persist"):
+        return False
+    for path, (text, mode) in step.data[1].items():
+        host.write(path, text, mode)
+    host.run(["systemctl", "enable", "--quiet", "agentfleet-restore.service"])
+    return True
+
+
+def restore(host: Host) -> int:
+    """Bring back every declared concern; returns the number of those that failed."""
+    failed = 0
+    for concern, (module, name) in CONCERNS.items():
+        desired = wanted(host, concern)
+        if desired is None:
+            continue
+        try:
+            resource: Resource = getattr(importlib.import_module(f"{PACKAGE}.{module}"), name)(host, desired)
+            steps = resource.plan(resource.observe())
+            apply_all(resource, steps)
+            print(f"{concern}: {'; '.join(f'{s.verb} {s.object}' for s in steps) or 'as declared'}", flush=True)
+        except (Refused, HostError, OSError) as error:
+            failed += 1
+            print(f"{concern}: FAILED: {error}", file=sys.stderr, flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(1 if restore(Host()) else 0)

@@ -1,0 +1,215 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A host as files and commands, below a root directory that tests can choose.
+
+This module is private to the collection and imports nothing of Ansible.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob as _glob
+import json
+import os
+import subprocess
+import tempfile
+import time
+import typing as t
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
+
+
+@dataclass(frozen=True)
+class Completed:
+    """What a command left behind."""
+
+    argv: tuple[str, ...]
+    rc: int
+    stdout: str = ""
+    stderr: str = ""
+
+    @property
+    def text(self) -> str:
+        """Both outputs in one line, for error messages."""
+        return " ".join((self.stderr + " " + self.stdout).split())
+
+
+Runner = t.Callable[[t.Sequence[str], "str | None", float], Completed]
+
+
+def run_process(argv: t.Sequence[str], stdin: str | None, timeout_seconds: float) -> Completed:
+    """Run a command with a bounded wait and the C locale; a missing program has rc 127."""
+    try:
+        done = subprocess.run(
+            list(argv),
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_seconds,
+            check=False,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except FileNotFoundError:
+        return Completed(tuple(argv), 127, "", f"{argv[0]}: not found")
+    except subprocess.TimeoutExpired:
+        return Completed(tuple(argv), 124, "", f"no end after {timeout_seconds:g} s")
+    return Completed(tuple(argv), done.returncode, done.stdout, done.stderr)
+
+
+class Host:
+    """Files below ``root`` and commands through ``runner``.
+
+    :param root: directory that stands for ``/`` (tests use a temporary one)
+    :param runner: runs commands; tests give a function that answers from a table
+    """
+
+    def __init__(self, root: str = "/", runner: Runner = run_process) -> None:
+        self.root = root
+        self._runner = runner
+
+    # -- reading: a missing file is an answer, not an error ------------------
+
+    def path(self, path: str) -> str:
+        """The real path of a host path."""
+        return os.path.join(self.root, path.lstrip("/"))
+
+    def read(self, path: str, default: str = "") -> str:
+        """A file's text without surrounding white space, or ``default``."""
+        try:
+            with open(self.path(path), encoding="utf-8", errors="replace") as file:
+                return file.read().strip()
+        except OSError:
+            return default
+
+    def read_int(self, path: str, default: int | None = None) -> int | None:
+        """A file's number (decimal or 0x), or ``default``."""
+        try:
+            return int(self.read(path), 0)
+        except ValueError:
+            return default
+
+    def exists(self, path: str) -> bool:
+        """Whether the path exists (a broken link does)."""
+        return os.path.lexists(self.path(path))
+
+    def names(self, path: str) -> list[str]:
+        """A directory's entries in natural order (node2 before node10); none if missing."""
+        try:
+            return sorted(os.listdir(self.path(path)), key=natural_key)
+        except OSError:
+            return []
+
+    def glob(self, pattern: str) -> list[str]:
+        """Host paths that match, in natural order."""
+        prefix = self.path("/").rstrip("/")
+        found = _glob.glob(self.path(pattern))
+        return sorted((name[len(prefix) :] for name in found), key=natural_key)
+
+    def link_name(self, path: str) -> str:
+        """The last component of what a symbolic link points to, or the empty string."""
+        try:
+            return os.path.basename(os.readlink(self.path(path)))
+        except OSError:
+            return ""
+
+    # -- writing -------------------------------------------------------------
+
+    def write(self, path: str, text: str, mode: int = 0o644) -> None:
+        """Replace a regular file atomically (temporary file, fsync, rename)."""
+        target = self.path(path)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(target), prefix=".agentfleet-")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, mode)
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    def poke(self, path: str, value: str) -> None:
+        """Write a sysfs or procfs attribute; it must exist."""
+        try:
+            handle = os.open(self.path(path), os.O_WRONLY)
+            try:
+                os.write(handle, value.encode())
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise HostError(f"writing {value!r} to {path}: {error.strerror}") from error
+
+    def remove(self, path: str) -> None:
+        """Remove a file; a missing one is fine."""
+        try:
+            os.unlink(self.path(path))
+        except FileNotFoundError:
+            pass
+
+    # -- commands ------------------------------------------------------------
+
+    def run(
+        self,
+        argv: t.Sequence[str],
+        stdin: str | None = None,
+        timeout_seconds: float = 60,
+        check: bool = True,
+    ) -> Completed:
+        """Run a command; with ``check`` a non-zero exit raises HostError with its text."""
+        done = self._runner(argv, stdin, timeout_seconds)
+        if check and done.rc != 0:
+            raise HostError(f"{' '.join(argv)} failed with exit code {done.rc}: {done.text}")
+        return done
+
+    def run_json(self, argv: t.Sequence[str], timeout_seconds: float = 60) -> t.Any:
+        """Run a command that prints JSON; no output is an empty list."""
+        done = self.run(argv, timeout_seconds=timeout_seconds)
+        try:
+            return json.loads(done.stdout) if done.stdout.strip() else []
+        except ValueError as error:
+            raise HostError(f"{' '.join(argv)} printed no JSON: {error}") from error
+
+    def wait(
+        self,
+        predicate: t.Callable[[], bool],
+        what: str,
+        timeout_seconds: float,
+        interval_seconds: float = 0.2,
+    ) -> None:
+        """Wait for a predicate, at most ``timeout_seconds``; then HostError names ``what``."""
+        end = time.monotonic() + timeout_seconds
+        while not predicate():
+            if time.monotonic() >= end:
+                raise HostError(f"{what}: not within {timeout_seconds:g} seconds")
+            time.sleep(interval_seconds)
+
+    @contextmanager
+    def lock(self, name: str) -> t.Iterator[None]:
+        """Hold an exclusive lock, so that two runs do not interleave their writes."""
+        path = self.path(f"/run/lock/agentfleet-{name}")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def natural_key(text: str) -> list[tuple[int, str]]:
+    """Sort key under which ``node2`` comes before ``node10``."""
+    key: list[tuple[int, str]] = []
+    digits = ""
+    for character in text + "\0":
+        if character.isdigit():
+            digits += character
+            continue
+        if digits:
+            key.append((int(digits), ""))
+            digits = ""
+        key.append((-1, character))
+    return key

@@ -1,0 +1,149 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Observe, plan, apply: the one shape of every module of this collection.
+
+This module is private to the collection. It imports nothing of Ansible: the
+boot-time restore unit and the unit tests run the same code.
+"""
+
+from __future__ import annotations
+
+import json
+import typing as t
+from dataclasses import dataclass, field
+
+
+class Refused(Exception):
+    """A wish that is refused before anything is changed.
+
+    :param option: the option's name as the user wrote it, with its index ("regions[0].size")
+    :param value: the offending value
+    :param problem: the fact that makes it impossible
+    :param remedy: what would be valid, or what to do
+    """
+
+    def __init__(self, option: str, value: t.Any, problem: str, remedy: str) -> None:
+        self.option, self.value, self.problem, self.remedy = option, value, problem, remedy
+        super().__init__(f"{option}: {value!r}: {problem}. {remedy}")
+
+    def public(self) -> dict[str, t.Any]:
+        """The refusal as a module returns it under ``refused``."""
+        return {
+            "option": self.option,
+            "value": self.value,
+            "problem": self.problem,
+            "remedy": self.remedy,
+        }
+
+
+class HostError(Exception):
+    """Something on the host did not work; the message says fact, cause and remedy."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change, as it is planned, shown and carried out.
+
+    ``before`` and ``after`` are shown to the user (never put a secret there);
+    ``data`` is for ``apply`` alone and is never shown.
+    """
+
+    verb: str
+    object: str
+    before: t.Any = None
+    after: t.Any = None
+    why: str = ""
+    disruptive: bool = False
+    data: t.Any = field(default=None, repr=False, compare=False)
+
+    def public(self) -> dict[str, t.Any]:
+        """The step as a module returns it under ``plan``."""
+        return {
+            "verb": self.verb,
+            "object": self.object,
+            "before": self.before,
+            "after": self.after,
+            "why": self.why,
+            "disruptive": self.disruptive,
+        }
+
+
+class Resource(t.Protocol):
+    """What a module manages. The constructor validates options and raises Refused."""
+
+    def observe(self) -> t.Any:
+        """Read the present state. No side effect; missing files are not errors."""
+
+    def plan(self, observed: t.Any) -> list[Step]:
+        """Pure function: the steps from ``observed`` to the wish. May raise Refused."""
+
+    def apply(self, step: Step) -> None:
+        """Carry out one step completely, or undo it and raise HostError."""
+
+    def result(self, observed: t.Any) -> dict[str, t.Any]:
+        """What the module returns besides changed, plan and diff (also in check mode)."""
+
+
+def diff(steps: t.Sequence[Step]) -> list[dict[str, str]]:
+    """Ansible's ``diff`` value: one before/after pair for each step."""
+
+    def text(value: t.Any) -> str:
+        if value is None:
+            return ""
+        if isinstance(value, str):
+            return value if value.endswith("\n") else value + "\n"
+        return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+    return [
+        {
+            "before_header": step.object,
+            "after_header": f"{step.object} ({step.verb})",
+            "before": text(step.before),
+            "after": text(step.after),
+        }
+        for step in steps
+    ]
+
+
+def apply_all(resource: Resource, steps: t.Sequence[Step]) -> None:
+    """Carry out the steps in order; stop at the first failure and say what was done."""
+    done: list[str] = []
+    for step in steps:
+        try:
+            resource.apply(step)
+        except (HostError, OSError) as error:
+            so_far = "; ".join(done) if done else "nothing"
+            raise HostError(
+                f"{step.verb} {step.object}: {error}. Done before it: {so_far}. "
+                "Correct the cause and run again: what is done will not be repeated."
+            ) from error
+        done.append(f"{step.verb} {step.object}")
+
+
+def converge(module: t.Any, build: t.Callable[[], Resource]) -> t.NoReturn:
+    """Run one resource under an AnsibleModule (duck-typed, so nothing of Ansible is imported).
+
+    :param module: the AnsibleModule; its ``check_mode`` decides whether steps are applied
+    :param build: makes the resource from the module's parameters; may raise Refused
+    """
+    try:
+        resource = build()
+        observed = resource.observe()
+        steps = resource.plan(observed)
+        outcome: dict[str, t.Any] = {
+            "changed": bool(steps),
+            "plan": [step.public() for step in steps],
+            "diff": diff(steps),
+        }
+        if steps and not module.check_mode:
+            apply_all(resource, steps)
+            observed = resource.observe()
+        outcome.update(resource.result(observed))
+    except Refused as refusal:
+        module.fail_json(msg=str(refusal), refused=refusal.public())
+    except HostError as error:
+        module.fail_json(msg=str(error))
+    for text in outcome.pop("warnings", []):
+        module.warn(text)
+    module.exit_json(**outcome)
