@@ -34,6 +34,8 @@ class FakeHost(Host):
             if text is None:
                 continue
             if text.startswith("-> "):
+                if os.path.lexists(real):
+                    os.unlink(real)
                 os.symlink(text[3:], real)
             else:
                 with open(real, "w", encoding="utf-8") as file:
