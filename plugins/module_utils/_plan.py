@@ -70,7 +70,14 @@ class Step:
 
 
 class Resource(t.Protocol):
-    """What a module manages. The constructor validates options and raises Refused."""
+    """What a module manages. The constructor validates options and raises Refused.
+
+    ``predicting`` is true in check mode. What the options refer to (a region, an
+    image, an IOMMU after the reboot) may then be made by an earlier task of the
+    same run: plan with it and warn, instead of refusing. It is False otherwise.
+    """
+
+    predicting: bool
 
     def observe(self) -> t.Any:
         """Read the present state. No side effect; missing files are not errors."""
@@ -129,6 +136,7 @@ def converge(module: t.Any, build: t.Callable[[], Resource]) -> t.NoReturn:
     """
     try:
         resource = build()
+        resource.predicting = bool(module.check_mode)
         observed = resource.observe()
         steps = resource.plan(observed)
         outcome: dict[str, t.Any] = {
