@@ -1,0 +1,234 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""PCI functions, what they are used for, and the IOMMU groups they are in; read from sysfs and procfs alone."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import re
+import typing as t
+
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+
+DEVICES = "/sys/bus/pci/devices"
+ADDRESS = re.compile(r"^[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]$")
+BRIDGE = "06"
+_SYSTEM_MOUNTS = re.compile(r"^/(boot.*|efi|usr|var|etc)?$")
+_KINDS = {"dmar": "intel", "ivhd": "amd", "smmu": "smmu", "ummu": "ummu", "viommu": "virtio"}
+_TABLES = {"DMAR": "intel", "IVRS": "amd", "IORT": "smmu", "VIOT": "virtio"}
+
+
+def observe_pci(host: Host) -> dict[str, t.Any]:
+    """All PCI functions of the host.
+
+    ``in_use`` gives each use that a rebind would break as a text; ``boot_critical``
+    says that one of them is the running system or the way to reach it.
+    """
+    addresses = sorted(host.names(DEVICES))  # hexadecimal, so plain order
+    uses = {address: list[str]() for address in addresses}
+    vital: set[str] = set()
+    blocks, nets = _block_uses(host, uses, vital), _network_uses(host, uses, vital)
+    return {
+        "functions": [
+            {
+                **_function(host, address),
+                "netdevs": nets.get(address, []),
+                "blockdevs": blocks.get(address, []),
+                "in_use": uses[address],
+                "boot_critical": address in vital,
+            }
+            for address in addresses
+        ]
+    }
+
+
+def observe_iommu(host: Host) -> dict[str, t.Any]:
+    """The IOMMU: which kind the hardware has, whether the kernel uses it, and its groups."""
+    kinds = [kind for name in host.names("/sys/class/iommu") for key, kind in _KINDS.items() if name.startswith(key)]
+    tables = [kind for table, kind in _TABLES.items() if host.exists(f"/sys/firmware/acpi/tables/{table}")]
+    groups = [
+        {
+            "id": int(name),
+            "type": host.read(f"/sys/kernel/iommu_groups/{name}/type"),
+            "functions": [
+                device for device in host.names(f"/sys/kernel/iommu_groups/{name}/devices") if ADDRESS.match(device)
+            ],
+        }
+        for name in host.names("/sys/kernel/iommu_groups")
+    ]
+    return {
+        "enabled": bool(groups),
+        "kind": (kinds + tables + [""])[0],
+        "groups": groups,
+        "iommufd": host.exists("/dev/iommu"),
+    }
+
+
+def _function(host: Host, address: str) -> dict[str, t.Any]:
+    path = f"{DEVICES}/{address}"
+    override = host.read(f"{path}/driver_override")
+    total = host.read_int(f"{path}/sriov_totalvfs", 0)
+    group = host.link_name(f"{path}/iommu_group")
+    return {
+        "address": address,
+        "vendor": host.read(f"{path}/vendor")[2:],
+        "device": host.read(f"{path}/device")[2:],
+        "class": host.read(f"{path}/class")[2:],
+        "driver": host.link_name(f"{path}/driver"),
+        "driver_override": "" if override == "(null)" else override,
+        "iommu_group": int(group) if group else None,
+        "numa_node": host.read_int(f"{path}/numa_node", -1),
+        "physfn": host.link_name(f"{path}/physfn"),
+        "sriov": {
+            "totalvfs": total,
+            "numvfs": host.read_int(f"{path}/sriov_numvfs", 0),
+            "autoprobe": host.read(f"{path}/sriov_drivers_autoprobe") != "0",
+            "vfs": [host.link_name(f"{path}/{name}") for name in host.names(path) if name.startswith("virtfn")],
+        }
+        if total
+        else {},
+    }
+
+
+def _owner(host: Host, path: str) -> str:
+    """The PCI function that a class device belongs to, or the empty string."""
+    parts = os.path.realpath(host.path(path)).split("/")
+    return next((part for part in reversed(parts) if ADDRESS.match(part)), "")
+
+
+# -- block devices ---------------------------------------------------------------
+
+
+def _block_owners(host: Host, name: str) -> set[str]:
+    """The functions under a block device, through partitions, dm, md and NVMe multipath."""
+    path = f"/sys/class/block/{name}"
+    real = os.path.realpath(host.path(path))
+    if host.exists(f"{path}/partition"):
+        return _block_owners(host, os.path.basename(os.path.dirname(real)))
+    if "/nvme-subsystem/" in real:  # the multipath head is a virtual device; its controllers are links beside it
+        subsystem = f"/sys/class/nvme-subsystem/{os.path.basename(os.path.dirname(real))}"
+        links = [f"{subsystem}/{link}" for link in host.names(subsystem) if re.match(r"^nvme\d+$", link)]
+        return {_owner(host, link) for link in links} - {""}
+    slaves = host.names(f"{path}/slaves")
+    if slaves:
+        return set().union(*(_block_owners(host, slave) for slave in slaves))
+    return {_owner(host, path)} - {""}
+
+
+def _block_uses(host: Host, uses: dict[str, list[str]], vital: set[str]) -> dict[str, list[str]]:
+    """Add the uses of block devices; returns function -> its disks."""
+    owners = {name: _block_owners(host, name) for name in host.names("/sys/class/block")}
+    disks: dict[str, list[str]] = {}
+
+    def use(name: str, text: str, is_vital: bool = False) -> None:
+        for address in owners.get(name, ()):
+            if address in uses and text not in uses[address]:
+                uses[address].append(text)
+            if is_vital:
+                vital.add(address)
+
+    for name, target in _mounts(host):
+        use(name, f"{name} is mounted at {target}", bool(_SYSTEM_MOUNTS.match(target)))
+    for line in host.read("/proc/swaps").splitlines()[1:]:
+        name = _device_name(host, line.split()[0])
+        use(name, f"{name} is swap", True)
+    for name, addresses in owners.items():
+        path = f"/sys/class/block/{name}"
+        for holder in host.names(f"{path}/holders"):
+            use(name, f"{name} is held by {host.read(f'/sys/class/block/{holder}/dm/name') or holder}")
+        if host.exists(f"{path}/partition") or host.names(f"{path}/slaves") or host.read(f"{path}/hidden") == "1":
+            continue
+        for address in addresses:
+            disks.setdefault(address, []).append(name)
+            if not uses.get(address, True) and _claimed(host, f"/dev/{name}"):
+                use(name, f"{name} is claimed by the kernel")
+    return disks
+
+
+def _mounts(host: Host) -> t.Iterator[tuple[str, str]]:
+    """(block device, mount point) of each mounted file system that has a device."""
+    for line in host.read("/proc/self/mountinfo").splitlines():
+        fields, _dash, rest = line.partition(" - ")
+        _id, _parent, number, _root, target = fields.split()[:5]
+        # btrfs has a number of its own, so the source is the second way to the device
+        name = host.link_name(f"/sys/dev/block/{number}") or _device_name(host, rest.split()[1])
+        if name:
+            yield name, target.replace("\\040", " ")
+
+
+def _device_name(host: Host, source: str) -> str:
+    """Kernel name of ``/dev/...`` (through /dev/mapper and /dev/disk links)."""
+    return os.path.basename(os.path.realpath(host.path(source))) if source.startswith("/dev/") else ""
+
+
+def _claimed(host: Host, path: str) -> bool:
+    """Whether an exclusive open is refused: ZFS, a second btrfs device and others that leave no trace in sysfs."""
+    try:
+        os.close(os.open(host.path(path), os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK))
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False
+
+
+# -- network -----------------------------------------------------------------------
+
+
+def _lower(host: Host, name: str) -> set[str]:
+    """An interface and those below it (bond, bridge, VLAN, macvlan)."""
+    below = [link[6:] for link in host.names(f"/sys/class/net/{name}") if link.startswith("lower_")]
+    return {name}.union(*(_lower(host, link) for link in below))
+
+
+def _network_uses(host: Host, uses: dict[str, list[str]], vital: set[str]) -> dict[str, list[str]]:
+    """Add the uses of network interfaces; returns function -> its interfaces."""
+    owners = {name: _owner(host, f"/sys/class/net/{name}") for name in host.names("/sys/class/net")}
+    found: dict[str, list[str]] = {}
+    for name, address in owners.items():
+        if address:
+            found.setdefault(address, []).append(name)
+    routes = list(_routes(host))
+    reasons = [(name, "the default route") for network, name in routes if network.prefixlen == 0]
+    peer = _ssh_peer(host)
+    if peer is not None:
+        matching = [(network.prefixlen, name) for network, name in routes if peer in network]
+        reasons += [(name, f"this connection (ssh from {peer})") for _length, name in sorted(matching)[-1:]]
+    for top, what in reasons:
+        for name in sorted(_lower(host, top)):
+            address = owners.get(name, "")
+            text = f"{name} carries {what}"
+            if address in uses and text not in uses[address]:
+                uses[address].append(text)
+                vital.add(address)
+    return found
+
+
+def _routes(host: Host) -> t.Iterator[tuple[t.Any, str]]:
+    """(network, interface) of each unicast route of the main tables."""
+    for line in host.read("/proc/net/route").splitlines()[1:]:
+        fields = line.split()
+        target, mask = (int.from_bytes(bytes.fromhex(fields[i]), "little") for i in (1, 7))
+        yield ipaddress.ip_network((target, bin(mask).count("1")), strict=False), fields[0]
+    for line in host.read("/proc/net/ipv6_route").splitlines():
+        fields = line.split()
+        if fields[9] != "lo" and not int(fields[8], 16) & 0x200:  # RTF_REJECT
+            yield ipaddress.ip_network((bytes.fromhex(fields[0]), int(fields[1], 16)), strict=False), fields[9]
+
+
+def _ssh_peer(host: Host) -> t.Any:
+    """The address at the other end of the ssh connection that this process runs under (sudo hides the variable)."""
+    process = str(os.getpid())
+    while process not in ("", "0", "1"):
+        for entry in host.read(f"/proc/{process}/environ").split("\0"):
+            if entry.startswith("SSH_CONNECTION="):
+                try:
+                    address = ipaddress.ip_address(entry[15:].split()[0].partition("%")[0])
+                except (ValueError, IndexError):
+                    return None
+                return getattr(address, "ipv4_mapped", None) or address
+        parent = re.search(r"^PPid:\s*(\d+)", host.read(f"/proc/{process}/status"), re.M)
+        process = parent.group(1) if parent else ""
+    return None
+
