@@ -1,0 +1,130 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""NUMA nodes, memory tiers and the kernel's placement policies; read from sysfs and procfs alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import typing as t
+
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._units import parse_list
+
+NODES = "/sys/devices/system/node"
+MEMORY = "/sys/devices/system/memory"
+TIERS = "/sys/devices/virtual/memory_tiering"
+WEIGHTS = "/sys/kernel/mm/mempolicy/weighted_interleave"
+DEMOTION = "/sys/kernel/mm/numa/demotion_enabled"
+BALANCING = "/proc/sys/kernel/numa_balancing"
+RATE_LIMIT = "/proc/sys/kernel/numa_balancing_promote_rate_limit_MBps"
+AUTO_ONLINE = f"{MEMORY}/auto_online_blocks"
+_ZONE = re.compile(r"^Node (\d+), zone\s+(\w+)")
+
+
+def observe_numa(host: Host) -> dict[str, t.Any]:
+    """Nodes (also those without CPUs or without memory), tiers fastest first, and policies.
+
+    A node's ``tier`` is the kernel's own number: it depends on firmware tables, so
+    compare it with others (lower is faster) and never with a constant.
+    """
+    tiers = observe_tiers(host)
+    tier_of = {node: entry["tier"] for entry in tiers for node in entry["nodes"]}
+    zones = _zones(host)
+    return {
+        "nodes": [
+            _node(host, number, tier_of.get(number), zones.get(number, {}))
+            for number in (int(path.rpartition("/node")[2]) for path in host.glob(f"{NODES}/node[0-9]*"))
+        ],
+        "tiers": tiers,
+        "auto_online": host.read(AUTO_ONLINE),
+        "block_size_bytes": block_size(host),
+        "demotion": host.read(DEMOTION) == "true" if host.exists(DEMOTION) else None,
+        "balancing": host.read_int(BALANCING),
+        "promote_rate_limit_mib": host.read_int(RATE_LIMIT),
+        "weighted_interleave": {
+            name[4:]: host.read_int(f"{WEIGHTS}/{name}") for name in host.names(WEIGHTS) if name.startswith("node")
+        },
+        "weighted_interleave_auto": host.read(f"{WEIGHTS}/auto") in ("true", "1")
+        if host.exists(f"{WEIGHTS}/auto")
+        else None,
+    }
+
+
+def observe_tiers(host: Host) -> list[dict[str, t.Any]]:
+    """Memory tiers that have nodes, fastest (lowest number) first."""
+    found = []
+    for path in host.glob(f"{TIERS}/memory_tier[0-9]*"):
+        nodes = parse_list(host.read(f"{path}/nodelist"))
+        if nodes:
+            found.append({"tier": int(path.rpartition("memory_tier")[2]), "nodes": nodes})
+    return found
+
+
+def block_size(host: Host) -> int:
+    """Size of a memory block; 0 where memory cannot be hot-plugged."""
+    text = host.read(f"{MEMORY}/block_size_bytes")
+    return int(text, 16) if text else 0
+
+
+def _node(host: Host, number: int, tier: int | None, zones: dict[str, int]) -> dict[str, t.Any]:
+    base = f"{NODES}/node{number}"
+    meminfo = {
+        words[2].rstrip(":"): int(words[3]) * 1024
+        for words in (line.split() for line in host.read(f"{base}/meminfo").splitlines())
+        if len(words) > 4 and words[4] == "kB"
+    }
+    states = [host.read(f"{MEMORY}/{name}/state") for name in host.names(base) if re.match(r"memory\d+$", name)]
+    return {
+        "id": number,
+        "tier": tier,
+        "cpus": parse_list(host.read(f"{base}/cpulist")),
+        "size_bytes": meminfo.get("MemTotal", 0),
+        "free_bytes": meminfo.get("MemFree", 0),
+        "distances": [int(word) for word in host.read(f"{base}/distance").split()],
+        "hugepages": {
+            name[len("hugepages-") :]: {
+                "total": host.read_int(f"{base}/hugepages/{name}/nr_hugepages", 0),
+                "free": host.read_int(f"{base}/hugepages/{name}/free_hugepages", 0),
+            }
+            for name in host.names(f"{base}/hugepages")
+        },
+        "access": {
+            name: access
+            for name in host.names(base)
+            if re.match(r"access\d+$", name)
+            for access in [_access(host, f"{base}/{name}/initiators")]
+            if access
+        },
+        "online_blocks": states.count("online"),
+        "offline_blocks": states.count("offline"),
+        "normal_bytes": sum(size for zone, size in zones.items() if zone not in ("Movable", "Device")),
+        "movable_bytes": zones.get("Movable", 0),
+    }
+
+
+def _access(host: Host, base: str) -> dict[str, t.Any]:
+    """What firmware (HMAT, CDAT) says of the way from the best initiators to a node: MiB/s and ns."""
+    values = {
+        name: host.read_int(f"{base}/{name}")
+        for name in ("read_bandwidth", "write_bandwidth", "read_latency", "write_latency")
+    }
+    found: dict[str, t.Any] = {name: value for name, value in values.items() if value}
+    if found:
+        found["initiators"] = [int(name[4:]) for name in host.names(base) if name.startswith("node")]
+    return found
+
+
+def _zones(host: Host) -> dict[int, dict[str, int]]:
+    """Node -> zone -> bytes present (offline memory is not present)."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    found: dict[int, dict[str, int]] = {}
+    node, zone = -1, ""
+    for line in host.read("/proc/zoneinfo").splitlines():
+        match = _ZONE.match(line)
+        if match:
+            node, zone = int(match.group(1)), match.group(2)
+        elif line.split()[:1] == ["present"] and node >= 0:
+            found.setdefault(node, {})[zone] = int(line.split()[1]) * page
+    return found
