@@ -1,0 +1,99 @@
+# Two commands: `make demo` shows the whole job on emulated hardware, `make test` proves it. `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory --no-builtin-rules
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+COLLECTIONS := build/collections
+# Molecule scenarios, in the order of their depth; each is a directory of molecule/.
+SCENARIO ?= host default
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
+export ANSIBLE_HOME ?= $(CURDIR)/build/ansible
+export PYTHONDONTWRITEBYTECODE := 1
+
+## help: this list
+help:
+	@sed -n 's/^## //p' Makefile
+
+## demo: CXL, vfio, SR-IOV, four microVMs and a KV-cache pool on an emulated server; ends in build/report.html
+demo: lab-up
+	ansible-playbook -i inventories/lab playbooks/site.yml
+	@echo "== The lab host is still running: look around, then 'make lab-down'. Report: build/report.html"
+
+## test: lint, sanity, unit tests, build, molecule scenarios, and nothing left running
+test: setup
+	@python .ci/test.py $(SCENARIO)
+
+## setup: system packages, Python environment and collections (does nothing when they are there)
+setup: build/.system $(VENV)/.ready $(COLLECTIONS)/.ready
+
+build/.system: .ci/system $(wildcard roles/lab/defaults/main.yml)
+	@.ci/system
+	@mkdir -p build && touch $@
+
+$(VENV)/.ready: requirements/python.txt | build/.system
+	@.ci/venv $(VENV)
+	@touch $@
+
+$(COLLECTIONS)/.ready: requirements/ansible.txt requirements/collections.yml .ci/unpack_collections.py $(VENV)/.ready
+	@rm -rf $(COLLECTIONS)
+	@python .ci/unpack_collections.py $(COLLECTIONS)
+	@touch $@
+
+## lint: ruff, mypy, yamllint, ansible-lint, changelog fragments, generated READMEs, documentation
+lint: setup
+	@echo "== lint"
+	ruff check .
+	ruff format --check .
+	mypy
+	yamllint --strict .
+	python .ci/role_readmes.py --check
+	antsibull-changelog lint
+	ansible-lint --offline --strict -q
+
+## unit: unit tests with plain pytest (quick; `make test` runs the same under ansible-test)
+unit: setup
+	@pytest -q
+
+## sanity: ansible-test sanity; units-sandboxed: ansible-test units (both on a copy of the tree, without Docker)
+sanity units-sandboxed: setup
+	@.ci/ansible-test $@
+
+## build: build the collection, install the archive elsewhere and read every module's documentation from there
+build: setup
+	@.ci/build
+
+## molecule: all scenarios, or SCENARIO=host; each creates its lab, converges, verifies and destroys it
+molecule: setup
+	@for scenario in $(SCENARIO); do molecule test -s "$$scenario"; done
+
+## bench: our host roles against an equivalent of stock modules
+bench: lab-up
+	ansible-playbook -i inventories/lab benchmarks/host.yml
+
+## lab-up, lab-down: start and stop the lab of inventories/lab
+lab-up lab-down: setup
+	ansible-playbook -i inventories/lab playbooks/$(subst -,_,$@).yml
+
+## docs: generate the roles' READMEs from their argument specs
+docs: setup
+	python .ci/role_readmes.py
+
+## lock: resolve requirements/*.in anew into the lock files, for all supported Python versions
+lock:
+	@python3 -m venv build/lock && build/lock/bin/pip install --quiet uv
+	@for name in python ansible; do \
+	  build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
+	    --no-emit-index-url --no-header $$([ $$name = python ] || echo --no-deps) -o requirements/$$name.txt requirements/$$name.in; \
+	done
+
+## clean: stop the lab and remove everything that was made here
+clean:
+	@if [ -e $(COLLECTIONS)/.ready ]; then $(MAKE) lab-down; fi
+	rm -rf build $(VENV) .ansible
+
+.PHONY: help demo test setup lint unit sanity units-sandboxed build molecule bench lab-up lab-down docs lock clean
