@@ -78,11 +78,14 @@ def _files(concern: str, desired: t.Mapping[str, t.Any]) -> dict[str, tuple[str,
     return files
 
 
-def persist_plan(host: Host, concern: str, desired: t.Mapping[str, t.Any]) -> list[Step]:
+def persist_plan(host: Host, concern: str, desired: t.Mapping[str, t.Any] | None) -> list[Step]:
     """The step that makes a wish survive a reboot; none when it does already.
 
-    :param desired: what the concern's class takes, JSON-able, without secrets
+    :param desired: what the concern's class takes, JSON-able, without secrets; None forgets what was stored
     """
+    path = f"{STATE}/{concern}.json"
+    if desired is None:
+        return [Step("forget", path, before=wanted(host, concern), data=("forget", path))] if host.exists(path) else []
     stale = {
         path: content
         for path, content in _files(concern, desired).items()
@@ -105,8 +108,11 @@ def persist_plan(host: Host, concern: str, desired: t.Mapping[str, t.Any]) -> li
 
 def persist_apply(host: Host, step: Step) -> bool:
     """Carry out a step of persist_plan; False when the step is not one."""
-    if not (isinstance(step.data, tuple) and step.data[0] == "persist"):
+    if not (isinstance(step.data, tuple) and step.data[0] in ("persist", "forget")):
         return False
+    if step.data[0] == "forget":
+        host.remove(step.data[1])
+        return True
     for path, (text, mode) in step.data[1].items():
         host.write(path, text, mode)
     host.run(["systemctl", "enable", "--quiet", "agentfleet-restore.service"])
