@@ -165,7 +165,12 @@ def _host_checks(facts: _Map, wants: _Map, fail: _Fail) -> None:
     if architecture not in ARCHITECTURES:
         fail("preflight", "architecture", f"the host is {architecture!r}", "Use an x86_64 or aarch64 host")
     if wants.get("ub") and architecture != "aarch64":
-        fail("ub", "architecture", f"UnifiedBus exists on aarch64 only, the host is {architecture}", "Set ub_enabled: false")
+        fail(
+            "ub",
+            "architecture",
+            f"UnifiedBus exists on aarch64 only, the host is {architecture}",
+            "Set ub_enabled: false",
+        )
     if wants.get("ub") and not _part(facts, "ub").get("present"):
         fail(
             "ub",
@@ -262,7 +267,12 @@ def _kernel_checks(facts: _Map, wants: _Map, fail: _Fail) -> None:
     for name in features:
         feature = FEATURES.get(name)
         if feature is None:
-            fail("kernel", "features", f"there is no feature set {name!r}", f"Use of these: {', '.join(sorted(FEATURES))}")
+            fail(
+                "kernel",
+                "features",
+                f"there is no feature set {name!r}",
+                f"Use of these: {', '.join(sorted(FEATURES))}",
+            )
             continue
         if version is not None and version < feature.floor:
             fail(
@@ -295,7 +305,9 @@ def _wished(wants: _Map) -> dict[str, list[str]]:
     wished: dict[str, list[str]] = {}
     for contribution in wants.get("cmdline") or []:
         for name, value in (contribution or {}).items():
-            wished[str(name)] = [] if value is None else [str(v) for v in (value if isinstance(value, list) else [value])]
+            wished[str(name)] = (
+                [] if value is None else [str(v) for v in (value if isinstance(value, list) else [value])]
+            )
     return wished
 
 
