@@ -12,10 +12,11 @@ import re
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused
 
 DEVICES = "/sys/bus/pci/devices"
 ADDRESS = re.compile(r"^[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]$")
-BRIDGE = "06"
+IDENTITY = re.compile(r"^[0-9a-f]{4}:[0-9a-f]{4}$")
 _SYSTEM_MOUNTS = re.compile(r"^/(boot.*|efi|usr|var|etc)?$")
 _KINDS = {"dmar": "intel", "ivhd": "amd", "smmu": "smmu", "ummu": "ummu", "viommu": "virtio"}
 _TABLES = {"DMAR": "intel", "IVRS": "amd", "IORT": "smmu", "VIOT": "virtio"}
@@ -228,7 +229,107 @@ def _ssh_peer(host: Host) -> t.Any:
                 except (ValueError, IndexError):
                     return None
                 return getattr(address, "ipv4_mapped", None) or address
-        parent = re.search(r"^PPid:\s*(\d+)", host.read(f"/proc/{process}/status"), re.M)
+        parent = re.search(r"^PPid:\s*(\d+)", host.read(f"/proc/{process}/status"), re.MULTILINE)
         process = parent.group(1) if parent else ""
     return None
 
+
+# -- what bindings and VFs share ----------------------------------------------------
+
+
+def address_of(option: str, value: t.Any) -> str:
+    """A full PCI address in the kernel's spelling; refused when it is not one."""
+    address = str(value).strip().lower()
+    if not ADDRESS.match(address):
+        remedy = "Write it with its domain as `lspci -D` shows it, such as 0000:01:00.0"
+        raise Refused(option, value, "not a PCI address", remedy)
+    return address
+
+
+def identity_of(option: str, value: t.Any) -> str:
+    """``vendor:device`` in lower case; refused when it is not one."""
+    identity = str(value).strip().lower()
+    if not IDENTITY.match(identity):
+        remedy = "Write four hexadecimal digits each as `lspci -nn` shows them, quoted, such as '8086:10c9'"
+        raise Refused(option, value, "not a vendor:device pair", remedy)
+    return identity
+
+
+def matching(functions: t.Iterable[dict[str, t.Any]], identity: str) -> list[dict[str, t.Any]]:
+    """The functions of a ``vendor:device``, virtual ones included, in order of address."""
+    return [function for function in functions if f"{function['vendor']}:{function['device']}" == identity]
+
+
+def one(functions: list[dict[str, t.Any]], option: str, value: str) -> dict[str, t.Any]:
+    """The one function of an address or of a ``vendor:device``; refused when there is none or more."""
+    if ADDRESS.match(value):
+        found = [function for function in functions if function["address"] == value]
+    else:
+        found = matching(functions, value)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        addresses = ", ".join(function["address"] for function in found)
+        raise Refused(option, value, f"{len(found)} functions match", f"Name one by its address: {addresses}")
+    raise Refused(option, value, "no such PCI function on this host", "`lspci -Dnn` lists those that are there")
+
+
+def wait_for(host: Host, addresses: t.Iterable[str], seconds: float, with_driver: bool = False) -> None:
+    """At boot: wait until functions are there; who is still missing then is the plan's matter."""
+    paths = [f"{DEVICES}/{address}{'/driver' if with_driver else ''}" for address in addresses]
+    try:
+        host.wait(lambda: all(host.exists(path) for path in paths), "PCI functions", seconds)
+    except HostError:
+        return
+
+
+def vfio_users(host: Host, address: str) -> list[str]:
+    """Processes (``pid name``) that hold the vfio nodes of a function open."""
+    nodes = set(vfio_nodes(host, address))
+    found = set()
+    for link in host.glob("/proc/[0-9]*/fd/*") if nodes else []:
+        try:
+            if os.readlink(host.path(link)) in nodes:
+                process = link.split("/")[2]
+                found.add(f"{process} {host.read(f'/proc/{process}/comm')}")
+        except OSError:  # the process has ended
+            continue
+    return sorted(found)
+
+
+def vfio_nodes(host: Host, address: str) -> list[str]:
+    """The device nodes through which a function bound to vfio is used."""
+    nodes = [f"/dev/vfio/{host.link_name(f'{DEVICES}/{address}/iommu_group') or '-'}"]
+    nodes += [f"/dev/vfio/devices/{name}" for name in host.names(f"{DEVICES}/{address}/vfio-dev")]
+    return [node for node in nodes if host.exists(node)]
+
+
+def function_of(option: str, value: t.Any) -> str:
+    """An address or a ``vendor:device``; refused when it is neither."""
+    text = str(value).strip().lower()
+    if not (ADDRESS.match(text) or IDENTITY.match(text)):
+        remedy = "Write an address such as 0000:01:00.0 or, quoted, a vendor:device such as '8086:10c9'"
+        raise Refused(option, value, "neither a PCI address nor a vendor:device pair", remedy)
+    return text
+
+
+def virtual_function(host: Host, pf: dict[str, t.Any], number: int) -> dict[str, t.Any]:
+    """A VF that is not there yet, where the PF's capability says that it will be."""
+    path = f"{DEVICES}/{pf['address']}"
+    domain, bus, slot, function = re.split("[:.]", pf["address"])
+    offset, stride = (host.read_int(f"{path}/sriov_{name}", 0) or 0 for name in ("offset", "stride"))
+    rid = (int(bus, 16) << 8) + (int(slot, 16) << 3) + int(function) + offset + number * stride
+    return {
+        **pf,
+        "address": f"{domain}:{rid >> 8:02x}:{rid >> 3 & 31:02x}.{rid & 7}",
+        "device": host.read(f"{path}/sriov_vf_device"),
+        "driver": "",
+        "driver_override": "",
+        "iommu_group": None,
+        "physfn": pf["address"],
+        "sriov": {},
+        "netdevs": [],
+        "blockdevs": [],
+        "in_use": [],
+        "boot_critical": False,
+    }
