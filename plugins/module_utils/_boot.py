@@ -62,7 +62,7 @@ def wanted(host: Host, concern: str) -> dict[str, t.Any] | None:
         return None
 
 
-def _sources() -> dict[str, str]:
+def sources() -> dict[str, str]:
     """Path below LIBRARY -> text of each module_utils file this process has loaded."""
     found = {}
     for name, module in sorted(sys.modules.items()):
@@ -72,7 +72,7 @@ def _sources() -> dict[str, str]:
 
 
 def _files(concern: str, desired: t.Mapping[str, t.Any]) -> dict[str, tuple[str, int]]:
-    files = {f"{LIBRARY}/{path}": (text, 0o644) for path, text in _sources().items()}
+    files = {f"{LIBRARY}/{path}": (text, 0o644) for path, text in sources().items()}
     files[UNIT] = (UNIT_TEXT, 0o644)
     files[f"{STATE}/{concern}.json"] = (json.dumps(desired, indent=2, sort_keys=True) + "\n", 0o644)
     return files
