@@ -1,16 +1,18 @@
 # Copyright: agentfleet.metal contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""NUMA nodes, memory tiers and the kernel's placement policies; read from sysfs and procfs alone."""
+"""NUMA nodes, memory tiers, memory blocks and the kernel's placement policies, through sysfs and procfs."""
 
 from __future__ import annotations
 
 import os
 import re
 import typing as t
+from contextlib import contextmanager
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._units import parse_list
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
+from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size, parse_list
 
 NODES = "/sys/devices/system/node"
 MEMORY = "/sys/devices/system/memory"
@@ -128,3 +130,85 @@ def _zones(host: Host) -> dict[int, dict[str, int]]:
         elif line.split()[:1] == ["present"] and node >= 0:
             found.setdefault(node, {})[zone] = int(line.split()[1]) * page
     return found
+
+
+@contextmanager
+def auto_online(host: Host, policy: str) -> t.Iterator[None]:
+    """Hot-added memory goes online by ``policy`` inside the context; the policy before it comes back after it."""
+    before = host.read(AUTO_ONLINE)
+    if before in ("", policy):
+        yield
+        return
+    host.poke(AUTO_ONLINE, policy)
+    try:
+        yield
+    finally:
+        host.poke(AUTO_ONLINE, before)
+
+
+def zone_of(host: Host, block: str) -> str:
+    """``movable`` or ``kernel`` for a memory block that is online, else ``offline``."""
+    if host.read(f"{block}/state") != "online":
+        return "offline"
+    return "movable" if host.read(f"{block}/valid_zones").split()[:1] == ["Movable"] else "kernel"
+
+
+def online_blocks(host: Host, zones: t.Mapping[str, str]) -> None:
+    """Bring memory blocks online, each in its zone (``movable`` or ``kernel``; ``offline`` is left as it is)."""
+    for block, zone in zones.items():
+        if zone == "offline" or zone_of(host, block) == zone:
+            continue
+        host.poke(f"{block}/state", f"online_{zone}")
+        if zone_of(host, block) != zone:
+            raise HostError(
+                f"{block} went online in the {zone_of(host, block)} zone, not in the {zone} zone: something else "
+                "(a udev rule that brings memory online) was faster. Remove it and run again"
+            )
+
+
+def offline_dax(host: Host, name: str, blocks: t.Sequence[str]) -> dict[str, str]:
+    """Take a dax device's memory offline, or leave it as it was and say why it could not go.
+
+    The program and not a write of ours does it: the kernel tries without end while
+    pages are pinned, and only a process can be stopped.
+
+    :return: the zone of each block before, for ``online_blocks``
+    """
+    before = {block: zone_of(host, block) for block in blocks}
+    if set(before.values()) <= {"offline"}:
+        return before
+    done = host.run(["daxctl", "offline-memory", name], timeout_seconds=120, check=False)
+    stuck = [block for block in blocks if zone_of(host, block) != "offline"]
+    if stuck:
+        online_blocks(host, before)
+        raise HostError(
+            f"{len(stuck)} of {len(blocks)} memory blocks of {name} cannot be taken offline ({done.text}), so that all "
+            "of them are online again. Kernel allocations, huge pages or pinned pages (vfio, RDMA) are in them; memory "
+            "can be given back reliably only from the movable zone. Stop what uses it, or reboot with the memory "
+            "left offline (cxl_region: leave_offline)"
+        )
+    return before
+
+
+def memory_users(host: Host, node: int) -> list[str]:
+    """What a node's memory holds, and which processes; empty when nothing would have to be moved away."""
+    kinds = ("AnonPages", "FilePages", "Slab", "KernelStack", "PageTables")
+    found = []
+    for line in host.read(f"{NODES}/node{node}/meminfo").splitlines():
+        words = line.split()
+        kind = words[2].rstrip(":")
+        if kind in kinds and int(words[3]):
+            found.append(f"{kind} {format_size(int(words[3]) * 1024)}")
+        elif kind == "HugePages_Total" and int(words[3]):
+            found.append(f"{words[3]} huge pages")
+    return found + (processes(host, "numa_maps", f" N{node}=") if found else [])
+
+
+def processes(host: Host, file: str, needle: str) -> list[str]:
+    """Processes whose /proc file contains a text, the first ten as ``process 12 (name)``."""
+    found = [
+        f"process {os.path.basename(path)} ({host.read(f'{path}/comm')})"
+        for path in host.glob("/proc/[0-9]*")
+        if needle in host.read(f"{path}/{file}")
+    ]
+    return found[:10] + ([f"and {len(found) - 10} more"] if len(found) > 10 else [])
