@@ -12,8 +12,8 @@ SCENARIO ?= host default
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
-export ANSIBLE_HOME ?= $(CURDIR)/build/ansible
 export PYTHONDONTWRITEBYTECODE := 1
+export MOLECULE_COMMAND_BORDERS := false
 
 ## help: this list
 help:
@@ -26,7 +26,7 @@ demo: lab-up
 
 ## test: lint, sanity, unit tests, build, molecule scenarios, and nothing left running
 test: setup
-	@python .ci/test.py $(SCENARIO)
+	@python .ci/run_tests.py $(SCENARIO)
 
 ## setup: system packages, Python environment and collections (does nothing when they are there)
 setup: build/.system $(VENV)/.ready $(COLLECTIONS)/.ready

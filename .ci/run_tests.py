@@ -1,0 +1,121 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""`make test`: cheap checks first, then the molecule scenarios (arguments), and nothing may be left behind.
+
+The last line counts the tests that really ran (unit tests and those that look at the lab's hosts). A step that
+fails without a failed test of its own counts as one failure.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "build/test"
+UNITS = ROOT / "build/ansible-test/units/ansible_collections/agentfleet/metal/tests/output/junit"
+MARK = f"AGENTFLEET_TEST_RUN={uuid.uuid4()}"  # in the environment of all that is started, however it daemonizes
+SECONDS_TO_END = 20.0
+
+
+def marked_processes() -> dict[int, str]:
+    """Processes of this run other than this one: pid -> command line."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            if MARK.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            pass  # gone, or another user's
+    return found
+
+
+def kernel_objects() -> set[str]:
+    """Mounts, loop devices in use and tap devices of this machine."""
+    mounts = {f"mount {line.split()[4]}" for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    loops = {f"loop device {path.parent.parent.name}" for path in Path("/sys/block").glob("loop*/loop/backing_file")}
+    taps = {f"tap device {path.parent.name}" for path in Path("/sys/class/net").glob("*/tun_flags")}
+    return mounts | loops | taps
+
+
+def left_behind(before: set[str]) -> list[str]:
+    """What this run left on the machine, after a moment to end by itself; its processes are ended."""
+    deadline = time.monotonic() + SECONDS_TO_END
+    while marked_processes() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    processes = marked_processes()
+    for pid in processes:
+        os.kill(pid, signal.SIGKILL)
+    return [f"process {pid}: {line}" for pid, line in processes.items()] + sorted(kernel_objects() - before)
+
+
+def run(name: str, *command: str) -> bool:
+    """One step with its output, its time and whether it passed."""
+    print(f"== {name}", flush=True)
+    start = time.monotonic()
+    passed = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, check=False).returncode == 0
+    print(f"== {name}: {'passed' if passed else 'FAILED'} after {time.monotonic() - start:.0f} s", flush=True)
+    return passed
+
+
+def counts(*reports: Path) -> dict[str, int]:
+    """The sum of the JUnit reports' passed, failed and skipped tests."""
+    total = {"passed": 0, "failed": 0, "skipped": 0}
+    for report in reports:
+        for suite in ElementTree.parse(report).getroot().iter("testsuite"):
+            failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+            skipped = int(suite.get("skipped", 0))
+            total["failed"] += failed
+            total["skipped"] += skipped
+            total["passed"] += int(suite.get("tests", 0)) - failed - skipped
+    return total
+
+
+def main(scenarios: list[str]) -> int:
+    """Run all; 0 when everything passed and nothing was left behind."""
+    start, before = time.monotonic(), kernel_objects()
+    subprocess.run(["rm", "-rf", str(OUT), str(UNITS)], check=True)
+    OUT.mkdir(parents=True)
+    os.environ.update([MARK.split("=")], ANSIBLE_FORCE_COLOR="0", NO_COLOR="1")
+    problems = []
+    try:
+        if not run(
+            "lint, sanity, unit tests, build", "make", "-j2", "-k", "-O", "lint", "sanity", "units-sandboxed", "build"
+        ):
+            problems.append("lint, sanity, unit tests or build")
+        for scenario in scenarios:
+            passed = run(f"molecule scenario {scenario}", "molecule", "test", "-s", scenario)
+            if not passed or not (OUT / f"{scenario}.xml").exists():  # molecule passes a scenario without tests
+                problems.append(f"molecule scenario {scenario}")
+    except KeyboardInterrupt:
+        problems.append("interrupted")
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        run("lab down", "make", "lab-down")
+        problems += [f"left behind: {thing}" for thing in left_behind(before)]
+
+    total = counts(*UNITS.glob("*.xml"), *OUT.glob("*.xml"))
+    total["failed"] = max(total["failed"], len(problems))
+    for problem in problems:
+        print(f"FAILED {problem}")
+    words = ", ".join(f"{number} {word}" for word, number in total.items() if number or word != "skipped")
+    seconds = int(time.monotonic() - start)
+    summary = f"==== {words} in {seconds}s ({seconds // 60} min {seconds % 60} s) ===="
+    (OUT / "summary").write_text(summary + "\n")
+    print(summary, flush=True)
+    return 1 if total["failed"] or not total["passed"] else 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main(sys.argv[1:]))
