@@ -17,6 +17,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Host
 DEVICES = "/sys/bus/pci/devices"
 ADDRESS = re.compile(r"^[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]$")
 IDENTITY = re.compile(r"^[0-9a-f]{4}:[0-9a-f]{4}$")
+_QUOTED = "in quotes since YAML takes many addresses for numbers, such as '0000:01:00.0'"
 _SYSTEM_MOUNTS = re.compile(r"^/(boot.*|efi|usr|var|etc)?$")
 _KINDS = {"dmar": "intel", "ivhd": "amd", "smmu": "smmu", "ummu": "ummu", "viommu": "virtio"}
 _TABLES = {"DMAR": "intel", "IVRS": "amd", "IORT": "smmu", "VIOT": "virtio"}
@@ -241,7 +242,7 @@ def address_of(option: str, value: t.Any) -> str:
     """A full PCI address in the kernel's spelling; refused when it is not one."""
     address = str(value).strip().lower()
     if not ADDRESS.match(address):
-        remedy = "Write it with its domain as `lspci -D` shows it, such as 0000:01:00.0"
+        remedy = f"Write it with its domain as `lspci -D` shows it, {_QUOTED}"
         raise Refused(option, value, "not a PCI address", remedy)
     return address
 
@@ -308,7 +309,7 @@ def function_of(option: str, value: t.Any) -> str:
     """An address or a ``vendor:device``; refused when it is neither."""
     text = str(value).strip().lower()
     if not (ADDRESS.match(text) or IDENTITY.match(text)):
-        remedy = "Write an address such as 0000:01:00.0 or, quoted, a vendor:device such as '8086:10c9'"
+        remedy = f"Write a vendor:device such as '8086:10c9', or an address, {_QUOTED}"
         raise Refused(option, value, "neither a PCI address nor a vendor:device pair", remedy)
     return text
 

@@ -62,7 +62,8 @@ class SriovVfs:
         functions = _pci.observe_pci(self.host)["functions"]
         return {
             "functions": functions,
-            "users": {f["address"]: self._users(f) for f in functions if f["physfn"]},
+            "users": {f["address"]: _pci.vfio_users(self.host, f["address"]) for f in functions if f["physfn"]},
+            "up": [name for name in self.host.names("/sys/class/net") if self._is_up(name)],
             "settings": {f["address"]: self._settings(f) for f in functions if f["sriov"] and f["netdevs"]}
             if any(len(self._wish(item, 0)) for item in self.items)
             else {},
@@ -86,10 +87,10 @@ class SriovVfs:
             stored.pop(address, None)
             if item["vfs"]:
                 stored[address] = {**item, "pf": address}
-        if self.wait_seconds or (not stored and wanted(self.host, "sriov") is None):
+        if self.wait_seconds:
             return steps
         desired = {"functions": [stored[address] for address in sorted(stored)], "wait_seconds": BOOT_WAIT_SECONDS}
-        return steps + persist_plan(self.host, "sriov", desired)
+        return steps + persist_plan(self.host, "sriov", desired if stored else None)
 
     def apply(self, step: Step) -> None:
         """Carry out a step; a number that the driver refuses is undone to the earlier one."""
@@ -169,30 +170,26 @@ class SriovVfs:
             remedy = "Give it back to the kernel's driver first (vfio_bind with state=unbound)"
             raise Refused(f"{option}.pf", pf["address"], f"bound to {pf['driver']}", remedy)
         lost = [function for function in observed["functions"] if function["physfn"] == pf["address"]]
-        vital = [f"{vf['address']} ({'; '.join(vf['in_use'])})" for vf in lost if vf["in_use"]]
-        if vital:
-            problem = f"its VFs are in use by this host: {', '.join(vital)}"
-            raise Refused(f"{option}.vfs", vfs, problem, "End that use first")
-        used = [
-            f"{vf['address']} ({', '.join(observed['users'][vf['address']])})"
-            for vf in lost
-            if observed["users"][vf["address"]]
-        ]
+        all_go = f"all {len(lost)} VFs would go"
+
+        def listed(uses: t.Callable[[dict[str, t.Any]], list[str]]) -> str:
+            return ", ".join(f"{vf['address']} ({'; '.join(uses(vf))})" for vf in lost if uses(vf))
+
+        kept = listed(
+            lambda vf: vf["in_use"] + [f"open in process {user}" for user in observed["users"][vf["address"]]]
+        )
+        if kept:
+            remedy = f"End that use first, or keep vfs: {len(lost)}"
+            raise Refused(f"{option}.vfs", vfs, f"{all_go}, and these cannot: {kept}", remedy)
+        used = listed(lambda vf: [f"{name} is up" for name in vf["netdevs"] if name in observed["up"]])
         if used and not self.destroy:
-            problem = f"all {len(lost)} VFs would go, and these are in use: {', '.join(used)}"
-            remedy = f"End that use, keep vfs: {len(lost)}, or set destroy_used_vfs"
-            raise Refused(f"{option}.vfs", vfs, problem, remedy)
+            remedy = f"Set these down, keep vfs: {len(lost)}, or set destroy_used_vfs"
+            raise Refused(f"{option}.vfs", vfs, f"{all_go}, and these are in use: {used}", remedy)
         if pf["boot_critical"]:
             self.warnings.append(f"{pf['address']}: {'; '.join(pf['in_use'])}. Its link may drop for some seconds")
 
-    def _users(self, function: dict[str, t.Any]) -> list[str]:
-        """Who would lose a VF: processes through vfio, and interfaces that are up."""
-        up = [
-            f"{name} is up"
-            for name in function["netdevs"]
-            if (self.host.read_int(f"/sys/class/net/{name}/flags", 0) or 0) & 1
-        ]
-        return up + [f"process {user}" for user in _pci.vfio_users(self.host, function["address"])]
+    def _is_up(self, netdev: str) -> bool:
+        return bool((self.host.read_int(f"/sys/class/net/{netdev}/flags", 0) or 0) & 1)
 
     @staticmethod
     def _wish(item: dict[str, t.Any], number: int) -> dict[str, t.Any]:

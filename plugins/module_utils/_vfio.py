@@ -370,9 +370,7 @@ class VfioBindings:
             if binding.driver:
                 stored[address] = {"address": address, "driver": binding.driver}
         desired = {"functions": [stored[address] for address in sorted(stored)], "wait_seconds": BOOT_WAIT_SECONDS}
-        if not stored and wanted(self.host, "vfio") is None:
-            return []
-        return persist_plan(self.host, "vfio", desired)
+        return persist_plan(self.host, "vfio", desired if stored else None)
 
     # -- access ------------------------------------------------------------------------------
 

@@ -10,13 +10,15 @@ module: sriov_vfs
 short_description: Make SR-IOV virtual functions, and set how their switch treats them
 version_added: 0.1.0
 description:
-  - Sets the number of virtual functions (VFs) of physical functions (PFs), of any class, for example NICs and NVMe drives.
+  - Sets the number of virtual functions (VFs) of physical functions (PFs) of any class, such as NICs and NVMe drives.
     The kernel allows a change only through 0, so that all VFs of a PF go when their number changes.
-  - A change that would take away a VF in use (open in a virtual machine, or a network interface that is up) is refused unless O(destroy_used_vfs).
-    VFs with mounted file systems or the default route are never taken away.
+  - A change that would take away a VF whose network interface is up is refused unless O(destroy_used_vfs). VFs that a
+    virtual machine has open (the kernel would wait for it without end), or with mounted file systems or the default
+    route, are never taken away.
   - A number that the driver refuses is undone to the earlier one.
-  - The numbers and settings are stored by address and restored at boot by C(agentfleet-restore.service), without Ansible. Several calls add up;
-    O(functions[].vfs=0) takes a function out. No other tool (NetworkManager, netplan, C(systemd.link)) should set VFs of the same PF.
+  - The numbers and settings are stored by address and restored at boot by C(agentfleet-restore.service), without
+    Ansible. Several calls add up; O(functions[].vfs=0) takes a function out. No other tool (NetworkManager, netplan,
+    C(systemd.link)) should set VFs of the same PF.
 options:
   functions:
     description: The physical functions.
@@ -25,7 +27,9 @@ options:
     required: true
     suboptions:
       pf:
-        description: PCI address such as V(0000:41:00.0), or vendor and device id such as V('8086:10c9') when just one function of the host has it.
+        description:
+          - Quoted PCI address such as V('0000:41:00.0'), or vendor and device id such as V('8086:10c9') when just one
+            function of the host has it.
         type: str
         required: true
       vfs:
@@ -39,7 +43,9 @@ options:
         type: bool
         default: false
       mac_prefix:
-        description: First five bytes of the VFs' MAC addresses, the number of the VF is the sixth. Without it the driver chooses.
+        description:
+          - First five bytes of the VFs' MAC addresses; the number of the VF is the sixth.
+            Without it the driver chooses.
         type: str
       vlan:
         description: VLAN that the PF puts the VFs' traffic in, V(0) for none. Without it the VLAN is left as it is.
@@ -48,10 +54,11 @@ options:
         description: Whether a VF may set promiscuous mode and other addresses. Without it trust is left as it is.
         type: bool
       spoofchk:
-        description: Whether the PF drops frames whose source address is not the VF's. Without it the check is left as it is.
+        description:
+          - Whether the PF drops frames whose source address is not the VF's. Without it the check is left as it is.
         type: bool
   destroy_used_vfs:
-    description: Change the number although VFs in use go away; their virtual machines and connections lose them.
+    description: Change the number although network interfaces of VFs are up; what uses them loses its connection.
     type: bool
     default: false
 extends_documentation_fragment: agentfleet.metal.attributes
@@ -64,27 +71,29 @@ EXAMPLES = r"""
 - name: Two virtual functions for microVMs, in VLAN 100
   agentfleet.metal.sriov_vfs:
     functions:
-      - pf: 0000:41:00.0
+      - pf: '0000:41:00.0'
         vfs: 2
         mac_prefix: 02:00:00:00:41
         vlan: 100
         spoofchk: true
 
-- name: Take them away, although a microVM may have them
+- name: Take them away, although their interfaces may be up
   agentfleet.metal.sriov_vfs:
     functions:
-      - pf: 0000:41:00.0
+      - pf: '0000:41:00.0'
         vfs: 0
     destroy_used_vfs: true
 """
 
 RETURN = r"""
 functions:
-  description: The physical functions as they are after the run (before it in check mode), with the addresses of their VFs in order.
+  description: The physical functions as they are after the run (before it in check mode), with their VFs in order.
   returned: success
   type: list
   elements: dict
-  sample: [{"pf": "0000:00:07.0", "driver": "igb", "totalvfs": 7, "vfs": ["0000:00:17.0", "0000:00:17.2"], "autoprobe": false}]
+  sample:
+    - {"pf": "0000:00:07.0", "driver": "igb", "totalvfs": 7, "vfs": ["0000:00:17.0", "0000:00:17.2"],
+       "autoprobe": false}
 plan:
   description: The steps that were carried out, or would be in check mode.
   returned: success

@@ -10,31 +10,34 @@ module: vfio_bind
 short_description: Give PCI functions to vfio, or back to the kernel's drivers
 version_added: 0.1.0
 description:
-  - Binds functions to a vfio driver through C(driver_override), so that exactly the named functions are taken. The option
-    C(vfio-pci.ids), which takes all functions of a kind, the boot disk included, is never used.
-  - All functions are checked before the first one is touched. Refused are functions that this host needs (mounted file systems,
-    swap, RAID, LVM and the like, the default route, the present ssh connection), bridges, functions that a virtual machine
-    has open, parts of an IOMMU group, and any binding on a host without an active IOMMU.
+  - Binds functions to a vfio driver through C(driver_override), so that exactly the named functions are taken.
+    The option C(vfio-pci.ids), which takes all functions of a kind, the boot disk included, is never used.
+  - All functions are checked before the first one is touched. Refused are functions that this host needs (mounted file
+    systems, swap, RAID, LVM and the like, the default route, the present ssh connection), bridges, functions that a
+    virtual machine has open, parts of an IOMMU group, and any binding on a host without an active IOMMU.
   - A binding that fails is undone to the earlier driver.
-  - The bindings are stored by address and restored at boot by C(agentfleet-restore.service), without Ansible. Several calls add up;
-    O(functions[].state=unbound) takes a function out.
+  - The bindings are stored by address and restored at boot by C(agentfleet-restore.service), without Ansible.
+    Several calls add up; O(functions[].state=unbound) takes a function out.
 options:
   functions:
-    description: The functions, each named by exactly one of O(functions[].address), O(functions[].vendor_device) and O(functions[].vf_of).
+    description:
+      - The functions, each named by exactly one of O(functions[].address), O(functions[].vendor_device) and
+        O(functions[].vf_of).
     type: list
     elements: dict
     default: []
     suboptions:
       address:
-        description: PCI address with its domain, such as V(0000:01:00.0).
+        description:
+          - PCI address with its domain, such as V('0000:01:00.0'). Quote it, since YAML can take it for a number.
         type: str
       vendor_device:
         description: Vendor and device id, such as V('8086:10c9'). Quote it, since YAML can take it for a number.
         type: str
       count:
         description:
-          - With O(functions[].vendor_device), how many functions to take. Those bound before come first, then the lowest
-            addresses; functions in use by this host are passed over.
+          - With O(functions[].vendor_device), how many functions to take. Those bound before come first, then the
+            lowest addresses; functions in use by this host are passed over.
           - Without it all functions of the kind are meant, and one in use is refused.
         type: int
       numa_node:
@@ -57,18 +60,21 @@ options:
         choices: [bound, unbound]
         default: bound
   bind_whole_group:
-    description: Also bind the other endpoints of a function's IOMMU group that have a driver of the kernel. Without it they are a reason to refuse.
+    description:
+      - Also bind the other endpoints of a function's IOMMU group that have a driver of the kernel.
+        Without it they are a reason to refuse.
     type: bool
     default: false
   access_group:
     description:
-      - Local group that may use C(/dev/vfio/*), C(/dev/vfio/devices/*) and C(/dev/iommu), by a udev rule with mode 0660. The group must exist.
+      - Local group that may use C(/dev/vfio/*), C(/dev/vfio/devices/*) and C(/dev/iommu), by a udev rule with mode
+        0660. The group must exist.
       - Without it access is left as it is.
     type: str
   memlock:
     description:
-      - Locked memory that members of O(access_group) may have in login sessions, V(unlimited) or a size such as V(64GiB); a virtual machine with vfio locks
-        all its memory. Services of systemd have C(LimitMEMLOCK=) instead.
+      - Locked memory that members of O(access_group) may have in login sessions, V(unlimited) or a size such as
+        V(64GiB); a virtual machine with vfio locks all its memory. Services of systemd have C(LimitMEMLOCK=) instead.
     type: str
 extends_documentation_fragment: agentfleet.metal.attributes
 seealso:
@@ -80,8 +86,8 @@ EXAMPLES = r"""
 - name: Give one NVMe drive and two virtual functions to microVMs
   agentfleet.metal.vfio_bind:
     functions:
-      - address: 0000:01:00.0
-      - vf_of: 0000:41:00.0
+      - address: '0000:01:00.0'
+      - vf_of: '0000:41:00.0'
         vfs: [0, 1]
     access_group: kvm
     memlock: unlimited
@@ -96,7 +102,7 @@ EXAMPLES = r"""
 - name: Give a drive back to the kernel
   agentfleet.metal.vfio_bind:
     functions:
-      - address: 0000:01:00.0
+      - address: '0000:01:00.0'
         state: unbound
 """
 
@@ -106,8 +112,9 @@ functions:
   returned: success
   type: list
   elements: dict
-  sample: [{"address": "0000:00:05.0", "vendor": "1b36", "device": "0010", "driver": "vfio-pci", "iommu_group": 5, "numa_node": -1,
-    "nodes": ["/dev/vfio/5"]}]
+  sample:
+    - {"address": "0000:00:05.0", "vendor": "1b36", "device": "0010", "driver": "vfio-pci", "iommu_group": 5,
+       "numa_node": -1, "nodes": ["/dev/vfio/5"]}
 plan:
   description: The steps that were carried out, or would be in check mode.
   returned: success
