@@ -27,6 +27,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._numa import (
     offline_dax,
     online_blocks,
     processes,
+    zone_of,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size, parse_size
@@ -71,23 +72,23 @@ def observe_dax(host: Host) -> list[dict[str, t.Any]]:
     for name in host.names(DAX):
         path = f"{DAX}/{name}"
         where = real_parts(host, path)
-        states, zones = _blocks(host, path, block)
+        zones = [zone_of(host, name) for name in dax_blocks(host, path, block)]
         driver = host.link_name(f"{path}/driver")
         found.append(
             {
                 "name": name,
-                "region": next(
-                    (b for a, b in zip(where, where[1:]) if a.startswith("decoder") and b.startswith("region")), ""
-                ),
-                "path": "/".join(where[:-1]),
+                "region": next((b for a, b in zip(where, where[1:]) if a.startswith("decoder") and "region" in b), ""),
+                "namespace_uuid": host.read(f"{path}/../uuid"),
                 "mode": _MODES.get(driver, driver),
                 "size_bytes": host.read_int(f"{path}/size", 0),
+                "resource": host.read(f"{path}/resource"),
                 "target_node": host.read_int(f"{path}/target_node", -1),
                 "align_bytes": host.read_int(f"{path}/align", 0),
-                "online_blocks": states.count("online"),
-                "total_blocks": len(states),
-                "online": bool(states) and driver == "kmem" and set(states) == {"online"},
-                "movable": zones == {"Movable"} if zones else None,
+                "online_blocks": len(zones) - zones.count("offline"),
+                "total_blocks": len(zones),
+                "zone": zones[0] if len(set(zones)) == 1 else "mixed" if zones else "offline",
+                "online": bool(zones) and "offline" not in zones,
+                "movable": set(zones) <= {"movable", "offline"} if set(zones) - {"offline"} else None,
             }
         )
     return found
@@ -107,18 +108,6 @@ def dax_blocks(host: Host, path: str, block: int) -> list[str]:
         if block and start is not None and end is not None:
             found += [f"{MEMORY}/memory{number}" for number in range(start // block, end // block + 1)]
     return [path for path in found if host.exists(path)]
-
-
-def _blocks(host: Host, path: str, block: int) -> tuple[list[str], set[str]]:
-    """State of each memory block of a dax device, and the zones of those that are online."""
-    blocks = dax_blocks(host, path, block)
-    states = [host.read(f"{name}/state") for name in blocks]
-    zones = {
-        (host.read(f"{name}/valid_zones").split() or [""])[0]
-        for name, state in zip(blocks, states)
-        if state == "online"
-    }
-    return states, zones
 
 
 def _used_capacity(host: Host) -> dict[tuple[str, str], int]:
@@ -426,8 +415,8 @@ class CxlRegions:
             raise Refused(
                 f"{wish.option}.size",
                 "all" if wish.size is None else format_size(wish.size),
-                f"{ways} devices with {', '.join(format_size(m[f'{wish.type}_free_bytes']) for m in members)} free "
-                f"and a window with {format_size(decoder['available_bytes'])} free give {format_size(possible)} at most",
+                f"{ways} devices with {', '.join(format_size(m[f'{wish.type}_free_bytes']) for m in members)} free and "
+                f"a window with {format_size(decoder['available_bytes'])} free give {format_size(possible)} at most",
                 f"Give a size up to {format_size(possible)}" if possible else "Free the devices or the window first",
             )
         ordered = _ordered(wish, members, decoder["targets"])
