@@ -65,9 +65,7 @@ def observe_kernel(host: Host) -> dict[str, t.Any]:
         "parameters": parameters(cmdline),
         "modules": sorted(line.split()[0] for line in host.read("/proc/modules").splitlines() if line.split()),
         "boot_id": host.read("/proc/sys/kernel/random/boot_id"),
-        "sysctl": {
-            key: value for key in SYSCTLS if (value := host.read("/proc/sys/" + key.replace(".", "/"))) != ""
-        },
+        "sysctl": {key: value for key in SYSCTLS if (value := host.read("/proc/sys/" + key.replace(".", "/"))) != ""},
         "lockdown": _selected(host.read("/sys/kernel/security/lockdown")),
         "secure_boot": _secure_boot(host),
         "boot_guard": guard_phase(host),
@@ -92,9 +90,7 @@ def observe_kvm(host: Host) -> dict[str, t.Any]:
             flags = line.split()
             extension = "svm" if "svm" in flags else "vmx" if "vmx" in flags else ""
             break
-    nested = any(
-        host.read(f"/sys/module/{name}/parameters/nested") in ("1", "Y") for name in ("kvm_intel", "kvm_amd")
-    )
+    nested = any(host.read(f"/sys/module/{name}/parameters/nested") in ("1", "Y") for name in ("kvm_intel", "kvm_amd"))
     present = host.exists("/dev/kvm")
     arm = (host.read("/proc/sys/kernel/arch") or platform.machine()) == "aarch64"
     return {

@@ -122,6 +122,12 @@ class Tunables:
         }
         loaded = {line.split()[0] for line in self.host.read("/proc/modules").splitlines() if line.split()}
         named = {*self.modules, *self.options}
+        # Not every built-in driver is listed there; a loadable one has an initstate.
+        builtin |= {
+            name
+            for name in named - loaded
+            if self.host.exists(f"/sys/module/{name}") and not self.host.exists(f"/sys/module/{name}/initstate")
+        }
         observed = Observed(
             files={path: self.host.read(path) for path in (MODULES_FILE, OPTIONS_FILE, SYSCTL_FILE, SYSFS_FILE)},
             loaded=loaded,
@@ -155,7 +161,7 @@ class Tunables:
     def plan(self, observed: Observed) -> list[Step]:
         """Options, modules and running values first; then the files that keep them."""
         self._refuse(observed)
-        steps = [*self._file(observed, OPTIONS_FILE, self.options_text())]
+        steps = [*self._file(observed, OPTIONS_FILE, self.options_text(observed))]
         steps += [
             Step("load", f"module {name}", "absent", "loaded", data=("load", name))
             for name in self.modules
@@ -182,7 +188,7 @@ class Tunables:
                 steps.append(Step("set", what, int(now or 0), page.count, data=("hugepages", page)))
         steps += self._file(observed, MODULES_FILE, self.modules_text())
         steps += self._file(observed, SYSCTL_FILE, self.sysctl_text())
-        steps += self._file(observed, SYSFS_FILE, self.sysfs_text())
+        steps += self._file(observed, SYSFS_FILE, self.sysfs_text(observed))
         return steps
 
     def _refuse(self, observed: Observed) -> None:
@@ -246,7 +252,7 @@ class Tunables:
             raise Refused(
                 option,
                 value,
-                f"{name} is built into the kernel, where /etc/modprobe.d has no effect",
+                f"{name} is built into the kernel, and this parameter cannot be changed while it runs",
                 f"Put it on the command line: kernel_cmdline: {{{name}.{key}: '{value}'}}",
             )
 
@@ -305,11 +311,12 @@ class Tunables:
 
     # -- files ---------------------------------------------------------------
 
-    def options_text(self) -> str:
-        """Content of the file in modprobe.d."""
+    def options_text(self, observed: Observed) -> str:
+        """Content of the file in modprobe.d, which has no effect on built-in drivers."""
         return _text(
             f"options {name} " + " ".join(f"{key}={value}" for key, value in values.items())
             for name, values in self.options.items()
+            if name not in observed.builtin
         )
 
     def modules_text(self) -> str:
@@ -320,9 +327,18 @@ class Tunables:
         """Content of the file in sysctl.d."""
         return _text(f"{key} = {value}" for key, value in self.sysctl.items())
 
-    def sysfs_text(self) -> str:
-        """Content of the file in tmpfiles.d: attributes and huge pages."""
-        lines = [*self.sysfs.items(), *((page.path, str(page.count)) for page in self.hugepages)]
+    def sysfs_text(self, observed: Observed) -> str:
+        """Content of the file in tmpfiles.d: attributes, parameters of built-in drivers and huge pages."""
+        lines = [
+            *(
+                (f"/sys/module/{name}/parameters/{key}", value)
+                for name, values in self.options.items()
+                for key, value in values.items()
+                if name in observed.builtin
+            ),
+            *self.sysfs.items(),
+            *((page.path, str(page.count)) for page in self.hugepages),
+        ]
         return _text(f"w {path.replace('%', '%%')} - - - - {value.replace('%', '%%')}" for path, value in lines)
 
     @staticmethod
