@@ -1,0 +1,151 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the scenarios' tests share: run a playbook and look at its tasks, fingerprint a host, cut its power."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import typing as t
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Everything that a check run must not touch: configuration, our programs and units, and the state of the
+# hardware that our roles manage. Times, caches and logs are left out.
+FINGERPRINT = r"""
+{
+  find /etc /usr/local /boot/grub /var/lib/agentfleet /opt -xdev -type f -not -path '*/__pycache__/*' \
+    -not -name grubenv -not -path '/etc/.pwd.lock' -exec sha256sum {} + 2>/dev/null
+  find /etc /usr/local /var/lib/agentfleet /opt -xdev -type l -printf 'link %p -> %l\n' 2>/dev/null
+  systemctl list-unit-files --no-legend --no-pager
+  lsmod | awk 'NR > 1 {print "module", $1}'
+  for d in /sys/bus/pci/devices/*; do
+    echo "driver ${d##*/} $(basename "$(readlink "$d/driver")") $(cat "$d/driver_override")"
+  done
+  grep -H . /sys/bus/pci/devices/*/sriov_numvfs /sys/bus/cxl/devices/region*/commit \
+    /sys/devices/system/memory/auto_online_blocks /sys/kernel/mm/numa/demotion_enabled \
+    /sys/kernel/mm/mempolicy/weighted_interleave/node* /sys/devices/system/node/online \
+    /sys/devices/system/node/node*/hugepages/*/nr_hugepages /sys/module/zswap/parameters/* 2>/dev/null
+  sysctl -a 2>/dev/null | grep -E '^(vm\.(swappiness|nr_|overcommit|max_map|zone_reclaim)|kernel\.numa|net\.ipv4\.ip_forward|fs\.aio-max)'
+  getent passwd; getent group
+  dpkg-query -W -f '${Package} ${Version}\n'
+} | sort
+"""
+
+
+@dataclass
+class Task:
+    """One task's outcome on one host."""
+
+    name: str
+    host: str
+    changed: bool
+    failed: bool
+    skipped: bool
+    result: dict[str, t.Any]
+
+
+@dataclass
+class Played:
+    """A playbook that ran."""
+
+    rc: int
+    text: str
+    stats: dict[str, dict[str, int]] = field(default_factory=dict)
+    tasks: list[Task] = field(default_factory=list)
+
+    def changed(self) -> list[str]:
+        """The tasks that changed something, in order."""
+        return [f"{task.host}: {task.name}" for task in self.tasks if task.changed]
+
+    def failures(self) -> str:
+        """The messages of all failed tasks."""
+        return "\n".join(f"{x.name}: {x.result.get('msg', x.result)}" for x in self.tasks if x.failed) or self.text
+
+
+def command(playbook: str, *arguments: str, **variables: t.Any) -> list[str]:
+    """The command line of a playbook of this collection on the lab."""
+    return [
+        "ansible-playbook",
+        "--inventory=inventories/lab",
+        f"playbooks/{playbook}.yml",
+        *arguments,
+        f"--extra-vars={json.dumps(variables)}",
+    ]
+
+
+def environment() -> dict[str, str]:
+    """The environment in which playbooks are run, with their outcome as JSON."""
+    return {
+        **os.environ,
+        "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+        "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
+        "ANSIBLE_CALLBACKS_ENABLED": "",
+        "ANSIBLE_FORCE_COLOR": "0",
+    }
+
+
+def play(playbook: str, *arguments: str, **variables: t.Any) -> Played:
+    """Run a playbook to its end and parse what its tasks did."""
+    done = subprocess.run(
+        command(playbook, *arguments, **variables),
+        cwd=ROOT,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=1500,
+    )
+    played = Played(done.returncode, done.stdout + done.stderr)
+    start = done.stdout.find("{")
+    if start < 0:
+        return played
+    report = json.loads(done.stdout[start:])
+    played.stats = report["stats"]
+    for one in report["plays"]:
+        for task in one["tasks"]:
+            for host, result in task["hosts"].items():
+                played.tasks.append(
+                    Task(
+                        task["task"]["name"],
+                        host,
+                        bool(result.get("changed")),
+                        bool(result.get("failed") or result.get("unreachable")),
+                        bool(result.get("skipped")),
+                        result,
+                    )
+                )
+    return played
+
+
+def succeed(playbook: str, *arguments: str, **variables: t.Any) -> Played:
+    """Run a playbook that must succeed."""
+    played = play(playbook, *arguments, **variables)
+    assert played.rc == 0, played.failures()
+    return played
+
+
+def lab(state: str, **variables: t.Any) -> Played:
+    """Bring the lab's hosts to a state (role lab): started, restarted, reset, power_cut, ..."""
+    return succeed("lab_up", lab_state=state, **variables)
+
+
+def fingerprint(host: t.Any) -> set[str]:
+    """Every line of a host's state that only a real run may change."""
+    done = host.run("bash -s <<'SCRIPT'\n" + FINGERPRINT + "\nSCRIPT")
+    assert done.rc == 0, done.stderr
+    return set(done.stdout.splitlines())
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The collection's root directory."""
+    return ROOT
