@@ -14,6 +14,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 export PYTHONDONTWRITEBYTECODE := 1
 export MOLECULE_COMMAND_BORDERS := false
+export MOLECULE_GLOB := molecule/*/molecule.yml
 
 ## help: this list
 help:
@@ -29,13 +30,9 @@ test: setup
 	@python .ci/run_tests.py $(SCENARIO)
 
 ## setup: system packages, Python environment and collections (does nothing when they are there)
-setup: build/.system $(VENV)/.ready $(COLLECTIONS)/.ready
+setup: build/.packages
 
-build/.system: .ci/system $(wildcard roles/lab/defaults/main.yml)
-	@.ci/system
-	@mkdir -p build && touch $@
-
-$(VENV)/.ready: requirements/python.txt | build/.system
+$(VENV)/.ready: requirements/python.txt
 	@.ci/venv $(VENV)
 	@touch $@
 
@@ -44,16 +41,19 @@ $(COLLECTIONS)/.ready: requirements/ansible.txt requirements/collections.yml .ci
 	@python .ci/unpack_collections.py $(COLLECTIONS)
 	@touch $@
 
-## lint: ruff, mypy, yamllint, ansible-lint, changelog fragments, generated READMEs, documentation
+# Needs root only when something is missing; where sudo wants a password: ANSIBLE_BECOME_ASK_PASS=true make setup
+build/.packages: roles/lab/tasks/packages.yml $(COLLECTIONS)/.ready
+	@echo "== system packages of the lab"
+	@ansible localhost -i localhost, --connection local -m include_role -a 'name=agentfleet.metal.lab tasks_from=packages.yml'
+	@touch $@
+
+## lint: ruff, mypy, yamllint, ansible-lint, changelog fragments, generated READMEs
 lint: setup
-	@echo "== lint"
-	ruff check .
-	ruff format --check .
-	mypy
-	yamllint --strict .
-	python .ci/role_readmes.py --check
-	antsibull-changelog lint
-	ansible-lint --offline --strict -q
+	@echo "== lint"; failed=0; \
+	for linter in "ruff check --quiet ." "ruff format --quiet --check ." mypy "yamllint --strict ." \
+	  "python .ci/role_readmes.py --check" "antsibull-changelog lint" "ansible-lint --offline --strict -q"; do \
+	  echo "-- $$linter"; $$linter || failed=1; \
+	done; exit $$failed
 
 ## unit: unit tests with plain pytest (quick; `make test` runs the same under ansible-test)
 unit: setup

@@ -22,7 +22,7 @@ def unpack(target: Path) -> None:
     wanted = [item["name"] for item in yaml.safe_load((REQUIREMENTS / "collections.yml").read_text())["collections"]]
     with tempfile.TemporaryDirectory() as wheels:
         subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-deps"]
             + ["--only-binary=:all:", "--require-hashes", "-r", str(REQUIREMENTS / "ansible.txt"), "-d", wheels],
             check=True,
         )
