@@ -111,13 +111,12 @@ def listening(host: Host) -> set[int]:
 
 
 class Pools:
-    """The KV-cache pools of one host as a resource.
+    """The KV-cache pools of one host as a resource."""
 
-    :param checking: a dry run, in which earlier tasks only announced the engine and the memory
-    """
+    predicting = False  # a dry run, in which earlier tasks only announced the engine and the memory
 
-    def __init__(self, host: Host, pools: t.Sequence[t.Mapping[str, t.Any]], checking: bool = False) -> None:
-        self.host, self.checking = host, checking
+    def __init__(self, host: Host, pools: t.Sequence[t.Mapping[str, t.Any]]) -> None:
+        self.host = host
         self.lose_data = {str(pool["name"]): bool(pool.get("lose_data")) for pool in pools}
         self.wanted: dict[str, dict[str, t.Any] | None] = {}
         for index, pool in enumerate(pools):
@@ -277,7 +276,7 @@ class Pools:
                 if self._running(unit, observed) and parts(observed["declared"].get(name)).get(unit) == part
             ]
             if pool["engine"] == "mooncake":
-                if not observed["engine"] and not self.checking:
+                if not observed["engine"] and not self.predicting:
                     raise Refused(
                         f"{option}.engine", "mooncake", f"{ENGINE} is missing", "Install it first: role mooncake"
                     )
@@ -295,7 +294,7 @@ class Pools:
                     continue
                 node = observed["nodes"][name, tier["name"]]
                 if isinstance(node, str):
-                    if not self.checking:
+                    if not self.predicting:
                         raise Refused(f"{where}.memdevs", tier["memdevs"], node, "Correct the serials or run it later")
                     continue
                 if node is not None and node not in observed["free"]:
@@ -389,6 +388,8 @@ class PoolInfo:
 
     :param names: pools to probe; all that are declared when None
     """
+
+    predicting = False
 
     def __init__(self, host: Host, names: t.Sequence[str] | None, probe_size: str) -> None:
         self.host, self.names = host, names

@@ -38,7 +38,7 @@ options:
         default: present
       engine:
         description:
-          - V(mooncake) serves memory over the network; role P(agentfleet.metal.mooncake#role) installs it.
+          - V(mooncake) serves memory over the network; role C(mooncake) installs it.
           - V(filesystem) is a directory that an inference engine fills.
         type: str
         default: mooncake
@@ -190,9 +190,9 @@ POOL = {
 }
 
 
-def build(params: t.Mapping[str, t.Any], host: Host, checking: bool = False) -> Pools:
+def build(params: t.Mapping[str, t.Any], host: Host) -> Pools:
     """The resource of these parameters."""
-    return Pools(host, params["pools"], checking)
+    return Pools(host, params["pools"])
 
 
 def main() -> None:
@@ -201,7 +201,7 @@ def main() -> None:
         argument_spec={"pools": {"type": "list", "elements": "dict", "required": True, "options": POOL}},
         supports_check_mode=True,
     )
-    converge(module, lambda: build(module.params, Host(), module.check_mode))
+    converge(module, lambda: build(module.params, Host()))
 
 
 if __name__ == "__main__":
