@@ -43,6 +43,7 @@ _value:
 from ansible.errors import AnsibleFilterError
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._checks import evaluate
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
 
 
 def preflight_failures(facts, wants):
@@ -50,7 +51,10 @@ def preflight_failures(facts, wants):
     for name, value in (("the facts", facts), ("wants", wants)):
         if not hasattr(value, "items"):
             raise AnsibleFilterError(f"preflight_failures: {name} must be a dictionary, not {type(value).__name__}")
-    return evaluate(facts, wants)
+    try:
+        return evaluate(facts, wants)
+    except Refused as refusal:
+        raise AnsibleFilterError(f"preflight_failures: {refusal}") from refusal
 
 
 class FilterModule:

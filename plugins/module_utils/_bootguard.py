@@ -39,12 +39,15 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._bootloader impor
     Loader,
     loader_of,
 )
+from ansible_collections.agentfleet.metal.plugins.module_utils._guardstate import (
+    MARK,
+    STATE,
+    Record,
+    booted,
+    read_record,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
-
-STATE = "/var/lib/agentfleet/boot-guard/state.json"
-MARK = "agentfleet.candidate="
-Record = t.Dict[str, t.Any]  # noqa: UP006 (evaluated on Python 3.9 at run time)
 
 
 class Guard:
@@ -55,14 +58,7 @@ class Guard:
 
     def record(self) -> Record:
         """The guard's record; empty when nothing is armed."""
-        text = self.host.read(STATE)
-        try:
-            return dict(json.loads(text or "{}"))
-        except ValueError as error:
-            raise HostError(
-                f"{STATE} is damaged ({error}). Look which entry is saved (`{self.loader.editenv} "
-                f"{self.loader.grubenv} list`), put the boot configuration right by hand, and remove the file"
-            ) from error
+        return read_record(self.host)
 
     def boot_id(self) -> str:
         """The kernel's identity of this boot."""
@@ -70,12 +66,7 @@ class Guard:
 
     def booted(self, record: Record) -> str:
         """What runs: ``candidate``, ``known_good``, or ``not_rebooted`` since the candidate was armed."""
-        if not record:
-            return ""
-        mark = record.get("candidate", {}).get("mark")
-        if mark and f"{MARK}{mark}" in self.host.read("/proc/cmdline").split():
-            return "candidate"
-        return "not_rebooted" if self.boot_id() == record["boot_id"] else "known_good"
+        return booted(self.host, record)
 
     def complete(self, record: Record) -> bool:
         """Whether the known-good entry is what boots by default."""
@@ -230,7 +221,7 @@ class BootGuard:
 
     def plan(self, observed: Record) -> list[Step]:
         """At most a handful of steps towards the wanted state."""
-        phase, booted = observed.get("phase", ""), self.guard.booted(observed)
+        phase, runs = observed.get("phase", ""), self.guard.booted(observed)
         if self.wanted == "armed":
             steps = []
             if not self.guard.complete(observed):
@@ -244,11 +235,11 @@ class BootGuard:
         if self.wanted == "promoted":
             if phase == "promoting":
                 return [self._decide("promote", "a promotion was interrupted")]
-            if booted != "candidate":
+            if runs != "candidate":
                 raise Refused(
                     "state",
                     "promoted",
-                    f"the candidate does not run (the host is {_BOOTED[booted]}, phase {phase})",
+                    f"the candidate does not run (the host is {_BOOTED[runs]}, phase {phase})",
                     "Reboot into it first, or take state: rolled_back",
                 )
             return [

@@ -422,7 +422,7 @@ class Bls(Loader):
     def entries(self) -> list[Entry]:
         found = []
         for block in re.split(r"(?m)^(?=index=)", self.host.run(["grubby", "--info=ALL"]).stdout):
-            values = dict(re.findall(r'(?m)^(\w+)="?(.*?)"?$', block))
+            values: dict[str, str] = dict(re.findall(r'(?m)^(\w+)="?(.*?)"?$', block))
             if not values.get("kernel") or values.get("id") in OURS:
                 continue
             root = f"root={values['root']} " if values.get("root") else ""

@@ -13,6 +13,8 @@ import re
 import typing as t
 from dataclasses import dataclass
 
+from ansible_collections.agentfleet.metal.plugins.module_utils._units import parse_size
+
 GIB = 1 << 30
 PYTHON_FLOOR = (3, 9)
 ARCHITECTURES = ("x86_64", "aarch64")
@@ -138,7 +140,7 @@ def evaluate(facts: t.Mapping[str, t.Any], wants: t.Mapping[str, t.Any]) -> list
     Missing facts and missing wants never raise: an absent want asks for nothing.
 
     :param facts: ``ansible_facts.metal``
-    :param wants: see the role ``preflight``, variable ``preflight_wants``
+    :param wants: the role ``preflight`` builds them (``preflight__wants``)
     :return: failures, each with ``check, problem, remedy, role``; empty when the host is fit
     """
     failures: list[dict[str, str]] = []
@@ -224,11 +226,13 @@ def _host_checks(facts: _Map, wants: _Map, fail: _Fail) -> None:
             "Enroll the module's signing key (mokutil --import) or switch Secure Boot off in the firmware",
         )
     kvm = _part(facts, "kvm")
-    if wants.get("kvm") and not kvm.get("usable"):
+    driver = {"svm": "CONFIG_KVM_AMD", "vmx": "CONFIG_KVM_INTEL"}.get(kvm.get("extension", ""), "")
+    # A driver that is only not loaded yet is loaded by the role kernel.
+    if wants.get("kvm") and not kvm.get("usable") and driver not in _part(kernel, "config"):
         if kvm.get("present"):
             problem = "/dev/kvm exists, but the CPU shows neither vmx nor svm: guests would die at once"
         elif kvm.get("extension"):
-            problem = f"the CPU has {kvm['extension']}, but there is no /dev/kvm"
+            problem = f"the CPU has {kvm['extension']}, but the kernel has no {driver} and there is no /dev/kvm"
         else:
             problem = "the CPU shows neither vmx nor svm, and there is no /dev/kvm"
         fail(
@@ -238,9 +242,17 @@ def _host_checks(facts: _Map, wants: _Map, fail: _Fail) -> None:
             "Load kvm_intel or kvm_amd (kernel_modules), switch virtualization on in the firmware or, "
             "in a virtual machine, nested virtualization on the machine below",
         )
-    for path, wanted in sorted((wants.get("free_bytes") or {}).items()):
-        free = (system.get("free_bytes") or {}).get(path)
-        if free is not None and free < wanted:
+    known = _part(system, "free_bytes")
+    for path, size in sorted((wants.get("free_space") or {}).items()):
+        wanted, free = parse_size(f"free_space.{path}", size), known.get(path)
+        if free is None:
+            fail(
+                "preflight",
+                "free_space",
+                f"the free space of {path} is not among the facts",
+                f"Declare it for one of {', '.join(sorted(known))}",
+            )
+        elif free < wanted:
             fail(
                 "preflight",
                 "free_space",
@@ -396,7 +408,7 @@ def _cxl_checks(facts: _Map, wants: _Map, fail: _Fail) -> None:
 
 def _memory_checks(facts: _Map, wants: _Map, fail: _Fail) -> None:
     total = _part(facts, "os").get("memory_bytes") or 0
-    wanted = wants.get("memory_bytes") or 0
+    wanted = parse_size("memory", wants["memory"]) if wants.get("memory") else 0
     if total and wanted > total:
         fail(
             "preflight",
@@ -407,8 +419,8 @@ def _memory_checks(facts: _Map, wants: _Map, fail: _Fail) -> None:
     nodes = {node.get("id"): node for node in _part(facts, "numa").get("nodes") or []}
     asked: dict[int, int] = {}
     for item in wants.get("hugepages") or []:
-        size = GIB if str(item.get("size")) == "1GiB" else 2 << 20
-        asked[int(item.get("node", 0))] = asked.get(int(item.get("node", 0)), 0) + size * int(item.get("count", 0))
+        node = int(item.get("node", 0))
+        asked[node] = asked.get(node, 0) + parse_size("size", item.get("size")) * int(item.get("count", 0))
     for number, size in sorted(asked.items()):
         has = (nodes.get(number) or {}).get("size_bytes")
         if nodes and has is None:

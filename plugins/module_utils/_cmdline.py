@@ -10,12 +10,12 @@ import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._bootguard import (
     Guard,
-    Record,
     arm_step,
     running_arguments,
     summary,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._bootloader import Entry, loader_of, predict, unmet
+from ansible_collections.agentfleet.metal.plugins.module_utils._guardstate import Record
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused, Step
 

@@ -8,16 +8,15 @@ Pure functions over a Host: no side effect; what cannot be read is absent or emp
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._checks import CONFIG_OPTIONS
+from ansible_collections.agentfleet.metal.plugins.module_utils._guardstate import booted, read_record
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 
-# The guard's record (written by _bootguard, read here so that the facts need nothing else of it).
-GUARD_STATE = "/var/lib/agentfleet/boot-guard/state.json"
 SYSCTLS = (
     "kernel.numa_balancing",
     "kernel.numa_balancing_promote_rate_limit_MBps",
@@ -68,7 +67,7 @@ def observe_kernel(host: Host) -> dict[str, t.Any]:
         "sysctl": {key: value for key in SYSCTLS if (value := host.read("/proc/sys/" + key.replace(".", "/"))) != ""},
         "lockdown": _selected(host.read("/sys/kernel/security/lockdown")),
         "secure_boot": _secure_boot(host),
-        "boot_guard": guard_phase(host),
+        "boot_guard": boot_guard(host),
     }
 
 
@@ -184,13 +183,13 @@ def kernel_config(host: Host, release: str, options: t.Collection[str]) -> dict[
     return found
 
 
-def guard_phase(host: Host) -> str:
-    """The boot guard's phase: empty when nothing is armed."""
+def boot_guard(host: Host) -> dict[str, str]:
+    """The boot guard's phase (empty when nothing is armed) and what runs."""
     try:
-        state = json.loads(host.read(GUARD_STATE) or "{}")
-    except ValueError:
-        return "unreadable"
-    return str(state.get("phase", ""))
+        record = read_record(host)
+    except HostError:
+        return {"phase": "damaged", "booted": ""}
+    return {"phase": str(record.get("phase", "")), "booted": booted(host, record)}
 
 
 def _assignments(text: str) -> t.Iterator[tuple[str, str]]:

@@ -48,7 +48,8 @@ ansible_facts:
         kernel:
           description: >-
             C(release), C(config) (only the options that a feature set asks for), C(cmdline), C(parameters),
-            C(modules), C(boot_id), C(sysctl), C(lockdown), C(secure_boot) and C(boot_guard), the guard's phase.
+            C(modules), C(boot_id), C(sysctl), C(lockdown), C(secure_boot) and C(boot_guard) with its C(phase) and
+            what is C(booted).
           type: dict
           returned: always
         packages:

@@ -15,8 +15,8 @@ description:
   - Configures parameters through a drop-in and C(grub-mkconfig) (Debian, Ubuntu), C(grubby) (RHEL 9, Fedora), or
     C(/etc/default/grub) and C(grub2-mkconfig) (openEuler).
   - Keeps apart what is configured, what is booted (token by token from C(/proc/cmdline)) and what waits for a reboot.
-  - With the guard the command line that runs now stays the default, and the new one is booted once, on trial. It becomes
-    the default when M(agentfleet.metal.boot_guard) promotes it. The module itself never reboots.
+  - With the guard the command line that runs now stays the default, and the new one is booted once, on trial. It
+    becomes the default when M(agentfleet.metal.boot_guard) promotes it. The module itself never reboots.
   - One call is the whole wish. A parameter that is no longer given is no longer configured. What other files say about
     a parameter that is given is filtered out.
   - A run that was interrupted is completed by the next one, since the generated boot entries are compared, not only

@@ -30,8 +30,8 @@ options:
       - Parameters by module, as C({module: {parameter: value}}).
       - A parameter that can be written at run time is set at once. One that cannot is reported under RV(module_reloads)
         and RV(reboot_reasons) while the module runs with another value.
-      - Parameters of a built-in driver are kept in C(/etc/tmpfiles.d), since C(/etc/modprobe.d) has no effect on it. One
-        that cannot be written at run time is refused; it belongs on the command line
+      - Parameters of a built-in driver are kept in C(/etc/tmpfiles.d), since C(/etc/modprobe.d) has no effect on it.
+        One that cannot be written at run time is refused; it belongs on the command line
         (M(agentfleet.metal.kernel_cmdline)).
     type: dict
     default: {}
