@@ -44,7 +44,8 @@ def render(role: Path) -> str:
     """The README of one role."""
     specs = yaml.safe_load((role / "meta/argument_specs.yml").read_text())["argument_specs"]
     parts = [
-        f"<!-- Generated from meta/argument_specs.yml by `make docs`; do not edit. -->\n\n# agentfleet.metal.{role.name}"
+        "<!-- Generated from meta/argument_specs.yml by `make docs`; do not edit. -->",
+        f"# agentfleet.metal.{role.name}",
     ]
     for entry, spec in specs.items():
         if entry != "main":

@@ -1,0 +1,107 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What must agree across the files of the collection."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import typing as t
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = sorted(path.stem for path in ROOT.glob("plugins/modules/[a-z]*.py"))
+ROLES = sorted(path.name for path in ROOT.glob("roles/*"))
+# Collections that are not part of ansible-core, by the names of their namespaces.
+FOREIGN = re.compile(
+    r"(?<![\w./-])((?:ansible\.(?!builtin\b|module_utils\b|plugins\b)|community\.|containers\.)[a-z_0-9]+)\.[a-z_]\w+"
+)
+
+
+def load(path: str) -> t.Any:
+    """A YAML file of the collection."""
+    return yaml.safe_load((ROOT / path).read_text())
+
+
+def tracked() -> list[Path]:
+    """All text files under version control, and new ones that will be."""
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        check=True,
+    ).stdout.decode()
+    return [ROOT / name for name in names.split("\0") if name and (ROOT / name).is_file()]
+
+
+def documentation(module: str) -> dict[str, t.Any]:
+    """The documentation of a module."""
+    source = (ROOT / f"plugins/modules/{module}.py").read_text()
+    match = re.search(r'^DOCUMENTATION = r?"""(.*?)"""', source, re.DOTALL | re.MULTILINE)
+    assert match, f"{module} has no DOCUMENTATION"
+    return yaml.safe_load(match.group(1))
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_defaults_of_a_role_are_those_of_its_spec(role: str) -> None:
+    specs = load(f"roles/{role}/meta/argument_specs.yml")["argument_specs"]
+    options = {name: option for spec in specs.values() for name, option in spec.get("options", {}).items()}
+    defaults = ROOT / f"roles/{role}/defaults/main.yml"
+    assert (load(str(defaults)) or {} if defaults.exists() else {}) == {
+        name: option["default"] for name, option in options.items() if "default" in option
+    }
+    assert [name for name in options if not name.startswith(f"{role}_")] == []
+
+
+def test_action_group_has_all_modules() -> None:
+    assert load("meta/runtime.yml")["action_groups"]["metal"] == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_is_documented_and_refuses_bad_input(module: str) -> None:
+    docs = documentation(module)
+    fragments = docs.get("extends_documentation_fragment", [])
+    assert any(
+        name.startswith("agentfleet.metal.attributes") for name in [fragments, *fragments] if isinstance(name, str)
+    )
+    assert docs["version_added"]
+    if docs.get("options"):
+        assert load(f"tests/unit/plugins/modules/bad_inputs/{module}.yml")
+
+
+def test_every_module_util_has_its_test() -> None:
+    thinking = {path.stem for path in ROOT.glob("plugins/module_utils/_*.py")} - {"__init__"}
+    tested = {path.stem.removeprefix("test") for path in ROOT.glob("tests/unit/plugins/module_utils/test_*.py")}
+    assert sorted(thinking - tested) == []
+
+
+def test_dependencies_are_those_that_are_used() -> None:
+    def used(*places: str) -> set[str]:
+        return {
+            name
+            for path in tracked()
+            if path.relative_to(ROOT).parts[0] in places
+            for name in FOREIGN.findall(path.read_text(errors="replace"))
+        }
+
+    assert used("roles", "playbooks", "plugins", "inventories") == set(load("galaxy.yml")["dependencies"])
+    unpacked = {item["name"] for item in load("requirements/collections.yml")["collections"]}
+    assert used("roles", "playbooks", "plugins", "inventories", "benchmarks", "molecule", "ansible.cfg") <= unpacked
+
+
+def test_no_file_names_a_registry_or_a_place_of_one_machine() -> None:
+    registry = r"https?://[a-z0-9.-]*\b(?:debian|ubuntu|pypi|pythonhosted|npmjs|crates|docker)\.[a-z]+"
+    # where the outermost checkout lies (ansible-test runs a copy below it), unless that is a path like any other
+    outermost = [parent for parent in [ROOT, *ROOT.parents] if (parent / "galaxy.yml").exists()][-1]
+    forbidden = re.compile(rf"{registry}|{re.escape(str(outermost))}/")
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in tracked()
+        for line in path.read_text(errors="replace").splitlines()
+        if forbidden.search(line)
+    ]
+    assert found == []
