@@ -173,7 +173,9 @@ class Pools:
         if not units:
             return {}
         show = self.host.run(["systemctl", "show", "--property=Id,ActiveState,UnitFileState", *units]).stdout
-        blocks = [dict(line.split("=", 1) for line in block.splitlines()) for block in show.strip().split("\n\n")]
+        blocks = [
+            dict(line.split("=", 1) for line in block.splitlines()) for block in show.split("\n\n") if block.strip()
+        ]
         return {block["Id"]: block for block in blocks}
 
     def _space(self, path: str) -> dict[str, t.Any]:
