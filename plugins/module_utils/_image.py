@@ -221,7 +221,9 @@ class Images:
         for directory in (done, f"{work}/kernel", f"{work}/tree"):
             os.mkdir(directory)
         self._bootstrap(image, "extract", [definition["kernel_package"], "busybox-static"], f"{work}/kernel.tar")
-        self.host.run(["tar", "-C", f"{work}/kernel", "--exclude=./dev/*", "-xf", f"{work}/kernel.tar"], timeout_seconds=600)
+        self.host.run(
+            ["tar", "-C", f"{work}/kernel", "--exclude=./dev/*", "-xf", f"{work}/kernel.tar"], timeout_seconds=600
+        )
         release = self._kernel(f"{work}/kernel", done, definition["kernel_package"])
         self._bootstrap(image, "essential", definition["packages"], f"{work}/base.tar")
         contents = {name: _describe(f"{done}/{name}") for name in (KERNEL, INITRD)}
@@ -287,7 +289,9 @@ class Images:
     def _wheels(self, image: t.Mapping[str, t.Any], work: str) -> str:
         """Python packages for the image's own Python, from wheels only (nothing is compiled here)."""
         with tarfile.open(f"{work}/base.tar") as base:
-            versions = [m.group(1) for name in base.getnames() if (m := re.fullmatch(r"\./usr/bin/python3\.(\d+)", name))]
+            versions = [
+                m.group(1) for name in base.getnames() if (m := re.fullmatch(r"\./usr/bin/python3\.(\d+)", name))
+            ]
         if not versions:
             raise HostError("python_requirements: the image has no Python. Add python3 to its packages")
         target = f"{work}/wheels"

@@ -38,7 +38,7 @@ KERNEL_OPTIONS = {
     "CONFIG_SERIAL_8250_CONSOLE": "the console",
     "CONFIG_DEVTMPFS": "devices",
 }
-APPLETS = "sh cat echo grep insmod ip hostname mkdir mount poweroff sleep switch_root tr usleep".split()
+APPLETS = "sh cat echo grep insmod ip hostname mkdir mount poweroff sleep switch_root usleep".split()
 
 INIT = """\
 #!/bin/sh
@@ -71,7 +71,7 @@ mount -t tmpfs -o mode=755,size=50% upper /upper && mkdir /upper/data /upper/wor
 agentfleet_init=/usr/lib/agentfleet/init
 for disk in /sys/block/vd*; do
     [ "$(cat "$disk/serial" 2>/dev/null)" = agentfleet-config ] || continue
-    tr -d '\\000' <"/dev/${disk##*/}" >/run/agentfleet/config
+    cat "/dev/${disk##*/}" >/run/agentfleet/config
     . /run/agentfleet/config
 done
 [ -z "$agentfleet_hostname" ] || hostname "$agentfleet_hostname"

@@ -133,7 +133,9 @@ class Store:
             with open(f"{work}/{MANIFEST}", encoding="utf-8") as file:
                 files = json.load(file)["files"]
         except (OSError, ValueError, KeyError) as error:
-            raise HostError(f"the bundle of {digest} has no readable manifest ({error}). Build and send it again") from error
+            raise HostError(
+                f"the bundle of {digest} has no readable manifest ({error}). Build and send it again"
+            ) from error
         expected = {name: entry["sha256"] for name, entry in files.items()}
         if set(expected) != FILES or set(os.listdir(work)) != FILES | {MANIFEST} or expected[IMAGE] != digest:
             raise HostError(f"the bundle is not that of {digest}. Send the bundle that rootfs_image returned with it")

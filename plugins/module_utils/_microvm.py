@@ -1,0 +1,736 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""MicroVMs: validation, resolution of what is derived, plan, and the life cycle under systemd.
+
+This module is private to the collection and imports nothing of Ansible.
+
+A wish becomes a *spec*: everything resolved (image digest, address, MAC, CID,
+accelerator), stored as ``spec.json``. Files, unit and command line follow from
+the spec alone; a running microVM is up to date when its process has that
+command line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import time
+import typing as t
+from concurrent.futures import ThreadPoolExecutor
+
+from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_units as units
+from ansible_collections.agentfleet.metal.plugins.module_utils import _qemu, _store
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
+from ansible_collections.agentfleet.metal.plugins.module_utils._proc import memory_of
+from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size, parse_size
+
+# What a driver brings: problem(host), command(spec, image_bytes, run, config), console(host, run).
+DRIVERS: dict[str, t.Any] = {"qemu": _qemu}
+# State -> whether the microVM exists and whether it runs (None: as it is).
+STATES: dict[str, tuple[bool, bool | None]] = {
+    "present": (True, None),
+    "running": (True, True),
+    "stopped": (True, False),
+    "absent": (False, False),
+}
+AGENT_PORT = 1024
+OVERHEAD = 192 << 20  # of a VMM besides guest RAM and privately written image pages
+SMALLEST_MEMORY = 96 << 20
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?")
+WORD = re.compile(r"[a-z0-9][a-z0-9_]{0,31}")
+
+
+def derived(name: str, purpose: str) -> bytes:
+    """Bytes that are the same for one name everywhere and differ between names."""
+    return hashlib.sha256(f"agentfleet {purpose} {name}".encode()).digest()
+
+
+def run_directory(name: str) -> str:
+    """Where a running microVM has its sockets."""
+    return f"/run/agentfleet/{name}"
+
+
+def ask_agent(cid: int, timeout_seconds: float = 5) -> dict[str, t.Any] | None:
+    """What the agent in a microVM answers over vsock; None when it does not."""
+    with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as connection:
+        connection.settimeout(timeout_seconds)
+        try:
+            connection.connect((cid, AGENT_PORT))
+            connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            answer = b""
+            while chunk := connection.recv(65536):
+                answer += chunk
+            told = json.loads(answer.partition(b"\r\n\r\n")[2])
+        except (OSError, ValueError):
+            return None
+    return told if isinstance(told, dict) else None
+
+
+def declared(host: Host) -> dict[str, dict[str, t.Any]]:
+    """Name -> spec of every microVM on the host."""
+    found = {}
+    for name in host.names(units.HOME):
+        try:
+            found[name] = json.loads(host.read(f"{units.HOME}/{name}/spec.json"))
+        except ValueError:
+            continue
+    return found
+
+
+def unit_states(host: Host, names: t.Sequence[str]) -> dict[str, dict[str, t.Any]]:
+    """Name -> active state, main pid and its command line, with one command for all."""
+    if not names:
+        return {}
+    properties = "--property=Id,ActiveState,MainPID,NRestarts"
+    done = host.run(["systemctl", "show", properties, *(units.unit(name) for name in names)])
+    found = {}
+    for stanza in done.stdout.split("\n\n"):
+        fields = dict(line.split("=", 1) for line in stanza.splitlines() if "=" in line)
+        if "Id" not in fields:
+            continue
+        pid = int(fields.get("MainPID") or 0)
+        name = fields["Id"].partition("@")[2].rpartition(".service")[0]
+        found[name] = {
+            "active": fields.get("ActiveState", "inactive"),
+            "pid": pid,
+            "restarts": int(fields.get("NRestarts") or 0),
+            "argv": host.read(f"/proc/{pid}/cmdline").rstrip("\0").split("\0") if pid else [],
+        }
+    return found
+
+
+def public_state(state: t.Mapping[str, t.Any] | None) -> str:
+    """systemd's state in our words."""
+    words = {"active": "running", "activating": "starting", "deactivating": "stopping", "failed": "failed"}
+    return words.get((state or {}).get("active", ""), "stopped")
+
+
+class MicroVms:
+    """The microVMs of one call.
+
+    :param params: ``state, instances, networks, accelerator, parallel, ready_timeout_seconds, allow_restart,
+        memory_overcommit`` as the module documents them
+    """
+
+    def __init__(self, host: Host, params: t.Mapping[str, t.Any]) -> None:
+        self.host = host
+        self.predicting = False
+        self.params = params
+        if params["state"] not in STATES:
+            raise Refused("state", params["state"], "not a state", f"Use one of {', '.join(STATES)}")
+        self.exists, self.runs = STATES[params["state"]]
+        if params["accelerator"] not in ("auto", "kvm", "tcg"):
+            raise Refused("accelerator", params["accelerator"], "not an accelerator", "Use auto, kvm or tcg")
+        for option in ("parallel", "ready_timeout_seconds"):
+            if params[option] < 1:
+                raise Refused(option, params[option], "not positive", "Give at least 1")
+        if params["memory_overcommit"] <= 0:
+            raise Refused("memory_overcommit", params["memory_overcommit"], "not positive", "1.0 means no overcommit")
+        self.networks = self._networks(params["networks"])
+        self.wanted: dict[str, dict[str, t.Any]] = {}
+        for index, item in enumerate(params["instances"]):
+            option, name = f"instances[{index}]", item["name"]
+            if not NAME.fullmatch(name):
+                raise Refused(
+                    f"{option}.name", name, "not a name of a microVM",
+                    "Use 1 to 48 of a-z, 0-9 and hyphen, beginning and ending with a letter or digit",
+                )  # fmt: skip
+            if name in self.wanted:
+                raise Refused(f"{option}.name", name, "named twice", "Give each microVM its own name")
+            self.wanted[name] = self._item(option, item) if self.exists else {"name": name, "option": option}
+        self._unique("cid", lambda item: [item["cid"]], "Give another cid, or leave it out to have one derived")
+        self._unique(
+            "networks", lambda item: [n["address"] for n in item["networks"] if n["address"]], "Give another address"
+        )
+        self.warnings: list[str] = []
+        self.specs: dict[str, dict[str, t.Any]] = {}
+
+    # -- validation ----------------------------------------------------------
+
+    @staticmethod
+    def _networks(networks: t.Sequence[t.Mapping[str, t.Any]]) -> dict[str, dict[str, t.Any]]:
+        found: dict[str, dict[str, t.Any]] = {}
+        for index, network in enumerate(networks):
+            option = f"networks[{index}]"
+            try:
+                prefix = ipaddress.ip_network(network["prefix"])
+            except ValueError as error:
+                raise Refused(
+                    f"{option}.prefix", network["prefix"], str(error), "Write a prefix such as 10.88.0.0/24"
+                ) from None
+            if prefix.num_addresses < 4:
+                raise Refused(f"{option}.prefix", network["prefix"], "no room for a microVM", "Use a /30 or shorter")
+            if not re.fullmatch(r"[a-z][a-z0-9_.-]{0,14}", network["bridge"]):
+                raise Refused(
+                    f"{option}.bridge",
+                    network["bridge"],
+                    "not a name of a network device",
+                    "Use at most 15 of a-z, 0-9 and -",
+                )
+            for other in found.values():
+                if network["name"] == other["name"] or network["bridge"] == other["bridge"]:
+                    raise Refused(
+                        option, network["name"], "same name or bridge as another network", "Name both uniquely"
+                    )
+                if prefix.version == other["prefix"].version and prefix.overlaps(other["prefix"]):
+                    raise Refused(
+                        f"{option}.prefix",
+                        network["prefix"],
+                        f"overlaps {other['prefix']}",
+                        "Give each network its own prefix",
+                    )
+            found[network["name"]] = {**network, "prefix": prefix, "gateway": prefix[1]}
+        return found
+
+    def _item(self, option: str, item: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+        if item["driver"] not in DRIVERS:
+            raise Refused(f"{option}.driver", item["driver"], "unknown driver", f"Use one of {', '.join(DRIVERS)}")
+        if not 1 <= item["vcpus"] <= 255:
+            raise Refused(f"{option}.vcpus", item["vcpus"], "not from 1 to 255", "Give at least one virtual CPU")
+        memory = parse_size(f"{option}.memory", item["memory"], 1 << 20)
+        if memory < SMALLEST_MEMORY:
+            raise Refused(
+                f"{option}.memory", item["memory"], "too little for the guest kernel",
+                f"Give at least {format_size(SMALLEST_MEMORY)}",
+            )  # fmt: skip
+        image = item["image"].partition("sha256:")[2] or item["image"]
+        if not (_store.NAME.fullmatch(image) or _store.DIGEST.fullmatch(image)):
+            raise Refused(
+                f"{option}.image", item["image"], "neither a name nor a digest", "Name an image of image_store"
+            )
+        if not WORD.fullmatch(item["tenant"]):
+            raise Refused(f"{option}.tenant", item["tenant"], "not a name of a tenant", "Use 1 to 32 of a-z, 0-9 and _")
+        for key in item["environment"]:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key) or key.startswith("agentfleet_"):
+                raise Refused(
+                    f"{option}.environment",
+                    key,
+                    "not a name of a variable",
+                    "Use letters, digits and _; not agentfleet_*",
+                )
+        for number, word in enumerate(item["kernel_arguments"]):
+            if not re.fullmatch(r"[!-~]+", word):
+                raise Refused(
+                    f"{option}.kernel_arguments[{number}]", word, "not one word", "Give one argument a list item"
+                )
+        cid = item["cid"]
+        if cid is None:
+            cid = 1024 + int.from_bytes(derived(item["name"], "cid")[:4], "big") % ((1 << 31) - 1024)
+        if not 3 <= cid < 0xFFFFFFFF:
+            raise Refused(f"{option}.cid", cid, "reserved by vsock", "Give 3 to 4294967294, or leave it out")
+        return {
+            **{key: item[key] for key in ("name", "driver", "vcpus", "tenant", "autostart", "kernel_arguments")},
+            "option": option,
+            "memory_bytes": memory,
+            "image": image,
+            "cid": cid,
+            "environment": {key: str(value) for key, value in sorted(item["environment"].items())},
+            "shares": self._shares(option, item["shares"]),
+            "networks": self._interfaces(option, item),
+        }
+
+    @staticmethod
+    def _shares(option: str, shares: t.Sequence[t.Mapping[str, t.Any]]) -> list[dict[str, t.Any]]:
+        found: list[dict[str, t.Any]] = []
+        for index, share in enumerate(shares):
+            where = f"{option}.shares[{index}]"
+            if not WORD.fullmatch(share["tag"]):
+                raise Refused(f"{where}.tag", share["tag"], "not a tag", "Use 1 to 32 of a-z, 0-9 and _")
+            if share["tag"] in [other["tag"] for other in found]:
+                raise Refused(f"{where}.tag", share["tag"], "shared twice", "Give each share of a microVM its own tag")
+            target = share["target"] or f"/mnt/{share['tag']}"
+            for key, path in (("source", share["source"]), ("target", target)):
+                if not re.fullmatch(r"/[A-Za-z0-9_@%+=:,./-]+", path) or os.path.normpath(path) != path:
+                    raise Refused(
+                        f"{where}.{key}", path, "not a clean absolute path", "Write a path such as /srv/models"
+                    )
+            found.append(
+                {"tag": share["tag"], "source": share["source"], "target": target, "readonly": share["readonly"]}
+            )
+        return found
+
+    def _interfaces(self, option: str, item: t.Mapping[str, t.Any]) -> list[dict[str, t.Any]]:
+        found: list[dict[str, t.Any]] = []
+        for index, interface in enumerate(item["networks"]):
+            where = f"{option}.networks[{index}]"
+            network = self.networks.get(interface["network"])
+            if network is None:
+                raise Refused(
+                    f"{where}.network", interface["network"], "not declared",
+                    f"Declare it under networks (declared: {', '.join(self.networks) or 'none'})",
+                )  # fmt: skip
+            if interface["network"] in [other["network"] for other in found]:
+                raise Refused(f"{where}.network", interface["network"], "attached twice", "Attach a network once")
+            if interface["address"] is not None:
+                self._check_address(f"{where}.address", interface["address"], network)
+            found.append({"network": interface["network"], "address": interface["address"]})
+        return found
+
+    @staticmethod
+    def _check_address(option: str, value: str, network: t.Mapping[str, t.Any]) -> None:
+        prefix = network["prefix"]
+        try:
+            address = ipaddress.ip_address(value)
+        except ValueError:
+            raise Refused(option, value, "not an address", f"Give an address of {prefix}") from None
+        if address not in prefix:
+            raise Refused(option, value, f"outside the prefix {prefix}", f"Give an address of {prefix}")
+        if address in (prefix[0], prefix[1], prefix[-1]):
+            raise Refused(
+                option, value, "is the network's own, the host's or the broadcast address",
+                f"Give an address from {prefix[2]} to {prefix[-2]}",
+            )  # fmt: skip
+
+    def _unique(self, key: str, values: t.Callable[[t.Mapping[str, t.Any]], list[t.Any]], remedy: str) -> None:
+        seen: dict[t.Any, str] = {}
+        for item in self.wanted.values():
+            for value in values(item) if self.exists else []:
+                if value in seen:
+                    raise Refused(f"{item['option']}.{key}", value, f"{seen[value]} has it too", remedy)
+                seen[value] = item["name"]
+
+    # -- observe -------------------------------------------------------------
+
+    def observe(self) -> dict[str, t.Any]:
+        """Specs, units and images of the host."""
+        have = declared(self.host)
+        names = sorted(set(have) | set(self.wanted))
+        enabled = f"{units.SYSTEM}/agentfleet-microvms.target.wants"
+        return {
+            "specs": have,
+            "units": unit_states(self.host, names),
+            "enabled": {name for name in names if self.host.exists(f"{enabled}/{units.unit(name)}")},
+            "images": _store.stored(self.host),
+            "names": _store.named(self.host),
+            "memory_bytes": self._host_memory(),
+            "virtualization": bool(re.search(r"^flags\s*:.*\b(vmx|svm)\b", self.host.read("/proc/cpuinfo"), re.M)),
+            "modules": {line.split()[0] for line in self.host.read("/proc/modules").splitlines()},
+            "target": self.host.exists(f"{units.SYSTEM}/multi-user.target.wants/agentfleet-microvms.target"),
+        }
+
+    def _host_memory(self) -> int:
+        match = re.search(r"^MemTotal:\s+(\d+) kB", self.host.read("/proc/meminfo"), re.M)
+        return int(match.group(1)) * 1024 if match else 0
+
+    # -- plan ----------------------------------------------------------------
+
+    def plan(self, observed: t.Mapping[str, t.Any]) -> list[Step]:
+        """Definitions, then what stops, then what starts; everything is resolved and checked first."""
+        if not self.exists:
+            return self._plan_absent(observed)
+        self._resolve(observed)
+        steps = self._plan_common(observed)
+        units_changed = bool(steps)
+        for name, spec in self.specs.items():
+            stale = self._stale(self._files(spec, observed))
+            left_over = self._left_over(spec, observed)
+            if stale or left_over:
+                units_changed = True
+                before = observed["specs"].get(name)
+                steps.append(
+                    Step("define", f"microVM {name}", before=before, after=spec, data=(name, stale, left_over))
+                )
+        if units_changed:
+            steps.append(Step("reload", "systemd", why="units were written"))
+        steps += self._plan_enabled(observed)
+        return steps + self._plan_running(observed)
+
+    def _plan_common(self, observed: t.Mapping[str, t.Any]) -> list[Step]:
+        stale = self._stale(units.COMMON)
+        needed = ["vhost_vsock", "tun", "bridge"]
+        if observed["virtualization"] and self.params["accelerator"] != "tcg" and not self.host.exists("/dev/kvm"):
+            flags = self.host.read("/proc/cpuinfo")
+            needed.append("kvm_amd" if re.search(r"\bsvm\b", flags) else "kvm_intel")
+        release = self.host.read("/proc/sys/kernel/osrelease")
+        built_in = self.host.read(f"/lib/modules/{release}/modules.builtin")
+        absent = [
+            module for module in needed
+            if module not in observed["modules"] and f"/{module}.ko" not in built_in and f"/{module.replace('_', '-')}.ko" not in built_in
+        ]  # fmt: skip
+        if not stale and not absent:
+            return []
+        return [
+            Step(
+                "prepare",
+                "host for microVMs",
+                after={"files": sorted(stale), "modules": absent},
+                data=(stale, absent),
+            )
+        ]
+
+    def _plan_enabled(self, observed: t.Mapping[str, t.Any]) -> list[Step]:
+        on, off = [], []
+        for name, spec in self.specs.items():
+            runs = self.runs if self.runs is not None else public_state(observed["units"].get(name)) != "stopped"
+            enabled = name in observed["enabled"]
+            if spec["autostart"] and runs and not enabled:
+                on.append(name)
+            elif enabled and not (spec["autostart"] and runs):
+                off.append(name)
+        steps = []
+        if on or (not observed["target"] and observed["enabled"] - set(off)):
+            steps.append(Step("enable", "microVMs at boot", after=on, data=on))
+        if off:
+            steps.append(Step("disable", "microVMs at boot", before=off, data=off))
+        return steps
+
+    def _plan_running(self, observed: t.Mapping[str, t.Any]) -> list[Step]:
+        steps = []
+        up = [name for name in self.specs if public_state(observed["units"].get(name)) not in ("stopped", "failed")]
+        if self.runs is False:
+            stop = [
+                name for name in self.specs if observed["units"].get(name, {}).get("active") not in (None, "inactive")
+            ]
+            if stop:
+                steps.append(Step("stop", "microVMs", before=stop, disruptive=True, data=stop))
+            return steps
+        old = [name for name in up if self._outdated(name, observed)]
+        if old and self.params["allow_restart"]:
+            steps.append(
+                Step("stop", "microVMs", before=old, why="their definition changed", disruptive=True, data=old)
+            )
+            up = [name for name in up if name not in old]
+        start = [name for name in self.specs if name not in up and (self.runs or name in old)]
+        if start:
+            for name in start:
+                self._check_driver(self.wanted[name])
+            fresh = {name for name in start if name not in observed["specs"]}
+            steps.append(Step("start", "microVMs", after=start, data=(start, fresh)))
+        return steps
+
+    def _check_driver(self, item: t.Mapping[str, t.Any]) -> None:
+        found = DRIVERS[item["driver"]].problem(self.host)
+        if found and self.predicting:
+            self.warnings.append(f"{found[0]}; an earlier task is expected to correct it")
+        elif found:
+            raise Refused(f"{item['option']}.driver", item["driver"], *found)
+
+    def _plan_absent(self, observed: t.Mapping[str, t.Any]) -> list[Step]:
+        known = set(observed["specs"]) | observed["enabled"]
+        gone = [
+            name for name in self.wanted
+            if name in known or observed["units"].get(name, {}).get("active") not in (None, "inactive")
+        ]  # fmt: skip
+        last = not set(observed["specs"]) - set(gone)
+        common = [path for path in units.COMMON if self.host.exists(path)] if last else []
+        if not gone and not common:
+            return []
+        left = {observed["specs"][name]["tenant"] for name in observed["specs"] if name not in gone}
+        slices = {observed["specs"][name]["tenant"] for name in gone if name in observed["specs"]} - left
+        before = {name: observed["specs"].get(name) for name in gone}
+        return [
+            Step("remove", "microVMs", before=before, disruptive=True, data=(gone, sorted(slices), common)),
+        ]
+
+    # -- resolution: from the wish to the spec --------------------------------
+
+    def _resolve(self, observed: t.Mapping[str, t.Any]) -> None:
+        accelerator = self._accelerator(observed)
+        others = {name: spec for name, spec in observed["specs"].items() if name not in self.wanted}
+        taken = {n["address"] for spec in others.values() for n in spec["networks"]}
+        taken |= {n["address"] for item in self.wanted.values() for n in item["networks"] if n["address"]}
+        cids = {spec["cid"]: name for name, spec in others.items()}
+        self.specs = {}
+        for name, item in self.wanted.items():
+            if item["cid"] in cids:
+                raise Refused(
+                    f"{item['option']}.cid", item["cid"], f"microVM {cids[item['cid']]} has it", "Give another cid"
+                )
+            spec = {key: item[key] for key in item if key not in ("option", "image", "networks")}
+            spec["image"], spec["accelerator"] = item["image"], accelerator
+            spec["image_digest"] = self._digest(item, observed)
+            before = observed["specs"].get(name, {}).get("networks", [])
+            spec["networks"] = [self._interface(item, n, before, taken) for n in item["networks"]]
+            self.specs[name] = spec
+        for name, item in self.wanted.items():
+            for index, interface in enumerate(item["networks"]):
+                for other, spec in others.items():
+                    if interface["address"] in [n["address"] for n in spec["networks"]]:
+                        raise Refused(
+                            f"{item['option']}.networks[{index}].address", interface["address"],
+                            f"microVM {other} has it", "Give another address",
+                        )  # fmt: skip
+            for index, share in enumerate(item["shares"]):
+                if not os.path.isdir(self.host.path(share["source"])) and not self.predicting:
+                    raise Refused(
+                        f"{item['option']}.shares[{index}].source", share["source"], "no such directory on the host",
+                        "Make the directory first",
+                    )  # fmt: skip
+        self._check_memory(observed, others)
+
+    def _accelerator(self, observed: t.Mapping[str, t.Any]) -> str:
+        wish: str = self.params["accelerator"]
+        if wish == "kvm" and not observed["virtualization"]:
+            raise Refused(
+                "accelerator", wish, "this host's CPU has no vmx or svm",
+                "Enable virtualization in the firmware, or use tcg",
+            )  # fmt: skip
+        # /dev/kvm alone proves nothing: it can exist and still not run an ordinary guest.
+        return ("kvm" if observed["virtualization"] else "tcg") if wish == "auto" else wish
+
+    def _digest(self, item: t.Mapping[str, t.Any], observed: t.Mapping[str, t.Any]) -> str:
+        digest = observed["names"].get(item["image"], item["image"])
+        if digest in observed["images"]:
+            return str(digest)
+        if self.predicting:
+            self.warnings.append(
+                f"image {item['image']} is not on the host yet; an earlier task is expected to bring it"
+            )
+            return ""
+        raise Refused(
+            f"{item['option']}.image", item["image"], "not in the host's image store",
+            f"Bring it with image_store first (there: {', '.join(sorted(observed['names'])) or 'none'})",
+        )  # fmt: skip
+
+    def _interface(
+        self, item: t.Mapping[str, t.Any], wish: t.Mapping[str, t.Any], before: list[dict[str, t.Any]], taken: set[str]
+    ) -> dict[str, t.Any]:
+        network = self.networks[wish["network"]]
+        prefix = network["prefix"]
+        address = wish["address"]
+        if address is None:
+            kept = [n["address"] for n in before if n["network"] == wish["network"]]
+            free = (str(prefix[number]) for number in range(2, min(prefix.num_addresses - 1, 1 << 20)))
+            candidates = [a for a in kept if ipaddress.ip_address(a) in prefix and a not in taken] or free
+            address = next((a for a in candidates if a not in taken), None)
+            if address is None:
+                raise Refused(
+                    f"{item['option']}.networks",
+                    network["name"],
+                    f"no free address in {prefix}",
+                    "Use a shorter prefix",
+                )
+        taken.add(address)
+        key = f"{item['name']} {wish['network']}"
+        return {
+            "network": wish["network"],
+            "bridge": network["bridge"],
+            "gateway": f"{network['gateway']}/{prefix.prefixlen}",
+            "address": address,
+            "tap": "af" + derived(key, "tap").hex()[:12],
+            "mac": ":".join(f"{byte:02x}" for byte in b"\x02" + derived(key, "mac")[:5]),
+        }
+
+    def _check_memory(self, observed: t.Mapping[str, t.Any], others: t.Mapping[str, t.Mapping[str, t.Any]]) -> None:
+        if self.runs is False or not observed["memory_bytes"]:
+            return
+        used = sum(spec["memory_bytes"] for name, spec in others.items() if name in observed["enabled"])
+        limit = observed["memory_bytes"] * self.params["memory_overcommit"]
+        for item in self.wanted.values():
+            used += item["memory_bytes"]
+            if used > limit:
+                raise Refused(
+                    f"{item['option']}.memory", format_size(item["memory_bytes"]),
+                    f"does not fit: the microVMs up to this one take {used >> 20} MiB of {int(limit) >> 20} MiB",
+                    "Declare fewer or smaller microVMs, or raise memory_overcommit",
+                )  # fmt: skip
+
+    # -- files ---------------------------------------------------------------
+
+    def _command(self, spec: t.Mapping[str, t.Any], observed: t.Mapping[str, t.Any]) -> tuple[list[str], str, str, int]:
+        """argv, name and text of the configuration disk, and the image's size."""
+        text = self._config(spec)
+        config = "config-" + hashlib.sha256(text.encode()).hexdigest()[:12]
+        manifest = observed["images"].get(spec["image_digest"])
+        size = manifest["files"][_store.IMAGE]["size_bytes"] if manifest else 0
+        driver = DRIVERS[spec["driver"]]
+        return driver.command(spec, size, run_directory(spec["name"]), f"%d/{config}"), config, text, size
+
+    @staticmethod
+    def _config(spec: t.Mapping[str, t.Any]) -> str:
+        """The read-only disk that tells a guest who it is: lines that its first program sources."""
+        networks = [f"{n['mac']} {n['address']}/{n['gateway'].partition('/')[2]}" for n in spec["networks"]]
+        networks = [f"{line} {n['gateway'].partition('/')[0]}" if not number else line
+                    for number, (line, n) in enumerate(zip(networks, spec["networks"]))]  # fmt: skip
+        shares = [f"{s['tag']} {s['target']} {'ro' if s['readonly'] else 'rw'}" for s in spec["shares"]]
+        text = f"agentfleet_hostname={spec['name']}\n"
+        for key, lines in (("networks", networks), ("shares", shares)):
+            text += f"agentfleet_{key}={shlex.quote(chr(10).join(lines))}\n"
+        for key, value in spec["environment"].items():
+            text += f"export {key}={shlex.quote(value)}\n"
+        return text + "\n" * (-len(text.encode()) % 512)
+
+    def _files(self, spec: t.Mapping[str, t.Any], observed: t.Mapping[str, t.Any]) -> dict[str, tuple[str, int]]:
+        argv, config, text, size = self._command(spec, observed)
+        maximum = spec["memory_bytes"] + size + OVERHEAD
+        return units.files_of(spec, {"drop_in": units.drop_in(spec, argv, config, maximum), config: text})
+
+    def _stale(self, files: t.Mapping[str, tuple[str, int]]) -> dict[str, tuple[str, int]]:
+        return {p: f for p, f in files.items() if not self.host.exists(p) or self.host.read(p) != f[0].strip()}
+
+    def _left_over(self, spec: t.Mapping[str, t.Any], observed: t.Mapping[str, t.Any]) -> list[str]:
+        """Files of an earlier definition that this one does not have."""
+        keep = set(self._files(spec, observed))
+        return [path for path in self._own_files(spec["name"]) if path not in keep]
+
+    def _own_files(self, name: str) -> list[str]:
+        return [
+            *(f"{units.HOME}/{name}/{file}" for file in self.host.names(f"{units.HOME}/{name}")),
+            *(f"{units.SHARES}/{file}" for file in self.host.names(units.SHARES) if file.startswith(f"{name}:")),
+        ]
+
+    def _outdated(self, name: str, observed: t.Mapping[str, t.Any]) -> bool:
+        """Whether a running microVM has another command line than its definition."""
+        argv = self._command(self.specs[name], observed)[0]
+        credentials = f"/run/credentials/{units.unit(name)}"
+        running = observed["units"][name]["argv"]
+        return bool(running) and running != [word.replace("%d/", credentials + "/") for word in argv]
+
+    # -- apply ---------------------------------------------------------------
+
+    def apply(self, step: Step) -> None:
+        """Carry out one step."""
+        getattr(self, f"_apply_{step.verb}")(step.data)
+
+    def _apply_prepare(self, data: tuple[dict[str, tuple[str, int]], list[str]]) -> None:
+        for path, (text, mode) in data[0].items():
+            self.host.write(path, text, mode)
+        if data[1]:
+            self.host.run(["modprobe", "-a", *data[1]])
+        if data[1] and data[1][-1].startswith("kvm_") and not self.host.exists("/dev/kvm"):
+            raise HostError(
+                "the CPU has virtualization but /dev/kvm does not appear. Enable it in the firmware, or use accelerator: tcg"
+            )
+
+    def _apply_define(self, data: tuple[str, dict[str, tuple[str, int]], list[str]]) -> None:
+        for path in data[2]:
+            self.host.remove(path)
+        for path, (text, mode) in data[1].items():
+            self.host.write(path, text, mode)
+
+    def _apply_reload(self, _data: None) -> None:
+        self.host.run(["systemctl", "daemon-reload"])
+
+    def _apply_enable(self, names: list[str]) -> None:
+        self.host.run(["systemctl", "enable", "--quiet", "agentfleet-microvms.target", *map(units.unit, names)])
+
+    def _apply_disable(self, names: list[str]) -> None:
+        self.host.run(["systemctl", "disable", "--quiet", *map(units.unit, names)])
+
+    def _apply_stop(self, names: list[str]) -> None:
+        # One job for all: systemd presses the power buttons at the same time, then TERM, then KILL.
+        self.host.run(["systemctl", "stop", *map(units.unit, names)], timeout_seconds=units.STOP_SECONDS + 120)
+        self.host.run(["systemctl", "reset-failed", *map(units.unit, names)], check=False)
+
+    def _apply_start(self, data: tuple[list[str], set[str]]) -> None:
+        names, fresh = data
+        with ThreadPoolExecutor(max_workers=min(self.params["parallel"], len(names))) as pool:
+            outcomes = dict(zip(names, pool.map(self._start, names)))
+        failed = {name: why for name, why in outcomes.items() if why}
+        if not failed:
+            return
+        new = sorted(fresh & set(failed))
+        if new:  # a start that failed leaves nothing behind
+            self._apply_remove((new, [], []))
+        raise HostError("; ".join(f"microVM {name}: {why}" for name, why in failed.items()))
+
+    def _start(self, name: str) -> str:
+        """Start one microVM and wait for its agent; empty, or why it failed (then it is stopped)."""
+        unit = units.unit(name)
+        self.host.run(["systemctl", "reset-failed", unit], check=False)
+        done = self.host.run(["systemctl", "start", unit], timeout_seconds=180, check=False)
+        why = done.text if done.rc else self._await_agent(name)
+        if not why:
+            return ""
+        console = DRIVERS[self.specs[name]["driver"]].console(self.host, run_directory(name))
+        journal = self.host.run(
+            ["journalctl", "--unit", unit, "--lines=5", "--output=cat", "--quiet"], check=False
+        ).text
+        self.host.run(["systemctl", "stop", unit], timeout_seconds=units.STOP_SECONDS + 120, check=False)
+        self.host.run(["systemctl", "reset-failed", unit], check=False)
+        return f"{why}. Console: {' '.join(console.split())[-600:]}. Journal: {journal[-600:]}"
+
+    def _await_agent(self, name: str) -> str:
+        end = time.monotonic() + self.params["ready_timeout_seconds"]
+        while time.monotonic() < end:
+            if ask_agent(self.specs[name]["cid"]):
+                return ""
+            state = unit_states(self.host, [name]).get(name, {})
+            if state.get("active") not in ("active", "activating") or state.get("restarts"):
+                return f"the VMM ended ({state.get('active')})"
+            time.sleep(0.5)
+        return f"no answer from its agent within {self.params['ready_timeout_seconds']} seconds"
+
+    def _apply_remove(self, data: tuple[list[str], list[str], list[str]]) -> None:
+        names, slices, common = data
+        wants = [*map(units.unit, names), *(f"agentfleet-{tenant}.slice" for tenant in slices)]
+        if names:
+            self.host.run(["systemctl", "disable", "--quiet", *map(units.unit, names)], check=False)
+            self.host.run(["systemctl", "stop", *wants], timeout_seconds=units.STOP_SECONDS + 120, check=False)
+            self.host.run(["systemctl", "reset-failed", *map(units.unit, names)], check=False)
+        for name in names:
+            for path in self._own_files(name):
+                self.host.remove(path)
+            for directory in (f"{units.HOME}/{name}", f"{units.SYSTEM}/{units.unit(name)}.d", run_directory(name)):
+                shutil.rmtree(self.host.path(directory), ignore_errors=True)
+        if common:
+            self.host.run(["systemctl", "disable", "--quiet", "agentfleet-microvms.target"], check=False)
+            for path in common:
+                self.host.remove(path)
+            for directory in (units.HOME, units.SHARES, "/run/agentfleet"):
+                shutil.rmtree(self.host.path(directory), ignore_errors=True)
+        self.host.run(["systemctl", "daemon-reload"])
+
+    # -- result --------------------------------------------------------------
+
+    def result(self, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+        """One entry for each microVM of the call, in its order."""
+        instances = []
+        for name in self.wanted:
+            spec = self.specs.get(name) or observed["specs"].get(name) or {}
+            state = public_state(observed["units"].get(name))
+            defined = name in observed["specs"]
+            instances.append(
+                {
+                    "name": name,
+                    "state": state if defined else "absent",
+                    "image_digest": spec.get("image_digest", ""),
+                    "cid": spec.get("cid"),
+                    "addresses": [n["address"] for n in spec.get("networks", [])],
+                    "pid": observed["units"].get(name, {}).get("pid", 0),
+                    "restart_required": bool(
+                        name in self.specs and state == "running" and self._outdated(name, observed)
+                    ),
+                }
+            )
+        return {"instances": instances, "warnings": sorted(set(self.warnings))}
+
+
+def inspect_all(host: Host, names: t.Sequence[str] | None, agent_timeout_seconds: float) -> list[dict[str, t.Any]]:
+    """State, memory split and agent's answer of microVMs; the agents are asked at the same time.
+
+    :param names: only these; one that is not declared is absent
+    """
+    specs = declared(host)
+    states = unit_states(host, sorted(specs))
+    running = [name for name in specs if states.get(name, {}).get("active") == "active"]
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        told = dict(zip(running, pool.map(lambda name: ask_agent(specs[name]["cid"], agent_timeout_seconds), running)))
+    found = []
+    for name in names if names is not None else list(specs):
+        spec, state = specs.get(name, {}), states.get(name, {"pid": 0})
+        addresses = [network["address"] for network in spec.get("networks", [])]
+        found.append(
+            {
+                "name": name,
+                "state": public_state(state) if spec else "absent",
+                **{key: spec.get(key, "") for key in ("tenant", "image", "image_digest", "accelerator")},
+                "pid": state["pid"],
+                **memory_of(host, state["pid"], _store.image_path(spec.get("image_digest", ""))),
+                "memory_bytes": spec.get("memory_bytes", 0),
+                "ready": bool(told.get(name)),
+                "agent": told.get(name) or {},
+                "cid": spec.get("cid"),
+                "address": addresses[0] if addresses else "",
+                "addresses": addresses,
+            }
+        )
+    return found

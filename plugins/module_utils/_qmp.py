@@ -1,0 +1,53 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A client of QEMU's machine protocol, no more than needed.
+
+This module is private to the collection and imports nothing of Ansible.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import typing as t
+
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
+
+
+class Qmp:
+    """A connection to one QEMU; a context manager.
+
+    :param path: real path of the UNIX socket
+    """
+
+    def __init__(self, path: str, timeout_seconds: float = 10) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(timeout_seconds)
+        try:
+            self._socket.connect(path)
+            self._file = self._socket.makefile("rw", encoding="utf-8")
+            self._file.readline()  # the greeting
+            self.ask("qmp_capabilities")
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def ask(self, command: str, **arguments: t.Any) -> t.Any:
+        """Send a command and return its answer; events in between are dropped."""
+        self._file.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+        self._file.flush()
+        for line in self._file:
+            answer = json.loads(line)
+            if "error" in answer:
+                raise HostError(f"QEMU refused {command}: {answer['error'].get('desc')}")
+            if "return" in answer:
+                return answer["return"]
+        raise HostError(f"QEMU ended while {command} was asked")
+
+    def __enter__(self) -> Qmp:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._file.close()
+        self._socket.close()

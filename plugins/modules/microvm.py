@@ -1,0 +1,283 @@
+#!/usr/bin/python
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Module microvm: see DOCUMENTATION."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: microvm
+short_description: Manage microVMs that share one copy of their root file system
+version_added: 0.1.0
+author: agentfleet.metal contributors (@agentfleet)
+description:
+  - Declares, starts, stops and removes the microVMs of one call, with bounded parallelism. One bad item is refused before any is touched.
+  - The root is an image of M(agentfleet.metal.image_store), attached as virtio-pmem and mounted with DAX, so that all microVMs
+    of one image use one copy in the host's page cache; each has a writable layer of its own in its memory. No guest can change the image.
+  - systemd supervises them, each as its own unprivileged dynamic user in the slice of its tenant. Microvms that run are back after a reboot without Ansible.
+  - A microVM counts as started when the agent in it has answered over vsock. A start that fails is undone and reported with the console.
+extends_documentation_fragment: agentfleet.metal.attributes
+options:
+  state:
+    description:
+      - V(present) defines, and leaves running or not as it is.
+      - V(running) also starts and waits until each is ready. V(stopped) defines and stops by the power button.
+      - V(absent) stops and removes everything that a microVM has on the host; only O(instances[].name) matters then.
+    type: str
+    choices: [present, running, stopped, absent]
+    default: running
+  instances:
+    description: The microVMs.
+    type: list
+    elements: dict
+    required: true
+    options:
+      name:
+        description: Name, also the guest's host name. Of V(a-z), V(0-9) and hyphen.
+        type: str
+        required: true
+      driver:
+        description: Virtual machine monitor. QEMU 8.2 or newer is needed.
+        type: str
+        choices: [qemu]
+        default: qemu
+      image:
+        description: Name or digest in the host's image store. Needed unless O(state=absent).
+        type: str
+        default: ""
+      vcpus:
+        description: Virtual CPUs.
+        type: int
+        default: 1
+      memory:
+        description: Guest memory in whole MiB, such as V(256MiB); at least V(96MiB).
+        type: str
+        default: 256MiB
+      cid:
+        description: Vsock address, unique on the host. By default derived from the name.
+        type: int
+      tenant:
+        description: Tenant. Its microVMs run in the slice C(agentfleet-TENANT.slice).
+        type: str
+        default: default
+      autostart:
+        description: Whether a running microVM is started again when the host boots.
+        type: bool
+        default: true
+      environment:
+        description: Environment of the agent, on a read-only disk of the microVM. Not for secrets, since plans and diffs show it.
+        type: dict
+        default: {}
+      kernel_arguments:
+        description: Words added to the guest kernel's command line.
+        type: list
+        elements: str
+        default: []
+      shares:
+        description: Directories of the host that the guest sees through virtiofsd.
+        type: list
+        elements: dict
+        default: []
+        options:
+          tag:
+            description: Name of the share, unique in the microVM.
+            type: str
+            required: true
+          source:
+            description: Directory on the host.
+            type: str
+            required: true
+          target:
+            description: Mount point in the guest. By default C(/mnt/TAG).
+            type: str
+          readonly:
+            description: Whether virtiofsd refuses every write.
+            type: bool
+            default: true
+      networks:
+        description: Networks that the microVM is attached to.
+        type: list
+        elements: dict
+        default: []
+        options:
+          network:
+            description: One of O(networks[].name).
+            type: str
+            required: true
+          address:
+            description: Address in the network's prefix. By default the first free one, which is kept.
+            type: str
+  networks:
+    description: Networks of the host for microVMs. A bridge exists while a microVM uses it.
+    type: list
+    elements: dict
+    default: []
+    options:
+      name:
+        description: Name of the network.
+        type: str
+        required: true
+      prefix:
+        description: Prefix such as V(10.88.0.0/24). The host has its first address.
+        type: str
+        required: true
+      bridge:
+        description: Name of the bridge.
+        type: str
+        default: agentfleet0
+  accelerator:
+    description: V(auto) is KVM where the CPU has virtualization, and emulation elsewhere.
+    type: str
+    choices: [auto, kvm, tcg]
+    default: auto
+  allow_restart:
+    description: Whether running microVMs whose definition changed are restarted. Otherwise RV(instances[].restart_required) says so.
+    type: bool
+    default: false
+  memory_overcommit:
+    description: Share of the host's memory that all microVMs together may have; a call that exceeds it is refused.
+    type: float
+    default: 1.0
+  parallel:
+    description: How many microVMs are started at the same time.
+    type: int
+    default: 4
+  ready_timeout_seconds:
+    description: How long to wait for the agent in each microVM.
+    type: int
+    default: 180
+"""
+
+EXAMPLES = r"""
+- name: Four agents on one image
+  agentfleet.metal.microvm:
+    networks:
+      - name: agents
+        prefix: 10.88.0.0/24
+    instances:
+      - {name: agent-1, image: agent, networks: [{network: agents}]}
+      - {name: agent-2, image: agent, networks: [{network: agents}]}
+      - {name: agent-3, image: agent, networks: [{network: agents}]}
+      - name: agent-4
+        image: agent
+        memory: 512MiB
+        environment: {ROLE: reviewer}
+        networks: [{network: agents, address: 10.88.0.40}]
+
+- name: Remove one
+  agentfleet.metal.microvm:
+    state: absent
+    instances:
+      - name: agent-4
+"""
+
+RETURN = r"""
+plan:
+  description: The steps, with before and after.
+  returned: always
+  type: list
+  elements: dict
+instances:
+  description: The microVMs of the call, in its order.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    name:
+      description: Name of the microVM.
+      type: str
+    state:
+      description: V(running), V(starting), V(stopping), V(stopped), V(failed) or V(absent).
+      type: str
+    image_digest:
+      description: SHA-256 of its image.
+      type: str
+    cid:
+      description: Its vsock address.
+      type: int
+    addresses:
+      description: Its network addresses.
+      type: list
+      elements: str
+    pid:
+      description: Process of the VMM, 0 when stopped.
+      type: int
+    restart_required:
+      description: Whether it runs with an older definition.
+      type: bool
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm import MicroVms
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
+
+ARGUMENTS = {
+    "state": {"type": "str", "choices": ["present", "running", "stopped", "absent"], "default": "running"},
+    "instances": {
+        "type": "list",
+        "elements": "dict",
+        "required": True,
+        "options": {
+            "name": {"type": "str", "required": True},
+            "driver": {"type": "str", "choices": ["qemu"], "default": "qemu"},
+            "image": {"type": "str", "default": ""},
+            "vcpus": {"type": "int", "default": 1},
+            "memory": {"type": "str", "default": "256MiB"},
+            "cid": {"type": "int"},
+            "tenant": {"type": "str", "default": "default"},
+            "autostart": {"type": "bool", "default": True},
+            "environment": {"type": "dict", "default": {}},
+            "kernel_arguments": {"type": "list", "elements": "str", "default": []},
+            "shares": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    "tag": {"type": "str", "required": True},
+                    "source": {"type": "str", "required": True},
+                    "target": {"type": "str"},
+                    "readonly": {"type": "bool", "default": True},
+                },
+            },
+            "networks": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {"network": {"type": "str", "required": True}, "address": {"type": "str"}},
+            },
+        },
+    },
+    "networks": {
+        "type": "list",
+        "elements": "dict",
+        "default": [],
+        "options": {
+            "name": {"type": "str", "required": True},
+            "prefix": {"type": "str", "required": True},
+            "bridge": {"type": "str", "default": "agentfleet0"},
+        },
+    },
+    "accelerator": {"type": "str", "choices": ["auto", "kvm", "tcg"], "default": "auto"},
+    "allow_restart": {"type": "bool", "default": False},
+    "memory_overcommit": {"type": "float", "default": 1.0},
+    "parallel": {"type": "int", "default": 4},
+    "ready_timeout_seconds": {"type": "int", "default": 180},
+}
+
+
+def build(params: dict, host: Host) -> MicroVms:
+    """The resource of one call; raises Refused for bad options."""
+    return MicroVms(host, params)
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
+    converge(module, lambda: build(module.params, Host()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+#!/usr/bin/python
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Module microvm_info: see DOCUMENTATION."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: microvm_info
+short_description: Read the state of microVMs, with their memory split into shared and private
+version_added: 0.1.0
+author: agentfleet.metal contributors (@agentfleet)
+description:
+  - Returns every declared microVM of the host, or those named.
+  - Memory comes from the mappings of each VMM process, so that pages of a shared image are told from those that a microVM costs alone.
+extends_documentation_fragment: agentfleet.metal.attributes.info
+options:
+  names:
+    description: Only these microVMs. One that does not exist is returned with the state V(absent).
+    type: list
+    elements: str
+  agent_timeout_seconds:
+    description: How long to wait for the answer of each agent.
+    type: int
+    default: 10
+"""
+
+EXAMPLES = r"""
+- name: See what the microVMs cost
+  agentfleet.metal.microvm_info:
+  register: microvms
+"""
+
+RETURN = r"""
+instances:
+  description: The microVMs in natural order of their names.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    name:
+      description: Name of the microVM.
+      type: str
+    state:
+      description: V(running), V(starting), V(stopping), V(stopped), V(failed) or V(absent).
+      type: str
+    tenant:
+      description: Its tenant.
+      type: str
+    image:
+      description: Image as it was asked for.
+      type: str
+    image_digest:
+      description: SHA-256 of its image.
+      type: str
+    accelerator:
+      description: V(kvm) or V(tcg).
+      type: str
+    pid:
+      description: Process of the VMM, 0 when stopped.
+      type: int
+    pss_bytes:
+      description: Proportional set size of the VMM, in which shared pages count by their share.
+      type: int
+    shared_bytes:
+      description: Pages of the image that it has mapped and that the host holds once for all.
+      type: int
+    private_bytes:
+      description: Memory that exists because of this microVM alone.
+      type: int
+    memory_bytes:
+      description: Declared guest memory.
+      type: int
+    ready:
+      description: Whether the agent answered.
+      type: bool
+    agent:
+      description: What the agent answered (hostname, kernel, dax, memory), or empty.
+      type: dict
+    cid:
+      description: Its vsock address.
+      type: int
+    address:
+      description: Its first network address, or empty.
+      type: str
+    addresses:
+      description: All its network addresses.
+      type: list
+      elements: str
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm import inspect_all
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
+
+ARGUMENTS = {
+    "names": {"type": "list", "elements": "str"},
+    "agent_timeout_seconds": {"type": "int", "default": 10},
+}
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
+    try:
+        instances = inspect_all(Host(), module.params["names"], module.params["agent_timeout_seconds"])
+    except HostError as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(changed=False, instances=instances)
+
+
+if __name__ == "__main__":
+    main()
