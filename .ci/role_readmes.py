@@ -17,10 +17,16 @@ ROOT = Path(__file__).resolve().parent.parent
 MARKUP = re.compile(r"\b[A-Z]\(([^()]*)\)")  # O(option), V(value), M(module) and the like
 
 
+def code(match: re.Match[str]) -> str:
+    """Marked-up words as Markdown; an option elsewhere (plugin#type:option) with the plugin's name."""
+    place, _hash, option = match.group(1).partition("#")
+    return f"`{option.partition(':')[2]}` of `{place}`" if option else f"`{place}`"
+
+
 def text(value: str | list[str], separator: str = "\n\n") -> str:
     """A description (a string or a list of paragraphs) as Markdown."""
     paragraphs = [value] if isinstance(value, str) else value
-    return separator.join(MARKUP.sub(r"`\1`", " ".join(paragraph.split())) for paragraph in paragraphs)
+    return separator.join(MARKUP.sub(code, " ".join(paragraph.split())) for paragraph in paragraphs)
 
 
 def rows(options: dict[str, dict[str, t.Any]], prefix: str = "") -> t.Iterator[str]:
