@@ -74,8 +74,12 @@ class SriovVfs:
         self.named, self.warnings = [], []
         steps: list[Step] = []
         stored = {item["pf"]: item for item in (wanted(self.host, "sriov") or {}).get("functions", [])}
+        present = [function["address"] for function in observed["functions"]]
         for i, item in enumerate(self.items):
             option = f"functions[{i}]"
+            if item["vfs"] == 0 and item["pf"] in stored and item["pf"] not in present:
+                del stored[item["pf"]]  # hardware that is gone can only be forgotten
+                continue
             pf = _pci.one([f for f in observed["functions"] if not f["physfn"]], f"{option}.pf", item["pf"])
             address = pf["address"]
             if address in self.named:

@@ -133,10 +133,17 @@ class VfioBindings:
         """Files and modules first, so that the nodes come with the right access; then the bindings."""
         self.warnings = []
         functions = {function["address"]: function for function in observed["functions"]}
-        absent = [
-            item["address"] for item in self.items if self.wait_seconds and item.get("address", "") not in functions
-        ]
-        wish = self._resolve(functions, [item for item in self.items if item.get("address", "") not in absent])
+        stored = {item["address"]: item for item in (wanted(self.host, "vfio") or {}).get("functions", [])}
+        items, absent = [], []
+        for item in self.items:
+            address = item.get("address")
+            if address is None or address in functions:
+                items.append(item)
+            elif self.wait_seconds:
+                absent.append(address)
+            elif item["driver"] or not stored.pop(address, None):  # hardware that is gone can only be forgotten
+                _pci.one(observed["functions"], f"{item['option']}.address", address)
+        wish = self._resolve(functions, items)
         if any(binding.driver for binding in wish.values()):
             self._check_iommu(observed["iommu"], sorted(wish))
         for address, binding in sorted(wish.items()):
@@ -161,7 +168,7 @@ class VfioBindings:
         for address in absent:
             why = "it was bound before this boot"
             steps.append(Step("find", address, before="absent", after="present", why=why, data=("find", address)))
-        return steps + self._persist(wish)
+        return steps + self._persist(stored, wish)
 
     def apply(self, step: Step) -> None:
         """Carry out a step; a binding that fails is undone to the earlier driver."""
@@ -360,9 +367,8 @@ class VfioBindings:
             self.host.poke(f"{path}/driver/unbind", os.path.basename(path))
         self.host.poke("/sys/bus/pci/drivers_probe", os.path.basename(path))
 
-    def _persist(self, wish: dict[str, Binding]) -> list[Step]:
+    def _persist(self, stored: dict[str, dict[str, t.Any]], wish: dict[str, Binding]) -> list[Step]:
         """Store the bindings by address, with those of earlier calls."""
-        stored = {item["address"]: item for item in (wanted(self.host, "vfio") or {}).get("functions", [])}
         if self.wait_seconds:
             return []
         for address, binding in wish.items():

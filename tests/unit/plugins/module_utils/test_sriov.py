@@ -135,3 +135,10 @@ def test_the_management_interface_is_warned_about(lab: LabHost) -> None:
     resource = SriovVfs(lab, {"functions": [{"pf": IGB, "vfs": 1}]})
     resource.plan(resource.observe())
     assert resource.warnings == [f"{IGB}: enp0s7 carries the default route. Its link may drop for some seconds"]
+
+
+def test_hardware_that_is_gone_can_be_forgotten(lab: LabHost) -> None:
+    run(lab, {"pf": IGB, "vfs": 1})
+    lab.remove(f"{DEVICES}/{IGB}")
+    run(lab, {"pf": IGB, "vfs": 0})
+    assert not lab.exists(STATE)

@@ -187,7 +187,7 @@ def test_nodes_get_their_group_when_only_that_is_wrong(lab: LabHost) -> None:
         run(lab, **wish)
 
 
-def test_boot_binds_what_is_there_and_fails_for_what_is_not(lab: LabHost, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boot_binds_what_is_there_and_fails_for_what_is_not(lab: LabHost) -> None:
     stored = [{"address": "0000:99:00.0", "driver": "vfio-pci"}, {"address": NVME, "driver": "vfio-pci"}]
     with pytest.raises(HostError) as error:
         run(lab, functions=stored, wait_seconds=0.01)
@@ -212,4 +212,15 @@ def test_a_function_in_a_virtual_machine_is_not_taken_away(lab: LabHost) -> None
     run(lab, functions=[{"address": NVME}])
     lab.files({"/proc/700/fd/9": "-> /dev/vfio/5"})
     with pytest.raises(Refused, match="in use through vfio by process 700 qemu-system-x86"):
+        plan(lab, functions=[{"address": NVME, "state": "unbound"}])
+
+
+def test_hardware_that_is_gone_can_be_forgotten(lab: LabHost) -> None:
+    run(lab, functions=[{"address": NVME}])
+    lab.remove(f"{DEVICES}/{NVME}")
+    with pytest.raises(Refused, match="no such PCI function"):
+        plan(lab, functions=[{"address": NVME}])
+    run(lab, functions=[{"address": NVME, "state": "unbound"}])
+    assert not lab.exists(STATE)
+    with pytest.raises(Refused, match="no such PCI function"):
         plan(lab, functions=[{"address": NVME, "state": "unbound"}])
