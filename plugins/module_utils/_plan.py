@@ -13,6 +13,8 @@ import json
 import typing as t
 from dataclasses import dataclass, field
 
+from ansible_collections.agentfleet.metal.plugins.module_utils import _audit
+
 
 class Refused(Exception):
     """A wish that is refused before anything is changed.
@@ -113,19 +115,43 @@ def diff(steps: t.Sequence[Step]) -> list[dict[str, str]]:
     ]
 
 
-def apply_all(resource: Resource, steps: t.Sequence[Step]) -> None:
-    """Carry out the steps in order; stop at the first failure and say what was done."""
-    done: list[str] = []
+def apply_all(resource: Resource, steps: t.Sequence[Step], done: list[Step] | None = None) -> None:
+    """Carry out the steps in order; stop at the first failure and say what was done.
+
+    :param done: takes the steps that were carried out, for a caller who wants to know after a failure
+    """
+    done = [] if done is None else done
     for step in steps:
         try:
             resource.apply(step)
         except (HostError, OSError) as error:
-            so_far = "; ".join(done) if done else "nothing"
+            so_far = "; ".join(f"{past.verb} {past.object}" for past in done) or "nothing"
             raise HostError(
                 f"{step.verb} {step.object}: {error}. Done before it: {so_far}. "
                 "Correct the cause and run again: what is done will not be repeated."
             ) from error
-        done.append(f"{step.verb} {step.object}")
+        done.append(step)
+
+
+def _apply_audited(module: t.Any, resource: Resource, steps: t.Sequence[Step]) -> None:
+    """Carry out the steps and leave a line in the host's audit log, also when one fails.
+
+    A resource without a ``host``, or with ``audited = False`` (work on the controller), leaves none.
+    """
+    done: list[Step] = []
+    failed = ""
+    try:
+        apply_all(resource, steps, done)
+    except HostError as error:
+        failed = str(error)
+        raise
+    finally:
+        host = getattr(resource, "host", None)
+        if host is not None and getattr(resource, "audited", True) and (done or failed):
+            try:
+                _audit.append(host.path(_audit.LOG), module._name, done, failed)
+            except OSError as error:
+                module.warn(f"{_audit.LOG}: {error.strerror}. What was done is not in the audit log")
 
 
 def converge(module: t.Any, build: t.Callable[[], Resource]) -> t.NoReturn:
@@ -145,7 +171,7 @@ def converge(module: t.Any, build: t.Callable[[], Resource]) -> t.NoReturn:
             "diff": diff(steps),
         }
         if steps and not module.check_mode:
-            apply_all(resource, steps)
+            _apply_audited(module, resource, steps)
             observed = resource.observe()
         outcome.update(resource.result(observed))
     except Refused as refusal:
