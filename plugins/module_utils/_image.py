@@ -60,6 +60,8 @@ class Images:
     :param params: ``cache`` (directory) and ``images`` (definitions)
     """
 
+    audited = False  # work of the controller, not a change of a host
+
     def __init__(self, host: Host, params: t.Mapping[str, t.Any]) -> None:
         self.host = host
         self.predicting = False

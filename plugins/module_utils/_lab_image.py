@@ -210,6 +210,8 @@ def mbr(boot_code: bytes, signature: int, disk_sectors: int) -> bytes:
 class LabImage:
     """One image in the cache: present or not, by digest."""
 
+    audited = False  # work of the controller, not a change of a host
+
     def __init__(self, host: Host, params: t.Mapping[str, t.Any]) -> None:
         """Find the suite, the mirror and the keyring; raises Refused before anything is made."""
         self.host = host

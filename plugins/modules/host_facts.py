@@ -84,11 +84,15 @@ ansible_facts:
           description: Whether the firmware has UnifiedBus, and its devices.
           type: dict
           returned: always
+        audit:
+          description: The last runs that changed the host, each with C(time), C(module), C(steps) and maybe C(failed).
+          type: list
+          returned: always
 """
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _cxl, _kernel, _numa, _pci
+from ansible_collections.agentfleet.metal.plugins.module_utils import _audit, _cxl, _kernel, _numa, _pci
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 
 
@@ -105,6 +109,7 @@ def collect(host):
         "kvm": _kernel.observe_kvm(host),
         "rdma": _kernel.observe_rdma(host),
         "ub": _kernel.observe_ub(host),
+        "audit": _audit.tail(host.read(_audit.LOG)),
     }
 
 
