@@ -17,7 +17,7 @@ import re
 import typing as t
 from dataclasses import dataclass
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._boot import persist_apply, persist_plan
+from ansible_collections.agentfleet.metal.plugins.module_utils._boot import STATE, persist_apply, persist_plan
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Completed, Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._numa import (
     MEMORY,
@@ -59,6 +59,8 @@ def observe_cxl(host: Host) -> dict[str, t.Any]:
         ],
         "regions": regions,
         "dax": dax,
+        # Which of the concerns of role cxl come back at boot, so that an emptied list is known to be a change.
+        "persisted": [name for name in ("cxl", "dax", "tiering") if host.exists(f"{STATE}/{name}.json")],
         "soft_reserved": [
             {"start": start, "size_bytes": end - start + 1} for start, end, name in iomem if name == "Soft Reserved"
         ],

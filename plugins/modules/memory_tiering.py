@@ -25,14 +25,14 @@ options:
     choices: [0, 1, 2]
   promote_rate_limit_mib:
     description:
-      - With O(numa_balancing=2), the MiB per second that may be promoted. The kernel's own value is practically unlimited;
-        200 to 1000 suits work that is sensitive to latency.
+      - With O(numa_balancing=2), the MiB per second that may be promoted. The kernel's own value is practically
+        unlimited; 200 to 1000 suits work that is sensitive to latency.
     type: int
   interleave_weights:
     description:
-      - Weights (1 to 255) for programs that use weighted interleave (C(numactl --weighted-interleave)). A dictionary from a
-        selector of nodes to a weight. Selectors are V(cpu) (nodes with CPUs), V(cxl) (nodes made of CXL regions),
-        V(node1) (a node that firmware fixes), or the serial number or PCI address of a CXL memory device.
+      - Weights (1 to 255) for programs that use weighted interleave (C(numactl --weighted-interleave)). A dictionary
+        from a selector of nodes to a weight. Selectors are V(cpu) (nodes with CPUs), V(cxl) (nodes made of CXL
+        regions), V(node1) (a node that firmware fixes), or the serial number or PCI address of a CXL memory device.
       - V(auto) lets the kernel compute weights where it can, and else takes the smallest whole numbers in the ratio of
         the bandwidths that firmware (HMAT) and devices (CDAT) tell.
     type: raw
@@ -60,8 +60,8 @@ options:
         type: str
   persist:
     description:
-      - Set the same at boot, without Ansible, by the unit C(agentfleet-restore.service). With V(false), what an earlier call
-        stored is forgotten.
+      - Set the same at boot, without Ansible, by the unit C(agentfleet-restore.service). With V(false), what an
+        earlier call stored is forgotten.
     type: bool
     default: true
 extends_documentation_fragment: agentfleet.metal.attributes
