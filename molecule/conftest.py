@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PLAY_TIMEOUT_SECONDS = 1500
 
 # Everything that a check run must not touch: configuration, our programs and units, and the state of the
 # hardware that our roles manage. Times, caches and logs are left out.
@@ -32,7 +33,8 @@ FINGERPRINT = r"""
     /sys/devices/system/memory/auto_online_blocks /sys/kernel/mm/numa/demotion_enabled \
     /sys/kernel/mm/mempolicy/weighted_interleave/node* /sys/devices/system/node/online \
     /sys/devices/system/node/node*/hugepages/*/nr_hugepages /sys/module/zswap/parameters/* 2>/dev/null
-  sysctl -a 2>/dev/null | grep -E '^(vm\.(swappiness|nr_|overcommit|max_map|zone_reclaim)|kernel\.numa|net\.ipv4\.ip_forward|fs\.aio-max)'
+  sysctl -a 2>/dev/null |
+    grep -E '^(vm\.(swappiness|nr_|overcommit|max_map|zone_reclaim)|kernel\.numa|net\.ipv4\.ip_forward|fs\.aio-max)'
   getent passwd; getent group
   dpkg-query -W -f '${Package} ${Version}\n'
 } | sort
@@ -69,83 +71,82 @@ class Played:
         return "\n".join(f"{x.name}: {x.result.get('msg', x.result)}" for x in self.tasks if x.failed) or self.text
 
 
-def command(playbook: str, *arguments: str, **variables: t.Any) -> list[str]:
-    """The command line of a playbook of this collection on the lab."""
-    return [
-        "ansible-playbook",
-        "--inventory=inventories/lab",
-        f"playbooks/{playbook}.yml",
-        *arguments,
-        f"--extra-vars={json.dumps(variables)}",
-    ]
+class Lab:
+    """The lab of inventories/lab as a test drives it."""
 
+    def start(self, playbook: str, *arguments: str, **variables: t.Any) -> subprocess.Popen[str]:
+        """Start a playbook of this collection; its tasks' outcome comes as JSON on its standard output."""
+        return subprocess.Popen(
+            [
+                "ansible-playbook",
+                "--inventory=inventories/lab",
+                f"playbooks/{playbook}.yml",
+                *arguments,
+                f"--extra-vars={json.dumps(variables)}",
+            ],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+                "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
+                "ANSIBLE_CALLBACKS_ENABLED": "",
+                "ANSIBLE_NOCOLOR": "1",
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
-def environment() -> dict[str, str]:
-    """The environment in which playbooks are run, with their outcome as JSON."""
-    return {
-        **os.environ,
-        "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
-        "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
-        "ANSIBLE_CALLBACKS_ENABLED": "",
-        "ANSIBLE_FORCE_COLOR": "0",
-    }
-
-
-def play(playbook: str, *arguments: str, **variables: t.Any) -> Played:
-    """Run a playbook to its end and parse what its tasks did."""
-    done = subprocess.run(
-        command(playbook, *arguments, **variables),
-        cwd=ROOT,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-        timeout=1500,
-    )
-    played = Played(done.returncode, done.stdout + done.stderr)
-    start = done.stdout.find("{")
-    if start < 0:
-        return played
-    report = json.loads(done.stdout[start:])
-    played.stats = report["stats"]
-    for one in report["plays"]:
-        for task in one["tasks"]:
-            for host, result in task["hosts"].items():
-                played.tasks.append(
-                    Task(
-                        task["task"]["name"],
-                        host,
-                        bool(result.get("changed")),
-                        bool(result.get("failed") or result.get("unreachable")),
-                        bool(result.get("skipped")),
-                        result,
+    def finish(self, running: subprocess.Popen[str]) -> Played:
+        """Wait for a started playbook and parse what its tasks did."""
+        try:
+            out, err = running.communicate(timeout=PLAY_TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            raise
+        played = Played(running.returncode, out + err)
+        if "{" not in out:
+            return played
+        report = json.loads(out[out.index("{") :])
+        played.stats = report["stats"]
+        for one in report["plays"]:
+            for task in one["tasks"]:
+                for host, result in task["hosts"].items():
+                    played.tasks.append(
+                        Task(
+                            task["task"]["name"],
+                            host,
+                            bool(result.get("changed")),
+                            bool(result.get("failed") or result.get("unreachable")),
+                            bool(result.get("skipped")),
+                            result,
+                        )
                     )
-                )
-    return played
+        return played
 
+    def play(self, playbook: str, *arguments: str, **variables: t.Any) -> Played:
+        """Run a playbook to its end."""
+        return self.finish(self.start(playbook, *arguments, **variables))
 
-def succeed(playbook: str, *arguments: str, **variables: t.Any) -> Played:
-    """Run a playbook that must succeed."""
-    played = play(playbook, *arguments, **variables)
-    assert played.rc == 0, played.failures()
-    return played
+    def succeed(self, playbook: str, *arguments: str, **variables: t.Any) -> Played:
+        """Run a playbook that must succeed."""
+        played = self.play(playbook, *arguments, **variables)
+        assert played.rc == 0, played.failures()
+        return played
 
+    def hosts(self, state: str) -> None:
+        """Bring the hosts to a state of role lab: started, restarted, reset, power_cut, ..."""
+        self.succeed("lab_up", lab_state=state)
 
-def lab(state: str, **variables: t.Any) -> Played:
-    """Bring the lab's hosts to a state (role lab): started, restarted, reset, power_cut, ..."""
-    return succeed("lab_up", lab_state=state, **variables)
-
-
-def fingerprint(host: t.Any) -> set[str]:
-    """Every line of a host's state that only a real run may change."""
-    done = host.run("bash -s <<'SCRIPT'\n" + FINGERPRINT + "\nSCRIPT")
-    assert done.rc == 0, done.stderr
-    return set(done.stdout.splitlines())
+    def fingerprint(self, host: t.Any) -> set[str]:
+        """Every line of a host's state that only a real run may change."""
+        done = host.run("bash -s <<'SCRIPT'\n" + FINGERPRINT + "\nSCRIPT")
+        assert done.rc == 0, done.stderr
+        return set(done.stdout.splitlines())
 
 
 @pytest.fixture(scope="session")
-def root() -> Path:
-    """The collection's root directory."""
-    return ROOT
+def lab() -> Lab:
+    """The lab."""
+    return Lab()
