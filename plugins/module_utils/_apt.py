@@ -43,7 +43,7 @@ def _deb822(text: str) -> t.Iterator[tuple[str, list[str]]]:
             if line.startswith("#"):
                 continue
             if line[:1] in (" ", "\t"):
-                fields[key] += " " + line.strip()
+                fields[key] = f"{fields.get(key, '')} {line.strip()}"
             elif ":" in line:
                 key, _colon, value = line.partition(":")
                 key = key.lower()

@@ -197,12 +197,14 @@ class Images:
 
     def result(self, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         """Per image: digests, where the bundle is, sizes, packages."""
+        digests = {digest: manifest["files"][IMAGE]["sha256"] for digest, manifest in observed.items()}
         return {
+            "store": [{"name": i["name"], "digest": digests.get(i["definition_digest"], "")} for i in self.wanted],
             "images": [
                 {
                     "name": image["name"],
                     "definition_digest": image["definition_digest"],
-                    "image_digest": manifest["files"][IMAGE]["sha256"] if manifest else "",
+                    "image_digest": digests.get(image["definition_digest"], ""),
                     "bundle": f"{image['directory']}/{BUNDLE}",
                     "bundle_sha256": manifest["bundle"]["sha256"] if manifest else "",
                     "bundle_bytes": manifest["bundle"]["size_bytes"] if manifest else 0,
@@ -212,7 +214,7 @@ class Images:
                 }
                 for image in self.wanted
                 for manifest in [observed.get(image["definition_digest"])]
-            ]
+            ],
         }
 
     # -- the build -----------------------------------------------------------

@@ -344,27 +344,17 @@ class MicroVms:
         return steps + self._plan_running(observed)
 
     def _plan_common(self, observed: t.Mapping[str, t.Any]) -> list[Step]:
-        stale = self._stale(units.COMMON)
-        needed = ["vhost_vsock", "tun", "bridge"]
-        if observed["virtualization"] and self.params["accelerator"] != "tcg" and not self.host.exists("/dev/kvm"):
-            flags = self.host.read("/proc/cpuinfo")
-            needed.append("kvm_amd" if re.search(r"\bsvm\b", flags) else "kvm_intel")
+        modules = list(units.MODULES)
+        if observed["virtualization"] and self.params["accelerator"] != "tcg":
+            modules.append("kvm_amd" if re.search(r"\bsvm\b", self.host.read("/proc/cpuinfo")) else "kvm_intel")
+        stale = self._stale(units.common(modules))
         release = self.host.read("/proc/sys/kernel/osrelease")
-        built_in = self.host.read(f"/lib/modules/{release}/modules.builtin")
-        absent = [
-            module for module in needed
-            if module not in observed["modules"] and f"/{module}.ko" not in built_in and f"/{module.replace('_', '-')}.ko" not in built_in
-        ]  # fmt: skip
+        built_in = self.host.read(f"/lib/modules/{release}/modules.builtin").replace("-", "_")
+        absent = [m for m in modules if m not in observed["modules"] and f"/{m}.ko" not in built_in]
         if not stale and not absent:
             return []
-        return [
-            Step(
-                "prepare",
-                "host for microVMs",
-                after={"files": sorted(stale), "modules": absent},
-                data=(stale, absent),
-            )
-        ]
+        after = {"files": sorted(stale), "modules": absent}
+        return [Step("prepare", "host for microVMs", after=after, data=(stale, absent))]
 
     def _plan_enabled(self, observed: t.Mapping[str, t.Any]) -> list[Step]:
         on, off = [], []
@@ -420,7 +410,7 @@ class MicroVms:
             if name in known or observed["units"].get(name, {}).get("active") not in (None, "inactive")
         ]  # fmt: skip
         last = not set(observed["specs"]) - set(gone)
-        common = [path for path in units.COMMON if self.host.exists(path)] if last else []
+        common = [path for path in units.common([]) if self.host.exists(path)] if last else []
         if not gone and not common:
             return []
         left = {observed["specs"][name]["tenant"] for name in observed["specs"] if name not in gone}
@@ -450,7 +440,7 @@ class MicroVms:
             before = observed["specs"].get(name, {}).get("networks", [])
             spec["networks"] = [self._interface(item, n, before, taken) for n in item["networks"]]
             self.specs[name] = spec
-        for name, item in self.wanted.items():
+        for item in self.wanted.values():
             for index, interface in enumerate(item["networks"]):
                 for other, spec in others.items():
                     if interface["address"] in [n["address"] for n in spec["networks"]]:
@@ -597,7 +587,7 @@ class MicroVms:
             self.host.run(["modprobe", "-a", *data[1]])
         if data[1] and data[1][-1].startswith("kvm_") and not self.host.exists("/dev/kvm"):
             raise HostError(
-                "the CPU has virtualization but /dev/kvm does not appear. Enable it in the firmware, or use accelerator: tcg"
+                "the CPU has virtualization but there is no /dev/kvm. Enable it in the firmware, or use accelerator tcg"
             )
 
     def _apply_define(self, data: tuple[str, dict[str, tuple[str, int]], list[str]]) -> None:

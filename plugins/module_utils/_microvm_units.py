@@ -101,12 +101,12 @@ Description=agentfleet virtiofsd for %i
 
 [Service]
 EnvironmentFile={SHARES}/%i.env
-ExecStart=/usr/libexec/virtiofsd --fd=3 --sandbox=namespace --announce-submounts --shared-dir ${{SHARE_SOURCE}} $SHARE_FLAGS
+ExecStart=/usr/libexec/virtiofsd --fd=3 --sandbox=namespace --shared-dir ${{SHARE_SOURCE}} $SHARE_FLAGS
 LimitNOFILE=1048576
 NoNewPrivileges=yes
 """
 
-MODULES = "# Written by agentfleet.metal. What microVMs need of the host's kernel.\nvhost_vsock\ntun\nbridge\n"
+MODULES = ("vhost_vsock", "tun", "bridge")
 
 TAPS = f"""\
 #!/bin/sh
@@ -157,16 +157,23 @@ except OSError as error:
     print(f"power button: {{error}}", file=sys.stderr)
 """
 
-# Path -> (text, mode): what every host with microVMs has.
-COMMON: dict[str, tuple[str, int]] = {
-    f"{SYSTEM}/agentfleet-microvms.target": (TARGET, 0o644),
-    f"{SYSTEM}/agentfleet-microvm@.service": (MICROVM, 0o644),
-    f"{SYSTEM}/agentfleet-virtiofsd@.socket": (SHARE_SOCKET, 0o644),
-    f"{SYSTEM}/agentfleet-virtiofsd@.service": (SHARE_SERVICE, 0o644),
-    f"{LIBRARY}/microvm-taps": (TAPS, 0o755),
-    f"{LIBRARY}/microvm-stop": (STOP, 0o755),
-    "/etc/modules-load.d/60-agentfleet-microvm.conf": (MODULES, 0o644),
-}
+
+def common(modules: t.Sequence[str]) -> dict[str, tuple[str, int]]:
+    """Path -> (text, mode): what every host with microVMs has.
+
+    :param modules: what microVMs need of the host's kernel
+    """
+    return {
+        f"{SYSTEM}/agentfleet-microvms.target": (TARGET, 0o644),
+        f"{SYSTEM}/agentfleet-microvm@.service": (MICROVM, 0o644),
+        f"{SYSTEM}/agentfleet-virtiofsd@.socket": (SHARE_SOCKET, 0o644),
+        f"{SYSTEM}/agentfleet-virtiofsd@.service": (SHARE_SERVICE, 0o644),
+        f"{LIBRARY}/microvm-taps": (TAPS, 0o755),
+        f"{LIBRARY}/microvm-stop": (STOP, 0o755),
+        "/etc/modules-load.d/60-agentfleet-microvm.conf": (
+            "\n".join(["# Written by agentfleet.metal.", *modules]) + "\n", 0o644,
+        ),
+    }  # fmt: skip
 
 
 def quoted(words: t.Sequence[str]) -> str:

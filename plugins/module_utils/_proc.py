@@ -30,11 +30,9 @@ def memory_of(host: Host, pid: int, image: str) -> dict[str, int]:
         key, value = words[0], words[1]
         if key == "Pss:":
             total["pss_bytes"] += int(value) * 1024
-        elif key == "Anonymous:" or (key in ("Private_Clean:", "Private_Dirty:") and not of_image):
-            # Anonymous pages of a private file mapping are its copies on write; elsewhere they are
-            # already part of Private_*.
-            if key != "Anonymous:" or of_image:
-                total["private_bytes"] += int(value) * 1024
+        # A private file mapping's anonymous pages are its copies on write; other mappings have them in Private_*.
+        elif key in (("Anonymous:",) if of_image else ("Private_Clean:", "Private_Dirty:")):
+            total["private_bytes"] += int(value) * 1024
         if of_image and key in ("Rss:", "Anonymous:"):
             total["shared_bytes"] += int(value) * (1024 if key == "Rss:" else -1024)
     return total

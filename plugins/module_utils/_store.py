@@ -53,13 +53,14 @@ def named(host: Host) -> dict[str, str]:
 class Store:
     """What ``image_store`` manages: images by digest, and the names that point to them.
 
-    :param params: ``images`` (name, digest, bundle)
+    :param params: ``images`` (name, digest), and ``incoming`` where bundles arrive
     """
 
     def __init__(self, host: Host, params: t.Mapping[str, t.Any]) -> None:
         self.host = host
         self.predicting = False
         self.images: list[dict[str, t.Any]] = list(params["images"])
+        self.incoming: str | None = params["incoming"]
         names = set()
         for index, image in enumerate(self.images):
             if not NAME.fullmatch(image["name"]):
@@ -89,7 +90,7 @@ class Store:
                 raise Refused(
                     f"images[{index}].digest", digest, "no digest", "Give the image_digest that rootfs_image returned"
                 )
-            if (not digest or digest not in coming) and image["bundle"]:
+            if (not digest or digest not in coming) and self.incoming:
                 coming.add(digest)
                 steps.append(Step("register", f"image {image['name']}", after={"digest": digest}, data=image))
             if digest in coming and observed["names"].get(image["name"]) != digest:
@@ -101,7 +102,7 @@ class Store:
         """Carry out one step; a failure leaves the store as it was."""
         image = step.data
         if step.verb == "register":
-            self._register(image["digest"], image["bundle"])
+            self._register(image["digest"], f"{self.incoming}/agentfleet-{image['digest']}.tar.zst")
             return
         directory = self.host.path(f"{STORE}/names")
         os.makedirs(directory, exist_ok=True)

@@ -12,10 +12,12 @@ short_description: Keep a host's content-addressed store of microVM images
 version_added: 0.1.0
 author: agentfleet.metal contributors (@agentfleet)
 description:
-  - Registers bundles that M(agentfleet.metal.rootfs_image) built and that were copied to the host, and points names to digests.
-  - Every file is verified against its SHA-256 before the image appears in the store; names are switched atomically. A failure
-    leaves the store as it was.
-  - Call it first without O(images[].bundle) and transfer only what is returned in RV(missing), so that no host gets the same bytes twice.
+  - Registers bundles that M(agentfleet.metal.rootfs_image) built and that were copied to the host, and points names
+    to digests.
+  - Every file is verified against its SHA-256 before the image appears in the store; names are switched atomically.
+    A failure leaves the store as it was.
+  - Call it first without O(incoming) and transfer only what is returned in RV(missing), so that no host gets
+    the same bytes twice.
 extends_documentation_fragment: agentfleet.metal.attributes
 options:
   images:
@@ -34,33 +36,31 @@ options:
           - May be empty in check mode, when the builder has not built the image yet.
         type: str
         required: true
-      bundle:
-        description: File on the host with the image. It is removed once the image is in the store. Not read when the image is there.
-        type: path
+  incoming:
+    description:
+      - Directory of the host where bundles were copied to as C(agentfleet-DIGEST.tar.zst). Missing images are registered from
+        there and their bundles removed.
+    type: path
 """
 
 EXAMPLES = r"""
 - name: Point the name to the image if the host has it
   agentfleet.metal.image_store:
-    images:
-      - name: agent
-        digest: "{{ built.images[0].image_digest }}"
+    images: "{{ built.store }}"
   register: store
 
 - name: Send what is missing
   ansible.builtin.copy:
-    src: "{{ built.images[0].bundle }}"
-    dest: /var/tmp/agent.tar.zst
+    src: "{{ item.bundle }}"
+    dest: /var/tmp/agentfleet-{{ item.image_digest }}.tar.zst
     mode: "0600"
-  when: "'agent' in store.missing"
+  loop: "{{ built.images | selectattr('name', 'in', store.missing) }}"
 
 - name: Register it
   agentfleet.metal.image_store:
-    images:
-      - name: agent
-        digest: "{{ built.images[0].image_digest }}"
-        bundle: /var/tmp/agent.tar.zst
-  when: "'agent' in store.missing"
+    images: "{{ built.store }}"
+    incoming: /var/tmp
+  when: store.missing | length > 0
 """
 
 RETURN = r"""
@@ -109,9 +109,9 @@ ARGUMENTS = {
         "options": {
             "name": {"type": "str", "required": True},
             "digest": {"type": "str", "required": True},
-            "bundle": {"type": "path"},
         },
     },
+    "incoming": {"type": "path"},
 }
 
 

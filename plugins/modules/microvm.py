@@ -12,11 +12,15 @@ short_description: Manage microVMs that share one copy of their root file system
 version_added: 0.1.0
 author: agentfleet.metal contributors (@agentfleet)
 description:
-  - Declares, starts, stops and removes the microVMs of one call, with bounded parallelism. One bad item is refused before any is touched.
-  - The root is an image of M(agentfleet.metal.image_store), attached as virtio-pmem and mounted with DAX, so that all microVMs
-    of one image use one copy in the host's page cache; each has a writable layer of its own in its memory. No guest can change the image.
-  - systemd supervises them, each as its own unprivileged dynamic user in the slice of its tenant. Microvms that run are back after a reboot without Ansible.
-  - A microVM counts as started when the agent in it has answered over vsock. A start that fails is undone and reported with the console.
+  - Declares, starts, stops and removes the microVMs of one call, with bounded parallelism. One bad item is refused
+    before any is touched.
+  - The root is an image of M(agentfleet.metal.image_store), attached as virtio-pmem and mounted with DAX, so that all
+    microVMs of one image use one copy in the host's page cache; each has a writable layer of its own in its memory.
+    No guest can change the image.
+  - systemd supervises them, each as its own unprivileged dynamic user in the slice of its tenant. MicroVMs that run are
+    back after a reboot without Ansible.
+  - A microVM counts as started when the agent in it has answered over vsock. A start that fails is undone and reported
+    with the console.
 extends_documentation_fragment: agentfleet.metal.attributes
 options:
   state:
@@ -66,7 +70,9 @@ options:
         type: bool
         default: true
       environment:
-        description: Environment of the agent, on a read-only disk of the microVM. Not for secrets, since plans and diffs show it.
+        description:
+          - Environment of the agent, on a read-only disk of the microVM.
+          - Not for secrets, since plans and diffs show it.
         type: dict
         default: {}
       kernel_arguments:
@@ -79,7 +85,7 @@ options:
         type: list
         elements: dict
         default: []
-        options:
+        suboptions:
           tag:
             description: Name of the share, unique in the microVM.
             type: str
@@ -100,7 +106,7 @@ options:
         type: list
         elements: dict
         default: []
-        options:
+        suboptions:
           network:
             description: One of O(networks[].name).
             type: str
@@ -132,7 +138,9 @@ options:
     choices: [auto, kvm, tcg]
     default: auto
   allow_restart:
-    description: Whether running microVMs whose definition changed are restarted. Otherwise RV(instances[].restart_required) says so.
+    description:
+      - Whether running microVMs whose definition changed are restarted.
+      - Otherwise RV(instances[].restart_required) says so.
     type: bool
     default: false
   memory_overcommit:

@@ -13,7 +13,8 @@ version_added: 0.1.0
 author: agentfleet.metal contributors (@agentfleet)
 description:
   - Returns every declared microVM of the host, or those named.
-  - Memory comes from the mappings of each VMM process, so that pages of a shared image are told from those that a microVM costs alone.
+  - Memory comes from the mappings of each VMM process, so that pages of a shared image are told from those that a
+    microVM costs alone.
 extends_documentation_fragment: agentfleet.metal.attributes.info
 options:
   names:

@@ -14,11 +14,11 @@ author: agentfleet.metal contributors (@agentfleet)
 description:
   - Builds images on the builder (usually the controller, with C(delegate_to=localhost)) from packages and files.
   - An image is an uncompressed EROFS file that guests map directly from the host's page cache (DAX), together with the
-    distribution's kernel and a generated minimal initramfs. The SHA-256 of the EROFS file is the image's digest; the file
-    contains the digests of kernel and initramfs, so that it stands for all three.
-  - The result is one compressed bundle in the cache, found again by the digest of the definition. Changed contents of the
-    mirror alone do not rebuild an image; remove its directory from the cache for that.
-  - Needs mmdebstrap, erofs-utils 1.5 or newer, zstd and tar on the builder, and fakeroot when not run as root. Mounts nothing.
+    distribution's kernel and a generated minimal initramfs. The SHA-256 of the EROFS file is the image's digest; the
+    file contains the digests of kernel and initramfs, so that it stands for all three.
+  - The result is one compressed bundle in the cache, found again by the digest of the definition. Changed contents of
+    the mirror alone do not rebuild an image; remove its directory from the cache for that.
+  - Needs mmdebstrap, erofs-utils 1.5 or newer, zstd and tar on the builder, and fakeroot when not run as root.
 extends_documentation_fragment: agentfleet.metal.attributes
 options:
   cache:
@@ -70,7 +70,7 @@ options:
         type: list
         elements: dict
         default: []
-        options:
+        suboptions:
           path:
             description: Absolute path in the image.
             type: path
@@ -104,6 +104,11 @@ EXAMPLES = r"""
 RETURN = r"""
 plan:
   description: The builds, each with its definition.
+  returned: always
+  type: list
+  elements: dict
+store:
+  description: Name and digest of each image, as M(agentfleet.metal.image_store) takes them.
   returned: always
   type: list
   elements: dict
