@@ -263,10 +263,7 @@ def matching(functions: t.Iterable[dict[str, t.Any]], identity: str) -> list[dic
 
 def one(functions: list[dict[str, t.Any]], option: str, value: str) -> dict[str, t.Any]:
     """The one function of an address or of a ``vendor:device``; refused when there is none or more."""
-    if ADDRESS.match(value):
-        found = [function for function in functions if function["address"] == value]
-    else:
-        found = matching(functions, value)
+    found = [function for function in functions if function["address"] == value] or matching(functions, value)
     if len(found) == 1:
         return found[0]
     if found:
@@ -284,18 +281,24 @@ def wait_for(host: Host, addresses: t.Iterable[str], seconds: float, with_driver
         return
 
 
-def vfio_users(host: Host, address: str) -> list[str]:
-    """Processes (``pid name``) that hold the vfio nodes of a function open."""
-    nodes = set(vfio_nodes(host, address))
-    found = set()
-    for link in host.glob("/proc/[0-9]*/fd/*") if nodes else []:
+def vfio_users(host: Host, addresses: t.Iterable[str]) -> dict[str, list[str]]:
+    """Address -> processes (``pid name``) that hold the function's vfio nodes open; one pass over all open files."""
+    users: dict[str, list[str]] = {address: [] for address in addresses}
+    owners: dict[str, list[str]] = {}
+    for address in users:
+        for node in vfio_nodes(host, address):
+            owners.setdefault(node, []).append(address)
+    for link in host.glob("/proc/[0-9]*/fd/*") if owners else []:
         try:
-            if os.readlink(host.path(link)) in nodes:
-                process = link.split("/")[2]
-                found.add(f"{process} {host.read(f'/proc/{process}/comm')}")
+            node = os.readlink(host.path(link))
         except OSError:  # the process has ended
             continue
-    return sorted(found)
+        for address in owners.get(node, []):
+            process = link.split("/")[2]
+            text = f"{process} {host.read(f'/proc/{process}/comm')}"
+            if text not in users[address]:
+                users[address].append(text)
+    return users
 
 
 def vfio_nodes(host: Host, address: str) -> list[str]:

@@ -62,7 +62,7 @@ class SriovVfs:
         functions = _pci.observe_pci(self.host)["functions"]
         return {
             "functions": functions,
-            "users": {f["address"]: _pci.vfio_users(self.host, f["address"]) for f in functions if f["physfn"]},
+            "users": _pci.vfio_users(self.host, [f["address"] for f in functions if f["physfn"]]),
             "up": [name for name in self.host.names("/sys/class/net") if self._is_up(name)],
             "settings": {f["address"]: self._settings(f) for f in functions if f["sriov"] and f["netdevs"]}
             if any(len(self._wish(item, 0)) for item in self.items)

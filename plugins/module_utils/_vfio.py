@@ -122,7 +122,7 @@ class VfioBindings:
         return {
             "functions": functions,
             "iommu": _pci.observe_iommu(self.host),
-            "users": {function["address"]: _pci.vfio_users(self.host, function["address"]) for function in bound},
+            "users": _pci.vfio_users(self.host, [function["address"] for function in bound]),
             "drivers": self.host.names("/sys/bus/pci/drivers"),
             "nodes": {path: self._access(path) for path in self._nodes()},
             "gid": self._gid(self.desired.get("access_group") or ""),
