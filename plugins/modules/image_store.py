@@ -25,7 +25,7 @@ options:
     type: list
     elements: dict
     default: []
-    options:
+    suboptions:
       name:
         description: Name of the image.
         type: str

@@ -36,7 +36,7 @@ options:
     type: list
     elements: dict
     required: true
-    options:
+    suboptions:
       name:
         description: Name, also the guest's host name. Of V(a-z), V(0-9) and hyphen.
         type: str
@@ -119,7 +119,7 @@ options:
     type: list
     elements: dict
     default: []
-    options:
+    suboptions:
       name:
         description: Name of the network.
         type: str

@@ -30,7 +30,7 @@ options:
     type: list
     elements: dict
     required: true
-    options:
+    suboptions:
       name:
         description: Name of the image, used to point at its digest on hosts.
         type: str
