@@ -1,0 +1,47 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The split of a VMM's memory, on lines as a real kernel prints them."""
+
+from __future__ import annotations
+
+import typing as t
+
+from ansible_collections.agentfleet.metal.plugins.module_utils._proc import memory_of
+
+IMAGE = "/var/lib/agentfleet/images/abc/rootfs.erofs"
+
+
+def mapping(head: str, rss: int, pss: int, private_clean: int, private_dirty: int, anonymous: int) -> str:
+    shared = rss - private_clean - private_dirty
+    return (
+        f"{head}\nSize: 99999 kB\nRss: {rss} kB\nPss: {pss} kB\nPss_Dirty: 0 kB\nShared_Clean: {shared} kB\n"
+        f"Shared_Dirty: 0 kB\nPrivate_Clean: {private_clean} kB\nPrivate_Dirty: {private_dirty} kB\n"
+        f"Anonymous: {anonymous} kB\nVmFlags: rd wr mr mw me ac sd\n"
+    )
+
+
+def test_split(fake_host: t.Any) -> None:
+    smaps = (
+        # the image: 1000 pages' KiB shared by two, of which the guest wrote 40
+        mapping(f"7f1-7f2 rw-p 00000000 fe:00 1234    {IMAGE}", 1040, 540, 0, 40, 40)
+        # guest RAM
+        + mapping("7f3-7f4 rw-p 00000000 00:00 0", 9000, 9000, 0, 9000, 9000)
+        # the program, shared with the other VMM but for its data
+        + mapping("55a-55b r-xp 00000000 fe:00 77    /usr/bin/qemu-system-x86_64", 600, 350, 100, 0, 0)
+    )
+    fake_host.files({"/proc/42/smaps": smaps})
+    assert memory_of(fake_host, 42, IMAGE) == {
+        "pss_bytes": (540 + 9000 + 350) * 1024,
+        "shared_bytes": 1000 * 1024,
+        "private_bytes": (40 + 9000 + 100) * 1024,
+    }
+
+
+def test_an_image_used_by_one_is_not_private(fake_host: t.Any) -> None:
+    fake_host.files({"/proc/42/smaps": mapping(f"7f1-7f2 rw-p 00000000 fe:00 1    {IMAGE}", 500, 500, 500, 0, 0)})
+    assert memory_of(fake_host, 42, IMAGE) == {"pss_bytes": 512000, "shared_bytes": 512000, "private_bytes": 0}
+
+
+def test_no_process(fake_host: t.Any) -> None:
+    assert memory_of(fake_host, 0, IMAGE) == {"pss_bytes": 0, "shared_bytes": 0, "private_bytes": 0}
