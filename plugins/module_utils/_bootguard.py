@@ -69,8 +69,12 @@ class Guard:
         return booted(self.host, record)
 
     def complete(self, record: Record) -> bool:
-        """Whether the known-good entry is what boots by default."""
-        return bool(record) and self.loader.environment().get("saved_entry") == KNOWN_GOOD
+        """Whether the known-good entry is what boots by default, and all files are in the backup."""
+        return (
+            bool(record)
+            and self.loader.environment().get("saved_entry") == KNOWN_GOOD
+            and {*self.loader.sources()} <= {*record["files"]}
+        )
 
     def failed_units(self) -> list[str]:
         """Units that have failed."""
@@ -91,12 +95,18 @@ class Guard:
                 "backend": self.loader.name,
                 "boot_id": self.boot_id(),
                 "saved_entry": environment.get("saved_entry", ""),
+                "default": environment.get("saved_entry", ""),
                 "failed_units": self.failed_units(),
                 "known_good": asdict(replace(self.running_entry(), arguments=arguments)),
-                "files": {path: self._content(path) for path in self.loader.sources()},
+                "files": {},
             }
             self.loader.forget()
-            self._write(record)
+        # A kernel package that was installed meanwhile has entries of its own, and may have saved one.
+        for path in self.loader.sources():
+            record["files"].setdefault(path, self._content(path))
+        chosen = self.loader.environment().get("saved_entry", "")
+        record["default"] = record["default"] if chosen in ("", *OURS) else chosen
+        self._write(record)
         kept = self.loader.known_good(_entry(record["known_good"]), record["known_good"]["arguments"])
         self.loader.put_entries([kept])
         self.loader.set_environment(saved_entry=KNOWN_GOOD, next_entry=None)
@@ -104,7 +114,7 @@ class Guard:
     def stage(self) -> None:
         """Put the configured default on trial: it boots next, once."""
         record = self.record()
-        default = self.loader.default(record["saved_entry"])
+        default = self.loader.default(record["default"])
         arguments = f"{default.arguments} {' '.join(self.loader.panic)}"
         mark = mark_of(default)
         kept = self.loader.known_good(_entry(record["known_good"]), record["known_good"]["arguments"])
@@ -259,7 +269,7 @@ class BootGuard:
 
     def _held(self, observed: Record) -> bool:
         """A kernel that failed is still installed: the guard stays."""
-        return self.loader.default(observed["saved_entry"]).release != _entry(observed["known_good"]).release
+        return self.loader.default(observed["default"]).release != _entry(observed["known_good"]).release
 
     def _decide(self, verb: str, why: str) -> Step:
         record = self.guard.record()

@@ -110,7 +110,7 @@ class KernelCmdline:
         """Default entry, booted command line and the guard's record."""
         record = self.guard.record()
         return {
-            "default": self.loader.default(record.get("saved_entry", "")),
+            "default": self.loader.default(record.get("default", "")),
             "cmdline": self.host.read("/proc/cmdline"),
             "release": self.host.read("/proc/sys/kernel/osrelease"),
             "record": record,

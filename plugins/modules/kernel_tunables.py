@@ -27,7 +27,7 @@ options:
     default: []
   module_options:
     description:
-      - Parameters by module, as C({module: {parameter: value}}).
+      - 'Parameters by module, as C({module: {parameter: value}}).'
       - A parameter that can be written at run time is set at once. One that cannot is reported under RV(module_reloads)
         and RV(reboot_reasons) while the module runs with another value.
       - Parameters of a built-in driver are kept in C(/etc/tmpfiles.d), since C(/etc/modprobe.d) has no effect on it.
@@ -36,12 +36,12 @@ options:
     type: dict
     default: {}
   sysctl:
-    description: Sysctls, as C({name: value}). Refused when a file that is read later says otherwise.
+    description: 'Sysctls, as C({name: value}). Refused when a file that is read later says otherwise.'
     type: dict
     default: {}
   sysfs:
     description:
-      - Attributes below C(/sys), as C({path: value}). They must be readable and writable; triggers are refused.
+      - 'Attributes below C(/sys), as C({path: value}). They must be readable and writable; triggers are refused.'
       - They are written at boot by C(systemd-tmpfiles), after the modules of C(modules-load.d) are loaded.
     type: dict
     default: {}

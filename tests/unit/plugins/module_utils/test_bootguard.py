@@ -1,0 +1,402 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The command line and its guard, played through on doubles of the boot loaders, with power cuts at every point."""
+
+from __future__ import annotations
+
+import importlib.util
+import typing as t
+from pathlib import Path
+
+import pytest
+
+from ansible_collections.agentfleet.metal.plugins.module_utils._bootguard import STATE, BootGuard, running_arguments
+from ansible_collections.agentfleet.metal.plugins.module_utils._bootloader import (
+    DROP_IN,
+    KNOWN_GOOD,
+    drop_in,
+    parse_entries,
+    render,
+)
+from ansible_collections.agentfleet.metal.plugins.module_utils._cmdline import KernelCmdline
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Completed, Host, run_process
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, apply_all
+
+
+def double(name: str) -> t.Any:
+    """A program of tests/doubles."""
+    path = Path(__file__).parents[3] / "doubles" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"double_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GRUB, GRUBBY = double("grub"), double("grubby")
+OLD, NEW = "6.12.1-amd64", "6.13.0-amd64"
+
+
+class PowerCut(Exception):
+    """The power is gone."""
+
+
+class Machine(Host):
+    """A host that boots through a double of its boot loader, and whose power can be cut before any write."""
+
+    def __init__(self, root: str, backend: str) -> None:
+        super().__init__(root, self._run)
+        self.backend, self.boots, self.writes, self.cut_at = backend, 0, 0, -1
+        self.failed = ""
+        self.directory = {"grub_d": "/boot/grub"}.get(backend, "/boot/grub2")
+        for path in ("boot/loader/entries", "etc/default/grub.d", "proc/sys/kernel/random", "usr/sbin", "etc/kernel"):
+            Path(root, path).mkdir(parents=True)
+        Path(root, self.directory.lstrip("/")).mkdir()
+        self.install(OLD)
+        Path(root, "etc/default/grub").write_text('GRUB_DEFAULT=0\nGRUB_CMDLINE_LINUX="console=tty0 quiet"\n')
+        Path(root, "proc/mounts").write_text("/dev/vda1 / ext4 rw 0 0\n")
+        if backend == "grubby":
+            Path(root, "usr/sbin/grubby").write_text("")
+            Path(root, "etc/kernel/cmdline").write_text("root=UUID=1234 ro console=tty0 quiet\n")
+            GRUB.editenv(["", self.path("/boot/grub2/grubenv"), "set", f"saved_entry=abc-{OLD}"])
+        else:
+            if backend == "openeuler":
+                Path(root, "etc/openEuler-release").write_text("openEuler release 24.03 (LTS-SP3)\n")
+            Path(root, "usr/sbin/grub-mkconfig").write_text("")
+            text = GRUB.mkconfig(root, [], backend == "grub_d")[1]
+            Path(root, self.directory.lstrip("/"), "grub.cfg").write_text(text)
+        self.boot()
+
+    def install(self, release: str) -> None:
+        """A kernel package and what its scripts do."""
+        for name in (f"vmlinuz-{release}", f"initrd.img-{release}"):
+            Path(self.root, "boot", name).write_text(name)
+        if self.backend == "grubby":
+            Path(self.root, f"boot/loader/entries/abc-{release}.conf").write_text(
+                f"title Linux {release}\nversion {release}\nlinux /vmlinuz-{release}\ninitrd /initrd.img-{release}\n"
+                "options root=UUID=1234 ro console=tty0 quiet\n"
+            )
+            GRUB.editenv(["", self.path("/boot/grub2/grubenv"), "set", f"saved_entry=abc-{release}"])
+        elif self.boots:
+            path = Path(self.root, self.directory.lstrip("/"), "grub.cfg")
+            path.write_text(GRUB.mkconfig(self.root, [], self.backend == "grub_d")[1])
+
+    def boot(self) -> None:
+        """Power on."""
+        self.boots += 1
+        cmdline = GRUB.boot(self.root, self.directory, self.backend == "grubby")
+        kernel = cmdline.split()[0].rpartition("/")[2].partition("-")[2]
+        kernel = OLD if kernel == f"{KNOWN_GOOD}.vmlinuz".partition("-")[2] else kernel
+        Path(self.root, "proc/cmdline").write_text(cmdline + "\n")
+        Path(self.root, "proc/sys/kernel/osrelease").write_text(kernel + "\n")
+        Path(self.root, "proc/sys/kernel/random/boot_id").write_text(f"boot-{self.boots}\n")
+
+    @property
+    def cmdline(self) -> str:
+        return running_arguments(self.read("/proc/cmdline"))
+
+    def _mutate(self) -> None:
+        self.writes += 1
+        if self.writes == self.cut_at:
+            raise PowerCut
+
+    def write(self, path: str, text: str, mode: int = 0o644) -> None:
+        self._mutate()
+        super().write(path, text, mode)
+
+    def remove(self, path: str) -> None:
+        self._mutate()
+        super().remove(path)
+
+    def _run(self, argv: t.Sequence[str], stdin: str | None, timeout_seconds: float) -> Completed:
+        program, words = argv[0], list(argv)
+        if program in ("grub-editenv", "grub2-editenv"):
+            self._mutate()
+            return Completed(tuple(argv), *GRUB.editenv(words))
+        if program in ("grub-mkconfig", "grub2-mkconfig"):
+            return Completed(tuple(argv), *GRUB.mkconfig(self.root, words, program == "grub-mkconfig"))
+        if program == "grubby":
+            if "--info=ALL" not in words:
+                self._mutate()
+            return Completed(tuple(argv), *GRUBBY.grubby(self.root, words))
+        if program == "systemctl":
+            running = "is-system-running" in words
+            return Completed(tuple(argv), 0, "running\n" if running else f"{self.failed}\n")
+        if program == "sh":
+            return run_process(argv, stdin, timeout_seconds)
+        return Completed(tuple(argv), 127, "", f"{program}: not found")
+
+
+@pytest.fixture(params=["grub_d", "openeuler", "grubby"])
+def machine(request: t.Any, tmp_path: Path) -> Machine:
+    """A booted machine of each kind."""
+    return Machine(str(tmp_path), request.param)
+
+
+def run(resource: t.Any) -> list[str]:
+    """Converge; returns the verbs."""
+    steps = resource.plan(resource.observe())
+    apply_all(resource, steps)
+    return [step.verb for step in steps]
+
+
+def play(machine: Machine, parameters: dict[str, t.Any], **options: t.Any) -> str:
+    """What the role kernel does, in short: 'promoted', 'rolled back' or 'nothing to do'."""
+    params = {"parameters": parameters, "allow_unbootable": True, **options}
+    guard = {"health_checks": []}
+    info = BootGuard(machine, {"state": "info"})
+    facts = info.result(info.observe())["boot_guard"]
+    if facts["booted"] == "candidate" and facts["phase"] != "rolling_back":
+        run(BootGuard(machine, {"state": "promoted", **guard}))
+    elif facts["phase"] == "promoting":
+        run(BootGuard(machine, {"state": "promoted", **guard}))
+    elif facts["phase"] == "rolling_back" or (facts["phase"] == "armed" and facts["booted"] == "known_good"):
+        run(BootGuard(machine, {"state": "rolled_back"}))
+    wish = KernelCmdline(machine, params)
+    run(wish)
+    if not wish.result(wish.observe())["reboot_required"]:
+        return "nothing to do"
+    machine.boot()
+    facts = info.result(info.observe())["boot_guard"]
+    good = facts["booted"] == "candidate"
+    run(BootGuard(machine, {"state": "promoted" if good else "rolled_back", **guard}))
+    return "promoted" if good else "rolled back"
+
+
+def traces(machine: Machine) -> list[str]:
+    """What the guard left behind."""
+    found = [str(path.relative_to(machine.root)) for path in Path(machine.root, "boot").rglob("*agentfleet*")]
+    found += [path for path in (STATE, f"{machine.directory}/custom.cfg") if machine.exists(path)]
+    environment = GRUB.read_environment(machine.path(f"{machine.directory}/grubenv"))
+    return found + [f"{name}={value}" for name, value in environment.items() if "agentfleet" in value]
+
+
+def test_a_good_command_line_is_promoted_and_then_nothing_is_left_to_do(machine: Machine) -> None:
+    wish = {"intel_iommu": "on", "nosmt": "", "quiet": None}
+    assert play(machine, wish) == "promoted"
+    assert machine.cmdline == "root=UUID=1234 ro console=tty0 intel_iommu=on nosmt"
+    assert traces(machine) == []
+    assert run(KernelCmdline(machine, {"parameters": wish})) == []
+    machine.boot()  # for good, without the temporary parameters
+    assert "panic" not in machine.read("/proc/cmdline")
+    assert "intel_iommu=on nosmt" in machine.read("/proc/cmdline")
+
+
+def test_a_broken_command_line_comes_back_and_leaves_the_host_as_before(machine: Machine) -> None:
+    before = {path: Path(machine.root, path).read_bytes() for path in files(machine)}
+    assert play(machine, {"root": "/dev/does-not-exist"}) == "rolled back"
+    assert machine.cmdline == "root=UUID=1234 ro console=tty0 quiet"
+    assert {path: Path(machine.root, path).read_bytes() for path in files(machine)} == before
+    machine.boot()
+    assert machine.cmdline == "root=UUID=1234 ro console=tty0 quiet"
+
+
+def files(machine: Machine) -> list[str]:
+    """Files of the boot configuration (the environment block is compared by its variables)."""
+    roots = [Path(machine.root, "boot"), Path(machine.root, "etc")]
+    found = [str(path.relative_to(machine.root)) for root in roots for path in root.rglob("*") if path.is_file()]
+    return sorted(path for path in found if not path.endswith("grubenv"))
+
+
+@pytest.mark.parametrize("wish", [{"intel_iommu": "on"}, {"root": "/dev/does-not-exist"}], ids=["good", "broken"])
+def test_a_power_cut_at_any_write_loses_nothing(wish: dict[str, t.Any], tmp_path: Path) -> None:
+    for backend in ("grub_d", "openeuler", "grubby"):
+        for cut_at in range(1, 100):
+            machine = Machine(str(tmp_path / f"{backend}{cut_at}"), backend)
+            machine.cut_at = cut_at
+            try:
+                outcome = play(machine, wish)
+            except PowerCut:
+                machine.boot()  # raises Lost when the host does not come up by itself
+                outcome = play(machine, wish)
+            else:
+                assert cut_at > 10
+                break  # the whole play has fewer writes than that
+            if "root" in wish:
+                assert outcome == "rolled back", cut_at
+                assert machine.cmdline == "root=UUID=1234 ro console=tty0 quiet"
+            else:
+                assert outcome in ("promoted", "nothing to do"), cut_at
+                assert machine.cmdline == "root=UUID=1234 ro console=tty0 quiet intel_iommu=on"
+            assert traces(machine) == [], cut_at
+            machine.boot()
+            assert "agentfleet" not in machine.read("/proc/cmdline")
+
+
+def test_another_kernel_boots_on_trial(machine: Machine) -> None:
+    assert run(BootGuard(machine, {"state": "armed"}))[0] == "arm"
+    machine.install(NEW)
+    assert play(machine, {}) == "promoted"
+    assert machine.read("/proc/sys/kernel/osrelease") == NEW
+    assert traces(machine) == []
+    machine.boot()
+    assert machine.read("/proc/sys/kernel/osrelease") == NEW
+
+
+def test_another_kernel_that_fails_never_becomes_the_default(machine: Machine) -> None:
+    run(BootGuard(machine, {"state": "armed"}))
+    machine.install(NEW)
+    assert play(machine, {"root": "/dev/does-not-exist"}) == "rolled back"
+    machine.boot()
+    assert machine.read("/proc/sys/kernel/osrelease") == OLD
+    assert machine.cmdline == "root=UUID=1234 ro console=tty0 quiet"
+    assert run(BootGuard(machine, {"state": "rolled_back"})) == []  # stays so until the package is gone or better
+    assert play(machine, {}) == "promoted"
+    assert machine.read("/proc/sys/kernel/osrelease") == NEW
+
+
+def test_known_good_keeps_the_initramfs_it_booted_with(machine: Machine) -> None:
+    wish = KernelCmdline(machine, {"parameters": {"intel_iommu": "on"}})
+    run(wish)
+    Path(machine.root, f"boot/initrd.img-{OLD}").unlink()  # rebuilt: a new file under the old name
+    Path(machine.root, f"boot/initrd.img-{OLD}").write_text("rebuilt")
+    assert Path(machine.root, f"boot/{KNOWN_GOOD}.img").read_text() == f"initrd.img-{OLD}"
+
+
+def test_a_wish_taken_back_before_the_reboot_disarms(machine: Machine) -> None:
+    assert run(KernelCmdline(machine, {"parameters": {"intel_iommu": "on"}}))[-1] == "try"
+    assert run(KernelCmdline(machine, {"parameters": {"intel_iommu": "on"}})) == []
+    assert run(KernelCmdline(machine, {"parameters": {}}))[-1] == "disarm"
+    assert traces(machine) == []
+    machine.boot()
+    assert machine.cmdline == "root=UUID=1234 ro console=tty0 quiet"
+
+
+def test_a_changed_wish_before_the_reboot_replaces_the_candidate(machine: Machine) -> None:
+    run(KernelCmdline(machine, {"parameters": {"intel_iommu": "on"}}))
+    assert "arm" not in run(KernelCmdline(machine, {"parameters": {"intel_iommu": "off"}}))
+    machine.boot()
+    assert machine.cmdline == "root=UUID=1234 ro console=tty0 quiet intel_iommu=off"
+
+
+def test_the_gate_names_what_failed(machine: Machine) -> None:
+    machine.failed = "old.service loaded failed failed"
+    run(KernelCmdline(machine, {"parameters": {"intel_iommu": "on"}}))
+    machine.boot()
+    with pytest.raises(HostError, match=r"health check `exit 3` failed with exit code 3: no output"):
+        run(BootGuard(machine, {"state": "promoted", "health_checks": ["exit 3"]}))
+    machine.failed = "old.service loaded failed failed\nnew.service loaded failed failed"
+    with pytest.raises(HostError, match=r"new.service failed, and did not before"):
+        run(BootGuard(machine, {"state": "promoted", "health_checks": []}))
+    machine.failed = "old.service loaded failed failed"
+    assert run(BootGuard(machine, {"state": "promoted", "health_checks": ["true"]})) == ["check", "promote"]
+
+
+def test_three_states_are_kept_apart(machine: Machine) -> None:
+    wish = KernelCmdline(machine, {"parameters": {"intel_iommu": "on", "console": ["tty0", "ttyS0,115200"]}})
+    run(wish)
+    result = wish.result(wish.observe())
+    assert result["configured"]["intel_iommu"] == ["intel_iommu=on"]
+    assert result["configured"]["console"] == ["console=tty0", "console=ttyS0,115200"]
+    assert result["booted"] == {"intel_iommu": [], "console": ["console=tty0"]}
+    assert result["reboot_required"] is True
+    assert result["reboot_reasons"] == [
+        "command line: booted console=tty0, configured console=tty0 console=ttyS0,115200",
+        "command line: booted without intel_iommu, configured intel_iommu=on",
+    ]
+
+
+def test_check_mode_predicts_the_reasons(machine: Machine) -> None:
+    wish = KernelCmdline(machine, {"parameters": {"intel_iommu": "on", "quiet": None}})
+    observed = wish.observe()
+    wish.plan(observed)
+    predicted = wish.result(observed)["reboot_reasons"]
+    run(wish)
+    assert wish.result(wish.observe())["reboot_reasons"] == predicted != []
+
+
+def test_an_undecided_candidate_is_not_built_upon(machine: Machine) -> None:
+    run(KernelCmdline(machine, {"parameters": {"intel_iommu": "on"}}))
+    machine.boot()
+    with pytest.raises(Refused, match="an earlier candidate is not decided on"):
+        run(KernelCmdline(machine, {"parameters": {"intel_iommu": "off"}}))
+
+
+def test_promotion_needs_the_candidate(machine: Machine) -> None:
+    run(KernelCmdline(machine, {"parameters": {"root": "/dev/does-not-exist"}, "allow_unbootable": True}))
+    with pytest.raises(Refused, match="the candidate does not run"):
+        run(BootGuard(machine, {"state": "promoted"}))
+
+
+def test_without_the_guard_the_new_command_line_is_the_default_at_once(machine: Machine) -> None:
+    run(KernelCmdline(machine, {"parameters": {"intel_iommu": "on"}, "guard": False}))
+    assert traces(machine) == []
+    machine.boot()
+    assert machine.cmdline == "root=UUID=1234 ro console=tty0 quiet intel_iommu=on"
+
+
+def test_an_interrupted_generation_is_repaired(tmp_path: Path) -> None:
+    machine = Machine(str(tmp_path), "grub_d")
+    Path(machine.root, DROP_IN.lstrip("/")).write_text(drop_in({"intel_iommu": ("intel_iommu=on",)}))
+    assert run(KernelCmdline(machine, {"parameters": {"intel_iommu": "on"}})) == ["arm", "generate", "try"]
+    assert "intel_iommu=on" in machine.read("/boot/grub/grub.cfg")
+
+
+def test_a_later_drop_in_that_undoes_ours_is_found(tmp_path: Path) -> None:
+    machine = Machine(str(tmp_path), "grub_d")
+    Path(machine.root, "etc/default/grub.d/90-other.cfg").write_text("GRUB_CMDLINE_LINUX_DEFAULT=splash\n")
+    before = machine.read("/boot/grub/grub.cfg")
+    with pytest.raises(HostError, match="lacks intel_iommu as wished"):
+        run(KernelCmdline(machine, {"parameters": {"intel_iommu": "on"}}))
+    assert machine.read("/boot/grub/grub.cfg") == before
+
+
+def test_openeuler_writes_where_grub_reads(tmp_path: Path) -> None:
+    machine = Machine(str(tmp_path), "openeuler")
+    efi = Path(machine.root, "boot/efi/EFI/openEuler")
+    efi.mkdir(parents=True)
+    for name in ("grub.cfg", "grubenv"):
+        source = Path(machine.root, "boot/grub2", name)
+        (efi / name).write_text(source.read_text() if source.exists() else "")
+    run(KernelCmdline(machine, {"parameters": {"intel_iommu": "on"}}))
+    assert "intel_iommu=on" in (efi / "grub.cfg").read_text()
+    assert "intel_iommu=on" not in machine.read("/boot/grub2/grub.cfg")
+    assert (efi / "custom.cfg").exists()
+
+
+def test_the_administrators_custom_entries_stay(tmp_path: Path) -> None:
+    machine = Machine(str(tmp_path), "grub_d")
+    custom = Path(machine.root, "boot/grub/custom.cfg")
+    custom.write_text("menuentry 'mine' --id mine { true }\n")
+    run(KernelCmdline(machine, {"parameters": {"intel_iommu": "on"}}))
+    assert "--id mine" in custom.read_text()
+    machine.boot()
+    run(BootGuard(machine, {"state": "promoted"}))
+    assert custom.read_text() == "menuentry 'mine' --id mine { true }\n"
+
+
+def test_an_entry_of_ours_is_the_distributions_with_another_name() -> None:
+    text = """\
+menuentry 'Debian GNU/Linux' --class debian --unrestricted $menuentry_id_option 'gnulinux-simple-1' {
+	search --no-floppy --fs-uuid --set=root adf911f4
+	linux	/vmlinuz-6.12 root=/dev/vda1 ro quiet
+	initrd	/intel-uc.img /initrd.img-6.12
+}
+submenu 'Advanced' {
+	menuentry 'Recovery' --id recovery {
+		linux	/vmlinuz-6.12 root=/dev/vda1 ro single
+	}
+}
+"""
+    first, second = parse_entries(text)
+    assert (first.id, first.kernel, first.initrds) == (
+        "gnulinux-simple-1",
+        "/vmlinuz-6.12",
+        ("/intel-uc.img", "/initrd.img-6.12"),
+    )
+    assert (second.id, second.arguments) == ("recovery", "root=/dev/vda1 ro single")
+    head = "menuentry 'gnulinux simple 1' --class debian --unrestricted --id gnulinux-simple-1 {"
+    assert render(first).splitlines()[0] == head
+    assert parse_entries(render(first))[0].arguments == first.arguments
+
+
+def test_the_drop_in_filters_what_others_say(tmp_path: Path) -> None:
+    path = tmp_path / "drop-in.cfg"
+    path.write_text(drop_in({"quiet": (), "console": ("console=tty0", "console=ttyS0"), "a.b": ("a.b=*",)}))
+    script = (
+        'GRUB_CMDLINE_LINUX="console=hvc0 keep=1 * a.b=2"; GRUB_CMDLINE_LINUX_DEFAULT="quiet quieter splash"; '
+        f'. {path}; echo "$GRUB_CMDLINE_LINUX|$GRUB_CMDLINE_LINUX_DEFAULT|$GRUB_DEFAULT"'
+    )
+    done = run_process(["sh", "-ec", script], None, 10)
+    assert done.stdout.strip() == "keep=1 * |quieter splash console=tty0 console=ttyS0 a.b=*|saved"
