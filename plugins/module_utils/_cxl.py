@@ -320,7 +320,7 @@ class CxlRegions:
         self.notes = []
         state = copy.deepcopy(dict(observed))
         steps: list[Step] = []
-        members = {wish.option: self._resolve(wish, observed["memdevs"]) for wish in self.wishes}
+        members = {wish.option: self._resolve(wish, state["memdevs"]) for wish in self.wishes}
         _check_overlap(self.wishes, members)
         for wish in self.wishes:
             region = find_region(state["regions"], wish.type, members[wish.option])
@@ -469,7 +469,7 @@ class CxlRegions:
 
     def _create(self, argv: t.Sequence[str], wanted: Facts) -> None:
         before = set(self.host.names(DEVICES))
-        with auto_online(self.host, "offline" if self.desired.get("leave_offline") else ""):
+        with auto_online(self.host, "offline" if self.desired.get("leave_offline") else None):
             done = self.host.run(argv, timeout_seconds=120, check=False)
             if done.rc == 0:
                 self._settle(wanted)
@@ -507,7 +507,7 @@ class CxlRegions:
             self.notes.append(f"{error}. Check that the kernel has CONFIG_DEV_DAX_CXL and CONFIG_DEV_DAX_KMEM")
 
     def _enable(self, region: Facts) -> None:
-        with auto_online(self.host, "offline" if self.desired.get("leave_offline") else ""):
+        with auto_online(self.host, "offline" if self.desired.get("leave_offline") else None):
             self.host.run(["cxl", "enable-region", region["name"]])
             self._settle(region)
 

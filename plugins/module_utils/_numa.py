@@ -133,10 +133,10 @@ def _zones(host: Host) -> dict[int, dict[str, int]]:
 
 
 @contextmanager
-def auto_online(host: Host, policy: str) -> t.Iterator[None]:
-    """Hot-added memory goes online by ``policy`` inside the context; the policy before it comes back after it."""
+def auto_online(host: Host, policy: str | None) -> t.Iterator[None]:
+    """Hot-added memory goes online by ``policy`` inside the context (None: the host's); the policy comes back after it."""
     before = host.read(AUTO_ONLINE)
-    if before in ("", policy):
+    if policy is None or before in ("", policy):
         yield
         return
     host.poke(AUTO_ONLINE, policy)
