@@ -95,5 +95,7 @@ def test_check_mode_plans_a_build_without_the_tools(fake_host: t.Any) -> None:
 
 
 def test_packages_are_those_installed() -> None:
-    status = "Package: a\nStatus: install ok installed\nVersion: 1\nDescription: x\n more: y\n\nPackage: b\nStatus: deinstall ok config-files\nVersion: 2\n"
+    installed = "Package: a\nStatus: install ok installed\nVersion: 1\nDescription: x\n more: y\n"
+    removed = "Package: b\nStatus: deinstall ok config-files\nVersion: 2\n"
+    status = f"{installed}\n{removed}"
     assert _packages(status) == {"a": "1"}
