@@ -48,12 +48,14 @@ CONSOLE_LINES = 15
 class LabHosts:
     """Hosts of one lab directory, brought to one state."""
 
+    audited = False  # work of the controller, not a change of a host
+
     def __init__(self, host: Host, params: t.Mapping[str, t.Any]) -> None:
         """Validate every description before any host is touched."""
         self.host = host
         self.state: str = params["state"]
         self.program: str = params.get("qemu") or "qemu-system-x86_64"
-        self.start_timeout: float = params.get("start_timeout_seconds") or 180
+        self.start_timeout: float = params.get("start_timeout_seconds") or 600
         self.stop_timeout: float = params["stop_timeout_seconds"] if params.get("stop_timeout_seconds") is not None else 60
         self.directory = os.path.realpath(os.path.expanduser(params["dir"]))
         self.starting = self.state in ("started", "restarted", "reset")
@@ -157,10 +159,7 @@ class LabHosts:
         now = observed["hosts"]
         every = [spec["name"] for spec in self.specs]
         running = [name for name in every if now[name]["running"]]
-        off = {
-            "started": [name for name in running if not now[name]["as_described"]],
-            "power_cut": running,
-        }.get(self.state, running)
+        off = [name for name in running if self.state != "started" or not now[name]["as_described"]]
         remove = [name for name in every if self.state == "absent" and now[name]["exists"]]
         remove += [name for name in every if self.state == "reset" and now[name]["disk"]]
         start = [name for name in every if self.starting and (name in off or not now[name]["running"])]
@@ -168,7 +167,7 @@ class LabHosts:
         waiting = [name for name in every if self.starting and (name in start or not now[name]["answers"])]
         self._check_can_start(observed, start)
         cut = self.state in ("power_cut", "reset", "absent")
-        why = {"started": "the description differs from what runs", "power_cut": "power cut"}.get(self.state, self.state)
+        why = "the description differs from what runs" if self.state == "started" else f"state is {self.state}"
         steps = [
             self._step("cut the power of" if cut else "shut down", off, "running", "off", why, True),
             self._step(

@@ -173,7 +173,7 @@ options:
   start_timeout_seconds:
     description: How long a host may take from power-on to the first login.
     type: int
-    default: 300
+    default: 600
   stop_timeout_seconds:
     description: How long a host may take from the power button to power-off.
     type: int
@@ -284,7 +284,7 @@ def main() -> None:
             "dir": {"type": "path", "required": True},
             "image": {"type": "path"},
             "qemu": {"type": "str", "default": "qemu-system-x86_64"},
-            "start_timeout_seconds": {"type": "int", "default": 300},
+            "start_timeout_seconds": {"type": "int", "default": 600},
             "stop_timeout_seconds": {"type": "int", "default": 60},
         },
         supports_check_mode=True,
