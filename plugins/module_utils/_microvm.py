@@ -42,6 +42,7 @@ STATES: dict[str, tuple[bool, bool | None]] = {
     "absent": (False, False),
 }
 AGENT_PORT = 1024
+RELOAD_SECONDS = 300  # takes a minute on a crowded emulated host
 OVERHEAD = 192 << 20  # of a VMM besides guest RAM and privately written image pages
 SMALLEST_MEMORY = 96 << 20
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?")
@@ -90,7 +91,7 @@ def unit_states(host: Host, names: t.Sequence[str]) -> dict[str, dict[str, t.Any
     if not names:
         return {}
     properties = "--property=Id,ActiveState,MainPID,NRestarts"
-    done = host.run(["systemctl", "show", properties, *(units.unit(name) for name in names)])
+    done = host.run(["systemctl", "show", properties, *(units.unit(name) for name in names)], timeout_seconds=180)
     found = {}
     for stanza in done.stdout.split("\n\n"):
         fields = dict(line.split("=", 1) for line in stanza.splitlines() if "=" in line)
@@ -597,13 +598,16 @@ class MicroVms:
             self.host.write(path, text, mode)
 
     def _apply_reload(self, _data: None) -> None:
-        self.host.run(["systemctl", "daemon-reload"])
+        self.host.run(["systemctl", "daemon-reload"], timeout_seconds=RELOAD_SECONDS)
 
     def _apply_enable(self, names: list[str]) -> None:
-        self.host.run(["systemctl", "enable", "--quiet", "agentfleet-microvms.target", *map(units.unit, names)])
+        # Links for the next boot; nothing of the running systemd depends on them.
+        self.host.run(
+            ["systemctl", "enable", "--quiet", "--no-reload", "agentfleet-microvms.target", *map(units.unit, names)]
+        )
 
     def _apply_disable(self, names: list[str]) -> None:
-        self.host.run(["systemctl", "disable", "--quiet", *map(units.unit, names)])
+        self.host.run(["systemctl", "disable", "--quiet", "--no-reload", *map(units.unit, names)])
 
     def _apply_stop(self, names: list[str]) -> None:
         # One job for all: systemd presses the power buttons at the same time, then TERM, then KILL.
@@ -653,7 +657,7 @@ class MicroVms:
         names, slices, common = data
         wants = [*map(units.unit, names), *(f"agentfleet-{tenant}.slice" for tenant in slices)]
         if names:
-            self.host.run(["systemctl", "disable", "--quiet", *map(units.unit, names)], check=False)
+            self.host.run(["systemctl", "disable", "--quiet", "--no-reload", *map(units.unit, names)], check=False)
             self.host.run(["systemctl", "stop", *wants], timeout_seconds=units.STOP_SECONDS + 120, check=False)
             self.host.run(["systemctl", "reset-failed", *map(units.unit, names)], check=False)
         for name in names:
@@ -662,12 +666,12 @@ class MicroVms:
             for directory in (f"{units.HOME}/{name}", f"{units.SYSTEM}/{units.unit(name)}.d", run_directory(name)):
                 shutil.rmtree(self.host.path(directory), ignore_errors=True)
         if common:
-            self.host.run(["systemctl", "disable", "--quiet", "agentfleet-microvms.target"], check=False)
+            self.host.run(["systemctl", "disable", "--quiet", "--no-reload", "agentfleet-microvms.target"], check=False)
             for path in common:
                 self.host.remove(path)
             for directory in (units.HOME, units.SHARES, "/run/agentfleet"):
                 shutil.rmtree(self.host.path(directory), ignore_errors=True)
-        self.host.run(["systemctl", "daemon-reload"])
+        self.host.run(["systemctl", "daemon-reload"], timeout_seconds=RELOAD_SECONDS)
 
     # -- result --------------------------------------------------------------
 
