@@ -216,7 +216,7 @@ class BootGuard:
         self.loader = loader_of(host, params.get("backend") or "auto")
         self.guard = Guard(host, self.loader)
         self.checks = [str(check) for check in params.get("health_checks") or []]
-        self.timeout_seconds = params.get("health_timeout_seconds") or 300
+        self.timeout_seconds: int = params.get("health_timeout_seconds", 300)
         for index, check in enumerate(self.checks):
             if not check.strip():
                 raise Refused(f"health_checks[{index}]", check, "an empty command always succeeds", "Remove it")
