@@ -259,3 +259,10 @@ def test_configuration_disk_is_sourced_by_a_shell(metal: t.Any) -> None:
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
     mac = resource.specs["a1"]["networks"][0]["mac"]
     assert done.stdout == f"a1|{mac} 10.88.0.2/24 10.88.0.1|it's $HOME\n"
+
+
+def test_a_vmm_that_ends_is_noticed_at_once(metal: t.Any, monkeypatch: t.Any) -> None:
+    monkeypatch.setattr(_microvm, "ask_agent", lambda cid, timeout_seconds=5: None)
+    metal.answers["systemctl start"] = ""  # comes back, but the process is not there
+    with pytest.raises(HostError, match="microVM a1: the VMM ended"):
+        run(metal, call({"name": "a1"}, ready_timeout_seconds=3600))
