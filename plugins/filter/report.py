@@ -5,40 +5,6 @@
 
 from __future__ import annotations
 
-DOCUMENTATION = r"""
-name: report
-short_description: Make the report of a run
-version_added: 0.1.0
-author: agentfleet.metal contributors (@agentfleet)
-description:
-  - Makes one document of the facts, microVMs and KV-cache pools of all hosts, following C(docs/report.schema.json).
-positional: run
-options:
-  _input:
-    description:
-      - Host name to a dictionary of C(metal) (the facts), C(microvms) (C(instances) of
-        M(agentfleet.metal.microvm_info)), C(pools) and C(engine_version) (of M(agentfleet.metal.kvcache_pool_info)).
-    type: dict
-    required: true
-  run:
-    description: The C(time) and C(ansible_version) of the run.
-    type: dict
-    required: true
-"""
-
-EXAMPLES = r"""
-- name: Write the report
-  ansible.builtin.copy:
-    content: "{{ hosts | agentfleet.metal.report(run) | to_nice_json }}"
-    dest: report.json
-"""
-
-RETURN = r"""
-_value:
-  description: The document.
-  type: dict
-"""
-
 import json
 import re
 from pathlib import Path
