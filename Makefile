@@ -44,7 +44,8 @@ $(COLLECTIONS)/.ready: requirements/ansible.txt requirements/collections.yml .ci
 # Needs root only when something is missing; where sudo wants a password: ANSIBLE_BECOME_ASK_PASS=true make setup
 build/.packages: roles/lab/tasks/packages.yml $(COLLECTIONS)/.ready
 	@echo "== system packages of the lab"
-	@ansible localhost -i localhost, --connection local -m include_role -a 'name=agentfleet.metal.lab tasks_from=packages.yml'
+	@ansible localhost -i localhost, --connection local -e ansible_python_interpreter=$(CURDIR)/$(VENV)/bin/python \
+	  -m include_role -a 'name=agentfleet.metal.lab tasks_from=packages.yml'
 	@touch $@
 
 ## lint: ruff, mypy, yamllint, ansible-lint, changelog fragments, generated READMEs
@@ -71,9 +72,9 @@ build: setup
 molecule: setup
 	@for scenario in $(SCENARIO); do molecule test -s "$$scenario"; done
 
-## bench: our host roles against an equivalent of stock modules
+## bench: all benchmarks, on the lab; results in benchmarks/results
 bench: lab-up
-	ansible-playbook -i inventories/lab benchmarks/host.yml
+	@benchmarks/run
 
 ## lab-up, lab-down: start and stop the lab of inventories/lab
 lab-up lab-down: setup
