@@ -81,14 +81,19 @@ class Guard:
         done = self.host.run(["systemctl", "list-units", "--state=failed", "--plain", "--no-legend"], check=False)
         return sorted(line.split()[0] for line in done.stdout.splitlines() if line.split())
 
+    def possible(self) -> None:
+        """Raise Refused when this host could not be brought back."""
+        self.loader.guardable(self.loader.environment().get("saved_entry", ""))
+        self.running_entry()
+
     # -- transitions; each can be repeated after a power cut --------------------
 
     def arm(self) -> None:
         """Keep what runs as the known-good entry and make it the default."""
         record = self.record()
         if not record:
+            self.possible()
             environment = self.loader.environment()
-            self.loader.guardable(environment.get("saved_entry", ""))
             arguments = running_arguments(self.host.read("/proc/cmdline"))
             record = {
                 "phase": "arming",
@@ -236,8 +241,7 @@ class BootGuard:
             steps = []
             if not self.guard.complete(observed):
                 if not observed:
-                    self.loader.guardable(self.loader.environment().get("saved_entry", ""))
-                    self.guard.running_entry()
+                    self.guard.possible()
                 steps.append(arm_step(self.host))
             return [*steps, *self.loader.hold()]
         if not observed or self.wanted == "info":

@@ -52,6 +52,7 @@ class KernelCmdline:
         }
         self.loader = loader_of(host, params.get("backend") or "auto")
         self.guard = Guard(host, self.loader)
+        self.warnings: list[str] = []
 
     def _tokens(self, name: str, value: t.Any) -> tuple[str, ...]:
         """The words of one parameter on the command line."""
@@ -129,9 +130,15 @@ class KernelCmdline:
         steps = []
         if pending and (configure or by_grub):
             if not self.guard.complete(record):
-                if not record:
-                    self.loader.guardable(self.loader.environment().get("saved_entry", ""))
-                    self.guard.running_entry()
+                try:
+                    if not record:
+                        self.guard.possible()
+                except Refused as refusal:
+                    if configure:
+                        raise
+                    # Someone else changed the default entry; that alone is no reason to refuse our wish.
+                    self.warnings.append(f"the next reboot is not guarded: {refusal}")
+                    return []
                 steps.append(arm_step(self.host))
             steps += [*configure, *([] if configure else self.loader.hold())]
             if steps or not self.guard.staged(record, predicted, observed["default"].release):
@@ -211,6 +218,7 @@ class KernelCmdline:
             "reboot_required": bool(reasons),
             "reboot_reasons": reasons,
             "boot_guard": summary(self.guard, observed["record"]),
+            "warnings": self.warnings,
         }
 
 

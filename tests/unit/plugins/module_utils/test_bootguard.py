@@ -147,9 +147,7 @@ def play(machine: Machine, parameters: dict[str, t.Any], **options: t.Any) -> st
     guard = {"health_checks": []}
     info = BootGuard(machine, {"state": "info"})
     facts = info.result(info.observe())["boot_guard"]
-    if facts["booted"] == "candidate" and facts["phase"] != "rolling_back":
-        run(BootGuard(machine, {"state": "promoted", **guard}))
-    elif facts["phase"] == "promoting":
+    if facts["phase"] == "promoting" or (facts["booted"] == "candidate" and facts["phase"] != "rolling_back"):
         run(BootGuard(machine, {"state": "promoted", **guard}))
     elif facts["phase"] == "rolling_back" or (facts["phase"] == "armed" and facts["booted"] == "known_good"):
         run(BootGuard(machine, {"state": "rolled_back"}))
@@ -400,3 +398,18 @@ def test_the_drop_in_filters_what_others_say(tmp_path: Path) -> None:
     )
     done = run_process(["sh", "-ec", script], None, 10)
     assert done.stdout.strip() == "keep=1 * |quieter splash console=tty0 console=ttyS0 a.b=*|saved"
+
+
+def test_a_change_of_someone_else_is_tried_too_where_that_is_possible(machine: Machine) -> None:
+    machine.install(NEW)
+    assert run(KernelCmdline(machine, {"parameters": {}}))[0] == "arm"
+
+
+def test_a_change_of_someone_else_is_only_reported_where_it_cannot_be_guarded(machine: Machine) -> None:
+    machine.install(NEW)
+    Path(machine.root, "proc/mounts").write_text("/dev/mapper/vg-root / ext4 rw 0 0\n")
+    wish = KernelCmdline(machine, {"parameters": {}})
+    assert run(wish) == []
+    result = wish.result(wish.observe())
+    assert result["reboot_reasons"] == [f"kernel: runs {OLD}, the default entry has {NEW}"]
+    assert "the next reboot is not guarded" in result["warnings"][0]
