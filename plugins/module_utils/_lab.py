@@ -121,13 +121,13 @@ class LabHosts:
                 "image": wish.get("image"),
                 "running": running,
                 "accelerator": wish.get("accelerator") or accelerator,
-                "ssh_port": wish.get("ssh_port"),
+                "ssh_port": wish.get("spec", {}).get("ssh_port"),
                 "answers": False,
             }
             if self.starting:
                 found["hosts"][spec["name"]] |= {
                     "answers": running and answers(spec["ssh_port"], 5),
-                    "as_described": wish.get("argv") == self._argv(spec, accelerator),
+                    "as_described": wish.get("spec") == spec,
                     "port_free": running or port_free(spec["ssh_port"]),
                 }
         return found
@@ -318,7 +318,7 @@ class LabHosts:
                     file.truncate(size)
         accelerator = self._accelerator()
         run = json.loads(self.host.read(os.path.join(place, "run.json")))
-        run |= {"argv": self._argv(spec, accelerator), "accelerator": accelerator, "ssh_port": spec["ssh_port"]}
+        run |= {"spec": spec, "accelerator": accelerator, "argv": self._argv(spec, accelerator)}
         run |= {"stop_timeout_seconds": self.stop_timeout}
         self.host.write(os.path.join(place, "run.json"), json.dumps(run, indent=2))
         key = self.host.read(os.path.join(place, "known_hosts")).partition(" ")[2]

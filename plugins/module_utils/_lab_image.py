@@ -29,7 +29,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Host
 
 # What a lab host needs so that no role has to install anything: apt takes minutes on an emulated CPU.
 PACKAGES = (
-    "systemd systemd-sysv udev dbus openssh-server python3 iproute2 kmod procps pciutils "  # a manageable host
+    "systemd systemd-sysv udev dbus openssh-server python3 python3-apt iproute2 kmod procps pciutils "  # a manageable host
     "grub-pc-bin grub2-common initramfs-tools "  # its own boot loader
     "cxl daxctl ndctl numactl nvme-cli driverctl "  # hardware
     "virtiofsd qemu-system-x86 qemu-utils erofs-utils busybox-static socat cpio zstd rsync nftables "  # microVMs
@@ -45,7 +45,7 @@ _MASKED = (
     "apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service fstrim.timer "
     "xfs_scrub_all.timer man-db.timer systemd-firstboot.service systemd-networkd-wait-online.service "
     "systemd-hwdb-update.service ldconfig.service systemd-journal-catalog-update.service systemd-pstore.service "
-    "getty@tty1.service serial-getty@ttyS0.service getty-static.service "
+    "getty@tty1.service serial-getty@ttyS0.service getty-static.service modprobe@drm.service "
     "cxl-monitor.service ndctl-monitor.service nvmefc-boot-connections.service nvmf-autoconnect.service"
 ).split()
 _ENABLED = {
@@ -68,6 +68,8 @@ _FILES: dict[str, tuple[int, str]] = {
     # A small initramfs: what mounts a lab host's disk, and nothing else.
     "/etc/initramfs-tools/conf.d/agentfleet-lab": (0o644, "MODULES=list\n"),
     "/etc/initramfs-tools/modules": (0o644, "virtio_pci\nvirtio_blk\next4\n"),
+    # Asked for by systemd, on a host that has neither Wi-Fi nor VMware; a second each on an emulated CPU.
+    "/etc/modprobe.d/agentfleet-lab.conf": (0o644, "blacklist cfg80211\nblacklist vmw_vsock_vmci_transport\n"),
     "/etc/ssh/sshd_config.d/agentfleet-lab.conf": (
         0o644,
         "HostKey /etc/ssh/ssh_host_ed25519_key\nPasswordAuthentication no\nPermitRootLogin prohibit-password\nUseDNS no\n",

@@ -23,7 +23,8 @@ GRANULARITIES = tuple(256 << shift for shift in range(7))
 HOST_BRIDGES = 6
 # The hardware keeps its place when a description grows: slots of pcie.0, by kind.
 UPLINK_SLOT, DISK_SLOT, NIC_SLOT, NVME_SLOT, LAST_SLOT = 2, 3, 4, 8, 15
-VFS_SLOT_DISTANCE = 16  # igb's virtual functions appear this many slots after it
+# An igb's virtual functions appear 16 slots after it and take two slots; the CXL host bridges are behind them.
+HOST_BRIDGE_SLOT = 0x19
 Spec = dict[str, t.Any]
 
 OPTIONS: dict[str, t.Any] = {
@@ -298,6 +299,13 @@ def _nics(option: str, raw: t.Sequence[t.Mapping[str, t.Any]]) -> list[Spec]:
                     f"{option}[{index}].address", address, "not an address with its prefix", "Write one such as 10.77.0.11/24"
                 ) from None
         nics.append({"type": nic.get("type") or "virtio", "address": address})
+        if [nic["type"] for nic in nics[-2:]] == ["igb", "igb"]:
+            raise Refused(
+                f"{option}[{index}].type",
+                "igb",
+                "the virtual functions of two igb cards side by side would be at the same PCI addresses",
+                "Put a virtio card between them",
+            )
     return nics
 
 
@@ -372,7 +380,9 @@ def argv(spec: Spec, directory: str, lab_directory: str, program: str, accelerat
     :param accelerator: ``tcg`` or ``kvm``
     """
     cxl = spec["cxl"]
-    machine = ["q35", "kernel-irqchip=split", "hmat=on" if spec["numa"][0]["latency_ns"] is not None else "hmat=off"]
+    # What a server of today has not, and firmware and kernel would spend seconds on looking for.
+    machine = ["q35", "kernel-irqchip=split", "sata=off", "smbus=off", "i8042=off"]
+    machine += ["hmat=on" if spec["numa"][0]["latency_ns"] is not None else "hmat=off"]
     machine += ["cxl=on"] if cxl["windows"] else []
     for index, window in enumerate(cxl["windows"]):
         machine += [f"cxl-fmw.{index}.targets.{i}=hb{bridge}" for i, bridge in enumerate(window["host_bridges"])]
@@ -436,7 +446,7 @@ def _cxl_argv(cxl: Spec, directory: str) -> list[str]:
     line: list[str] = []
     bridges = sorted({device["host_bridge"] for device in cxl["devices"]})
     for bridge in bridges:
-        line += ["-device", f"pxb-cxl,bus_nr={32 * (bridge + 1)},bus=pcie.0,id=hb{bridge},addr={0x19 + bridge:#x}"]
+        line += ["-device", f"pxb-cxl,bus_nr={32 * (bridge + 1)},bus=pcie.0,id=hb{bridge},addr={HOST_BRIDGE_SLOT + bridge:#x}"]
     ports = dict.fromkeys(bridges, 0)
     for index, device in enumerate(cxl["devices"]):
         bridge = device["host_bridge"]

@@ -53,7 +53,7 @@ class Lab:
         spec = next(spec for spec in hosts.specs if spec["name"] == name)
         hosts._make_disk(spec)
         wish = json.loads(hosts.host.read(f"{self.dir}/{name}/run.json"))
-        wish |= {"argv": hosts._argv(spec, "tcg"), "accelerator": "tcg", "ssh_port": spec["ssh_port"]}
+        wish |= {"spec": spec, "argv": hosts._argv(spec, "tcg"), "accelerator": "tcg"}
         hosts.host.write(f"{self.dir}/{name}/run.json", json.dumps(wish))
 
     def power_on(self, name: str, greeting: bytes | None = b"SSH-2.0-x\r\n") -> None:
