@@ -84,9 +84,8 @@ class VfioBindings:
             remedy = "Use vfio-pci or a variant such as mlx5_vfio_pci; state=unbound gives back to the kernel's driver"
             raise Refused(f"{option}.driver", driver, "not a vfio driver", remedy)
         checked["driver"] = driver if given.get("state", "bound") == "bound" else ""
-        if checked["count"] and not checked["driver"]:
-            remedy = "Leave count out to give back all, or name them by address"
-            raise Refused(f"{option}.count", checked["count"], "does not say which ones to give back", remedy)
+        if not checked["driver"]:  # a number does not say which ones; a second run has to give back none
+            checked["count"] = None
         return checked
 
     @staticmethod
@@ -226,7 +225,7 @@ class VfioBindings:
         if count is not None:  # a number takes those that are free, and those taken before come first
             found = [function for function in found if not function["in_use"]]
             found = sorted(found, key=lambda function: bool(function["driver"] != item["driver"]))[:count]
-        if not found or len(found) < (count or 0):
+        if item["driver"] and len(found) < (count or 1):
             where = "" if item["numa_node"] is None else f" on NUMA node {item['numa_node']}"
             problem = f"{len(found)} of {count or 'at least 1'} functions are there and free{where}"
             raise Refused(
@@ -241,6 +240,8 @@ class VfioBindings:
             raise Refused(option, item["vf_of"], "the function has no SR-IOV", "Name a physical function with SR-IOV")
         there = dict(enumerate(pf["sriov"]["vfs"]))
         absent = [number for number in item["vfs"] if number not in there]
+        if not item["driver"]:
+            return [there[number] for number in item["vfs"] if number in there]
         if absent and not self.predicting:
             remedy = "Make the VFs first, with the module sriov_vfs"
             raise Refused(f"{item['option']}.vfs", item["vfs"], f"{pf['address']} has {len(there)} VFs", remedy)

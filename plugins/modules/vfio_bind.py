@@ -38,7 +38,8 @@ options:
         description:
           - With O(functions[].vendor_device), how many functions to take. Those bound before come first, then the
             lowest addresses; functions in use by this host are passed over.
-          - Without it all functions of the kind are meant, and one in use is refused.
+          - Without it all functions of the kind are meant, and one in use is refused. With O(functions[].state=unbound)
+            all of the kind are given back, whatever the number.
         type: int
       numa_node:
         description: With O(functions[].vendor_device), take only functions of this NUMA node.

@@ -224,3 +224,15 @@ def test_hardware_that_is_gone_can_be_forgotten(lab: LabHost) -> None:
     assert not lab.exists(STATE)
     with pytest.raises(Refused, match="no such PCI function"):
         plan(lab, functions=[{"address": NVME, "state": "unbound"}])
+
+
+def test_a_teardown_takes_the_declared_items_and_can_be_repeated(lab: LabHost) -> None:
+    lab.poke(f"{DEVICES}/0000:00:07.0/sriov_numvfs", "1")
+    items = [{"vendor_device": "1b36:0010", "count": 1}, {"vf_of": "8086:10c9", "vfs": [0]}]
+    run(lab, functions=items)
+    back = [{**item, "state": "unbound"} for item in items]
+    assert [step.verb for step in plan(lab, functions=back)] == ["unbind", "unbind", "forget"]
+    run(lab, functions=back)
+    assert (driver(lab, NVME), driver(lab, "0000:00:17.0")) == ("nvme", "")
+    lab.poke(f"{DEVICES}/0000:00:07.0/sriov_numvfs", "0")
+    assert plan(lab, functions=back) == []
