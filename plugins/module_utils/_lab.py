@@ -56,7 +56,9 @@ class LabHosts:
         self.state: str = params["state"]
         self.program: str = params.get("qemu") or "qemu-system-x86_64"
         self.start_timeout: float = params.get("start_timeout_seconds") or 600
-        self.stop_timeout: float = params["stop_timeout_seconds"] if params.get("stop_timeout_seconds") is not None else 60
+        self.stop_timeout: float = (
+            params["stop_timeout_seconds"] if params.get("stop_timeout_seconds") is not None else 60
+        )
         self.directory = os.path.realpath(os.path.expanduser(params["dir"]))
         self.starting = self.state in ("started", "restarted", "reset")
         self.image = params.get("image")
@@ -70,7 +72,9 @@ class LabHosts:
 
     def _known(self) -> list[str]:
         """The hosts that have ever been made in this lab."""
-        return [name for name in self.host.names(self.directory) if self.host.exists(f"{self.directory}/{name}/run.json")]
+        return [
+            name for name in self.host.names(self.directory) if self.host.exists(f"{self.directory}/{name}/run.json")
+        ]
 
     def _check_resources(self, hosts: t.Sequence[t.Mapping[str, t.Any]]) -> None:
         if not hosts:
@@ -171,7 +175,12 @@ class LabHosts:
         steps = [
             self._step("cut the power of" if cut else "shut down", off, "running", "off", why, True),
             self._step(
-                "remove", remove, "exists", "absent" if self.state == "absent" else "blank", f"state is {self.state}", True
+                "remove",
+                remove,
+                "exists",
+                "absent" if self.state == "absent" else "blank",
+                f"state is {self.state}",
+                True,
             ),
             self._step("make the disk of", make, None, f"an overlay of {self.image}", "the host has no disk"),
             self._step("start", start, "off", "running"),
@@ -293,7 +302,9 @@ class LabHosts:
         disk, table = os.path.join(place, "disk.qcow2"), os.path.join(place, "mbr")
         try:
             base = os.path.join(image, "disk.raw")
-            self.host.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", disk + ".new", str(spec["disk"])])
+            self.host.run(
+                ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", disk + ".new", str(spec["disk"])]
+            )
             with open(base, "rb") as file:
                 old = file.read(512)
             with open(table, "wb") as file:  # the partition ends where this host's disk does; the guest grows into it
@@ -325,7 +336,7 @@ class LabHosts:
         self.host.write(os.path.join(place, "known_hosts"), f"[127.0.0.1]:{spec['ssh_port']} {key}\n")
         self.host.write(os.path.join(place, "supervisor.py"), inspect.getsource(_lab_supervisor))
         with open(os.path.join(place, "supervisor.log"), "ab") as log:
-            subprocess.Popen(  # noqa: S603 pylint: disable=consider-using-with
+            subprocess.Popen(
                 [sys.executable, "-I", os.path.join(place, "supervisor.py"), place],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -411,7 +422,26 @@ def answers(port: int, seconds: float) -> bool:
 def ssh_argv(place: str, port: int) -> list[str]:
     """The command that logs in to a host with its own key, and only if it shows the pinned one."""
     return (
-        ["ssh", "-F", "none", "-i", f"{place}/id_ed25519", "-p", str(port), "-o", f"UserKnownHostsFile={place}/known_hosts"]
-        + ["-o", "StrictHostKeyChecking=yes", "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
+        [
+            "ssh",
+            "-F",
+            "none",
+            "-i",
+            f"{place}/id_ed25519",
+            "-p",
+            str(port),
+            "-o",
+            f"UserKnownHostsFile={place}/known_hosts",
+        ]
+        + [
+            "-o",
+            "StrictHostKeyChecking=yes",
+            "-o",
+            "IdentitiesOnly=yes",
+            "-o",
+            "BatchMode=yes",
+            "-o",
+            "ConnectTimeout=10",
+        ]
         + ["root@127.0.0.1"]
     )

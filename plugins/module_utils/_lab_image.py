@@ -29,12 +29,14 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Host
 
 # What a lab host needs so that no role has to install anything: apt takes minutes on an emulated CPU.
 PACKAGES = (
-    "systemd systemd-sysv udev dbus openssh-server python3 python3-apt iproute2 kmod procps pciutils "  # a manageable host
-    "grub-pc-bin grub2-common initramfs-tools "  # its own boot loader
-    "cxl daxctl ndctl numactl nvme-cli driverctl "  # hardware
-    "virtiofsd qemu-system-x86 qemu-utils erofs-utils busybox-static socat cpio zstd rsync nftables "  # microVMs
-    "python3-venv python3-pip libcurl4t64 libibverbs1 libnuma1 librdmacm1t64 curl xfsprogs e2fsprogs"  # pools
-).split()
+    (
+        "systemd systemd-sysv udev dbus openssh-server python3 python3-apt iproute2 kmod procps pciutils "  # a manageable host
+        "grub-pc-bin grub2-common initramfs-tools "  # its own boot loader
+        "cxl daxctl ndctl numactl nvme-cli driverctl "  # hardware
+        "virtiofsd qemu-system-x86 qemu-utils erofs-utils busybox-static socat cpio zstd rsync nftables "  # microVMs
+        "python3-venv python3-pip libcurl4t64 libibverbs1 libnuma1 librdmacm1t64 curl xfsprogs e2fsprogs"  # pools
+    ).split()
+)
 KERNELS = {"debian": "linux-image-amd64", "ubuntu": "linux-image-generic"}
 COMPONENTS = {"debian": "main", "ubuntu": "main,universe"}
 PARTITION_START = 2048  # sectors; GRUB's core.img lies between the MBR and it
@@ -122,7 +124,9 @@ mke2fs -q -t ext4 -U "$2" -L lab-root -i 32768 -E offset=1048576,lazy_itable_ini
 """
 
 
-def definition(distribution: str, suite: str, packages: t.Sequence[str], files: t.Mapping[str, str]) -> dict[str, t.Any]:
+def definition(
+    distribution: str, suite: str, packages: t.Sequence[str], files: t.Mapping[str, str]
+) -> dict[str, t.Any]:
     """All that decides what is in an image; the mirror and the keys do not."""
     return {
         "recipe": hashlib.sha256(repr((_FILES, _SETUP, _ASSEMBLE, FILESYSTEM_MIB)).encode()).hexdigest(),
@@ -164,10 +168,14 @@ def parse_sources(name: str, text: str) -> list[Source]:
             key.lower(): value.split()
             for key, value in re.findall(r"^([A-Za-z-]+):((?:.*)(?:\n[ \t]+.*)*)", stanza, re.MULTILINE)
         }
-        if "deb" not in fields.get("types", []) or (fields.get("enabled") or ["yes"])[0].lower() in ("no", "false", "0"):
+        if "deb" not in fields.get("types", []) or (fields.get("enabled") or ["yes"])[0].lower() in (
+            "no",
+            "false",
+            "0",
+        ):
             continue
-        for uri in fields.get("uris", []):
-            found.append(Source(uri, tuple(fields.get("suites", [])), tuple(fields.get("components", []))))
+        suites, components = tuple(fields.get("suites", [])), tuple(fields.get("components", []))
+        found += [Source(uri, suites, components) for uri in fields.get("uris", [])]
     return found
 
 
@@ -218,7 +226,9 @@ class LabImage:
         """Find the suite, the mirror and the keyring; raises Refused before anything is made."""
         self.host = host
         release = os_release(host)
-        self.distribution = params.get("distribution") or (release.get("ID", "") if release.get("ID") in KERNELS else "debian")
+        self.distribution = params.get("distribution") or (
+            release.get("ID", "") if release.get("ID") in KERNELS else "debian"
+        )
         if self.distribution not in KERNELS:
             raise Refused("distribution", self.distribution, "no host image of it is known", "Use debian or ubuntu")
         own = release.get("ID") == self.distribution
@@ -256,7 +266,10 @@ class LabImage:
             return []
         if not self.mirror:
             raise Refused(
-                "mirror", None, f"this machine's apt sources name no {self.distribution} mirror", "Set lab_mirror to its URL"
+                "mirror",
+                None,
+                f"this machine's apt sources name no {self.distribution} mirror",
+                "Set lab_mirror to its URL",
             )
         if not observed["keyring"]:
             raise Refused(
@@ -283,7 +296,9 @@ class LabImage:
 
     def result(self, observed: t.Any) -> dict[str, t.Any]:
         """Where the image is."""
-        return {"image": {"path": self.path, "digest": self.digest, "suite": self.suite, "present": observed["present"]}}
+        return {
+            "image": {"path": self.path, "digest": self.digest, "suite": self.suite, "present": observed["present"]}
+        }
 
     def apply(self, step: Step) -> None:
         """Build beside the final name and rename: an image in the cache is always whole."""
@@ -311,7 +326,9 @@ class LabImage:
         files["/root/.ssh/authorized_keys"] = (0o600, _text(place, "id_ed25519.pub"))
         files["/etc/ssh/ssh_host_ed25519_key"] = (0o600, _text(place, "host_ed25519"))
         files["/etc/ssh/ssh_host_ed25519_key.pub"] = (0o644, _text(place, "host_ed25519.pub"))
-        _write_tar(os.path.join(place, "files.tar"), {path: (mode, _fill(text, fill)) for path, (mode, text) in files.items()})
+        _write_tar(
+            os.path.join(place, "files.tar"), {path: (mode, _fill(text, fill)) for path, (mode, text) in files.items()}
+        )
         with open(os.path.join(place, "setup.sh"), "w", encoding="utf-8") as file:
             file.write(_fill(_SETUP, fill))
         excludes = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "man", "locale", "info")]
@@ -342,7 +359,9 @@ class LabImage:
 
 
 def _found(host: Host, program: str) -> bool:
-    return any(host.exists(f"{place}/{program}") for place in ("/usr/bin", "/usr/sbin", "/bin", "/sbin", "/usr/local/bin"))
+    return any(
+        host.exists(f"{place}/{program}") for place in ("/usr/bin", "/usr/sbin", "/bin", "/sbin", "/usr/local/bin")
+    )
 
 
 def _text(place: str, name: str) -> str:

@@ -172,7 +172,9 @@ def _numa(option: str, raw: t.Mapping[str, t.Any], cpus: int) -> list[Spec]:
             _between(f"{path}.latency_ns", node["latency_ns"], 1, 65000)
     if len(seen) != cpus:
         missing = sorted(set(range(cpus)) - seen)
-        raise Refused(f"{option}.cpus", cpus, f"CPU {missing[0]} belongs to no node", "Name every CPU in one node's cpus")
+        raise Refused(
+            f"{option}.cpus", cpus, f"CPU {missing[0]} belongs to no node", "Name every CPU in one node's cpus"
+        )
     for index, node in enumerate(nodes):
         initiator = node["initiator"]
         if initiator is None or not 0 <= initiator < len(nodes) or not nodes[initiator]["cpus"]:
@@ -186,7 +188,10 @@ def _numa(option: str, raw: t.Mapping[str, t.Any], cpus: int) -> list[Spec]:
     if any(measured) and not all(measured):
         index = measured.index(False)
         raise Refused(
-            f"{option}.numa[{index}].latency_ns", None, "other nodes have a latency", "Give one to every node, or to none"
+            f"{option}.numa[{index}].latency_ns",
+            None,
+            "other nodes have a latency",
+            "Give one to every node, or to none",
         )
     return nodes
 
@@ -263,7 +268,9 @@ def _nvme(option: str, raw: t.Sequence[t.Mapping[str, t.Any]]) -> list[Spec]:
         path = f"{option}[{index}]"
         serial = subsystem["serial"]
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,20}", serial):
-            raise Refused(f"{path}.serial", serial, "not a serial number", "Use 1 to 20 letters, digits, dots or hyphens")
+            raise Refused(
+                f"{path}.serial", serial, "not a serial number", "Use 1 to 20 letters, digits, dots or hyphens"
+            )
         if not subsystem["namespaces"]:
             raise Refused(f"{path}.namespaces", [], "a subsystem without a namespace", "Give sizes such as [256MiB]")
         subsystems.append(
@@ -296,7 +303,10 @@ def _nics(option: str, raw: t.Sequence[t.Mapping[str, t.Any]]) -> list[Spec]:
                 address = str(ipaddress.ip_interface(address))
             except ValueError:
                 raise Refused(
-                    f"{option}[{index}].address", address, "not an address with its prefix", "Write one such as 10.77.0.11/24"
+                    f"{option}[{index}].address",
+                    address,
+                    "not an address with its prefix",
+                    "Write one such as 10.77.0.11/24",
                 ) from None
         nics.append({"type": nic.get("type") or "virtio", "address": address})
         if [nic["type"] for nic in nics[-2:]] == ["igb", "igb"]:
@@ -388,9 +398,23 @@ def argv(spec: Spec, directory: str, lab_directory: str, program: str, accelerat
         machine += [f"cxl-fmw.{index}.targets.{i}=hb{bridge}" for i, bridge in enumerate(window["host_bridges"])]
         machine += [f"cxl-fmw.{index}.size={window['size']}"]
         machine += [f"cxl-fmw.{index}.interleave-granularity={window['granularity']}"]
-    line = [program, "-name", spec["name"], "-nodefaults", "-no-user-config", "-display", "none", "-machine", ",".join(machine)]
+    line = [
+        program,
+        "-name",
+        spec["name"],
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-machine",
+        ",".join(machine),
+    ]
     # Without the hypervisor bit the kernel flushes caches itself, without which it commits no CXL region.
-    line += ["-accel", "kvm", "-cpu", "host"] if accelerator == "kvm" else ["-accel", "tcg,thread=multi", "-cpu", "max,-hypervisor"]
+    line += (
+        ["-accel", "kvm", "-cpu", "host"]
+        if accelerator == "kvm"
+        else ["-accel", "tcg,thread=multi", "-cpu", "max,-hypervisor"]
+    )
     line += ["-smp", str(spec["cpus"]), "-m", f"{sum(node['memory'] for node in spec['numa']) // MIB}M"]
     line += ["-action", "reboot=shutdown,shutdown=poweroff"]
     line += _numa_argv(spec["numa"])
@@ -413,7 +437,12 @@ def argv(spec: Spec, directory: str, lab_directory: str, program: str, accelerat
     for key, value in credentials(spec).items():
         encoded = base64.b64encode(value.encode()).decode()
         line += ["-smbios", f"type=11,value=io.systemd.credential.binary:{key}={encoded}"]
-    line += ["-chardev", f"file,id=console,path={_escape(directory)}/console.log,append=on", "-serial", "chardev:console"]
+    line += [
+        "-chardev",
+        f"file,id=console,path={_escape(directory)}/console.log,append=on",
+        "-serial",
+        "chardev:console",
+    ]
     return line
 
 
@@ -446,7 +475,10 @@ def _cxl_argv(cxl: Spec, directory: str) -> list[str]:
     line: list[str] = []
     bridges = sorted({device["host_bridge"] for device in cxl["devices"]})
     for bridge in bridges:
-        line += ["-device", f"pxb-cxl,bus_nr={32 * (bridge + 1)},bus=pcie.0,id=hb{bridge},addr={HOST_BRIDGE_SLOT + bridge:#x}"]
+        line += [
+            "-device",
+            f"pxb-cxl,bus_nr={32 * (bridge + 1)},bus=pcie.0,id=hb{bridge},addr={HOST_BRIDGE_SLOT + bridge:#x}",
+        ]
     ports = dict.fromkeys(bridges, 0)
     for index, device in enumerate(cxl["devices"]):
         bridge = device["host_bridge"]

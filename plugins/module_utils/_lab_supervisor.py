@@ -77,7 +77,7 @@ class Supervisor:
         monitor = ["-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "chardev=qmp,mode=control"]
         with ours, theirs:
             # setpriv asks the kernel to kill QEMU when this process dies, whatever kills it.
-            qemu = subprocess.Popen(  # noqa: S603 pylint: disable=consider-using-with
+            qemu = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", "--", *self.argv, *monitor],
                 stdin=subprocess.DEVNULL,
                 stdout=2,
@@ -110,7 +110,9 @@ class Supervisor:
             elif not self._owned():
                 qemu.kill()
                 return "its directory is gone"
-            ready, _, _ = select.select([monitor, self.wake], [], [], 1.0 if self.deadline is not None else CHECK_SECONDS)
+            ready, _, _ = select.select(
+                [monitor, self.wake], [], [], 1.0 if self.deadline is not None else CHECK_SECONDS
+            )
             if self.wake in ready:
                 self.wake.recv(64)
             if monitor not in ready:

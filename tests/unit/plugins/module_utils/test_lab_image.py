@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import tarfile
@@ -143,7 +144,7 @@ class Builder:
                 for name, size in (("boot.img", 512), ("core.img", 30000)):
                     member = tarfile.TarInfo(f"./boot/grub/i386-pc/{name}")
                     member.size = size
-                    tar.addfile(member, open("/dev/zero", "rb"))
+                    tar.addfile(member, io.BytesIO(bytes(size)))
         if argv[0] == "sh":
             os.makedirs(os.path.join(argv[-1], "root"))
             with open(os.path.join(argv[-1], "disk.raw"), "wb") as file:
@@ -177,7 +178,13 @@ def test_image_is_built_once_and_is_whole(tmp_path: t.Any) -> None:
     assert [step.verb for step in steps] == ["build"]
     image.apply(steps[0])
     assert image.plan(image.observe()) == []
-    assert sorted(os.listdir(image.path)) == ["definition.json", "disk.raw", "host_ed25519.pub", "id_ed25519", "id_ed25519.pub"]
+    assert sorted(os.listdir(image.path)) == [
+        "definition.json",
+        "disk.raw",
+        "host_ed25519.pub",
+        "id_ed25519",
+        "id_ed25519.pub",
+    ]
     assert os.listdir(tmp_path / "cache") and not [n for n in os.listdir(tmp_path / "cache") if n.endswith(".partial")]
     with open(os.path.join(image.path, "disk.raw"), "rb") as disk:
         assert disk.read(512)[510:] == b"\x55\xaa"

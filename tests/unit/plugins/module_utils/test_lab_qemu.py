@@ -135,7 +135,7 @@ def test_hosts_of_one_image_differ_by_credentials() -> None:
     network = first["network.network.20-lab0"]
     assert f"MACAddress={mac_address('metal1', 1)}\n" in network and "Address=10.77.0.11/24\n" in network
     assert "network.network.20-lab1" not in first  # the igb has no address
-    smbios = [v for v in values(line_of(FULL), "-smbios") if "system.hostname" in v][0]
+    smbios = next(v for v in values(line_of(FULL), "-smbios") if "system.hostname" in v)
     assert base64.b64decode(smbios.split("hostname=", 1)[1]).decode() == "metal1"
 
 
