@@ -9,6 +9,7 @@ systemd is the supervisor: everything here works without Ansible.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import typing as t
 
@@ -197,6 +198,8 @@ def drop_in(spec: t.Mapping[str, t.Any], argv: t.Sequence[str], config: str, mem
         f"# Written by agentfleet.metal from {HOME}/{spec['name']}/spec.json\n{shares}[Service]\n"
         f"ExecStart={quoted(argv)}\n"
         f"LoadCredential={config}:{HOME}/{spec['name']}/{config}\n"
+        # By default all instances of a template share one dynamic user.
+        f"User=af{hashlib.sha256(spec['name'].encode()).hexdigest()[:12]}\n"
         f"Slice=agentfleet-{spec['tenant']}.slice\nMemoryMax={memory_max}\nMemorySwapMax=0\n"
     )
 

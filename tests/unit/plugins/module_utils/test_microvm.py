@@ -266,3 +266,14 @@ def test_a_vmm_that_ends_is_noticed_at_once(metal: t.Any, monkeypatch: t.Any) ->
     metal.answers["systemctl start"] = ""  # comes back, but the process is not there
     with pytest.raises(HostError, match="microVM a1: the VMM ended"):
         run(metal, call({"name": "a1"}, ready_timeout_seconds=3600))
+
+
+def test_each_has_its_own_unprivileged_user_and_its_limits(metal: t.Any) -> None:
+    run(metal, call({"name": "a1", "tenant": "blue"}, {"name": "a2"}))
+    texts = [
+        metal.read(f"/etc/systemd/system/agentfleet-microvm@{n}.service.d/60-agentfleet.conf") for n in ("a1", "a2")
+    ]
+    users = {line for text in texts for line in text.splitlines() if line.startswith("User=af")}
+    assert len(users) == 2
+    assert "Slice=agentfleet-blue.slice\nMemoryMax=555745280\n" in texts[0]  # guest RAM, image, overhead
+    assert "DynamicUser=yes" in metal.read("/etc/systemd/system/agentfleet-microvm@.service")
