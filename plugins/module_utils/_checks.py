@@ -358,7 +358,7 @@ def _conflict_checks(facts: _Map, wants: _Map, fail: _Fail) -> None:
                     "ub",
                     "iommu_passthrough",
                     f"{name}={value} makes the UMMU unavailable, so UnifiedBus devices do not work",
-                    f"Set vfio_iommu_pt: false and kernel_cmdline: {{{name}: null}}",
+                    f"Set vfio_iommu_passthrough: false and kernel_cmdline: {{{name}: null}}",
                 )
     if wants.get("ub") and wants.get("tiering"):
         fail(
