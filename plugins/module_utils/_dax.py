@@ -335,11 +335,12 @@ class DaxDevices:
         else:
             zones = offline_dax(self.host, name, list(present))
         try:
+            if wish.mode != was:
+                self._reconfigure(name, wish.mode)
             if wish.align and wish.align != device["align_bytes"]:
+                # The kernel changes it only without a driver, and daxctl takes drivers only from character devices.
                 self.host.run(["daxctl", "disable-device", name])
                 self.host.poke(f"{DAX}/{name}/align", str(wish.align))
-                was = "disabled"
-            if wish.mode != was:
                 self._reconfigure(name, wish.mode)
             if wish.mode == "system-ram":
                 blocks = self._blocks(name)

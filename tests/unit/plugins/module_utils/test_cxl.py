@@ -113,7 +113,7 @@ class Emulated:
         if driver == "device_dax" and any(self.text(f"{block}/state") == "online" for block in self.blocks()):
             return 240, "", "error reconfiguring devices: Device or resource busy"
         link = Path(self.host.path(f"{DAX}/driver"))
-        link.unlink()
+        link.unlink(missing_ok=True)
         link.symlink_to(f"../../../../../../../../bus/dax/drivers/{driver}")
         if driver == "kmem":
             self.host.files(
@@ -391,6 +391,22 @@ def test_a_failed_change_leaves_the_device_as_it_was(emulated: Emulated) -> None
         run(dax(emulated.host, {"mode": "devdax"}))
     assert {_numa.zone_of(emulated.host, block) for block in emulated.blocks()} == {"kernel"}
     assert emulated.text(f"{MEMORY}/auto_online_blocks") == "online"
+
+
+def test_alignment_is_set_while_no_driver_has_the_device(emulated: Emulated) -> None:
+    emulated.lay(TREE["region"])
+
+    def disable(host: t.Any) -> t.Any:
+        if host.link_name(f"{DAX}/driver") != "device_dax":
+            return 250, "", "dax0.0: status operations are only applicable in devdax mode"
+        Path(host.path(f"{DAX}/driver")).unlink()
+        return ""
+
+    emulated.host.answers["daxctl disable-device dax0.0"] = disable
+    run(dax(emulated.host, {"mode": "devdax", "align": "1GiB"}))
+    assert emulated.text(f"{DAX}/align") == "1073741824"
+    assert emulated.host.link_name(f"{DAX}/driver") == "device_dax"
+    assert "configure dax device ram-0x1-0x2" not in run(dax(emulated.host, {"mode": "devdax", "align": "1GiB"}))
 
 
 def test_check_mode_expects_the_region_of_an_earlier_task(emulated: Emulated) -> None:
