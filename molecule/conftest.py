@@ -74,6 +74,8 @@ class Played:
 class Lab:
     """The lab of inventories/lab as a test drives it."""
 
+    root = ROOT
+
     def start(self, playbook: str, *arguments: str, **variables: t.Any) -> subprocess.Popen[str]:
         """Start a playbook of this collection; its tasks' outcome comes as JSON on its standard output."""
         return subprocess.Popen(
