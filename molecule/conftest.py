@@ -13,9 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import testinfra
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAY_TIMEOUT_SECONDS = 1500
+# A lab of its own beside that of `make demo`; the same as in .config/molecule/config.yml.
+LAB_DIRECTORY = ROOT / "build/molecule"
+FIRST_PORT = 2322
+VARIABLES = {
+    "lab_dir": str(LAB_DIRECTORY),
+    "lab_first_port": FIRST_PORT,
+    "report_directory": str(LAB_DIRECTORY / "report"),
+}
 
 # Everything that a check run must not touch: configuration, our programs and units, and the state of the
 # hardware that our roles manage. Times, caches and logs are left out.
@@ -75,6 +84,15 @@ class Lab:
     """The lab of inventories/lab as a test drives it."""
 
     root = ROOT
+    report_directory = LAB_DIRECTORY / "report"
+
+    def connection(self, name: str, port: int = FIRST_PORT) -> t.Any:
+        """A testinfra host that is reached like Ansible reaches it, with its own key and its pinned host key."""
+        return testinfra.get_host(
+            f"ssh://root@127.0.0.1:{port}",
+            ssh_identity_file=str(LAB_DIRECTORY / name / "id_ed25519"),
+            ssh_extra_args=f"-o UserKnownHostsFile={LAB_DIRECTORY / name / 'known_hosts'} -o IdentitiesOnly=yes",
+        )
 
     def start(self, playbook: str, *arguments: str, **variables: t.Any) -> subprocess.Popen[str]:
         """Start a playbook of this collection; its tasks' outcome comes as JSON on its standard output."""
@@ -84,7 +102,7 @@ class Lab:
                 "--inventory=inventories/lab",
                 f"playbooks/{playbook}.yml",
                 *arguments,
-                f"--extra-vars={json.dumps(variables)}",
+                f"--extra-vars={json.dumps({**VARIABLES, **variables})}",
             ],
             cwd=ROOT,
             env={
@@ -152,3 +170,9 @@ class Lab:
 def lab() -> Lab:
     """The lab."""
     return Lab()
+
+
+@pytest.fixture(scope="session")
+def host(lab: Lab) -> t.Any:
+    """The lab host metal1, over ssh."""
+    return lab.connection("metal1")

@@ -14,14 +14,12 @@ import typing as t
 
 import jsonschema
 
-testinfra_hosts = ["ansible://metal1"]
-
 PREDICTED: list[str] = []
 
 
 def report(lab: t.Any) -> dict[str, t.Any]:
     """The last report, valid by its schema."""
-    document = json.loads((lab.root / "build/report.json").read_text())
+    document = json.loads((lab.report_directory / "report.json").read_text())
     jsonschema.validate(document, json.loads((lab.root / "docs/report.schema.json").read_text()))
     return document
 
@@ -61,7 +59,7 @@ def test_the_pool_is_verified_with_its_bytes_on_the_cxl_node(lab: t.Any) -> None
 
 
 def test_the_page_needs_nothing_from_elsewhere(lab: t.Any) -> None:
-    page = (lab.root / "build/report.html").read_text()
+    page = (lab.report_directory / "report.html").read_text()
     assert "<svg" in page and "metal1" in page
     assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//|@import|url\((?!#)""", page)
 

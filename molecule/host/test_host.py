@@ -11,8 +11,6 @@ from __future__ import annotations
 import time
 import typing as t
 
-testinfra_hosts = ["ansible://metal1"]
-
 
 def memory_of(host: t.Any, node: int) -> int:
     """MiB of a NUMA node that are online."""
