@@ -101,7 +101,7 @@ def main(scenarios: list[str]) -> int:
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        run("lab down", "make", "lab-down")
+        run("lab down", "molecule", "destroy", "-s", "default")
         problems += [f"left behind: {thing}" for thing in left_behind(before)]
 
     total = counts(*UNITS.glob("*.xml"), *OUT.glob("*.xml"))
