@@ -361,7 +361,7 @@ def _change(change: t.Mapping[str, t.Any]) -> str:
     date, _t, clock = change["time"].removesuffix("Z").partition("T")
     return (
         f'<tr><td class="soft">{escape(date)} <span class="nowrap">{escape(clock)}</span></td>'
-        f"<td>{escape(change['module'])}</td><td><ul>{steps}{failed}</ul></td></tr>"
+        f"<td>{escape(change['module'].rpartition('.')[2])}</td><td><ul>{steps}{failed}</ul></td></tr>"
     )
 
 
