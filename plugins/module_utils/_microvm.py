@@ -130,9 +130,9 @@ class MicroVms:
         self.exists, self.runs = STATES[params["state"]]
         if params["accelerator"] not in ("auto", "kvm", "tcg"):
             raise Refused("accelerator", params["accelerator"], "not an accelerator", "Use auto, kvm or tcg")
-        for option in ("parallel", "ready_timeout_seconds"):
-            if params[option] < 1:
-                raise Refused(option, params[option], "not positive", "Give at least 1")
+        for option, least in (("parallel", 0), ("ready_timeout_seconds", 1)):
+            if params[option] < least:
+                raise Refused(option, params[option], "too small", f"Give at least {least}")
         if params["memory_overcommit"] <= 0:
             raise Refused("memory_overcommit", params["memory_overcommit"], "not positive", "1.0 means no overcommit")
         self.networks = self._networks(params["networks"])
@@ -616,7 +616,9 @@ class MicroVms:
 
     def _apply_start(self, data: tuple[list[str], set[str]]) -> None:
         names, fresh = data
-        with ThreadPoolExecutor(max_workers=min(self.params["parallel"], len(names))) as pool:
+        # More booting guests than CPUs only take the CPUs from each other; a booted one is idle.
+        parallel = self.params["parallel"] or os.cpu_count() or 1
+        with ThreadPoolExecutor(max_workers=min(parallel, len(names))) as pool:
             outcomes = dict(zip(names, pool.map(self._start, names)))
         failed = {name: why for name, why in outcomes.items() if why}
         if not failed:

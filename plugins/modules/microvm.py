@@ -148,9 +148,9 @@ options:
     type: float
     default: 1.0
   parallel:
-    description: How many microVMs are started at the same time.
+    description: How many microVMs are started at the same time; 0 is the host's number of CPUs.
     type: int
-    default: 4
+    default: 0
   ready_timeout_seconds:
     description: How long to wait for the agent in each microVM.
     type: int
@@ -271,7 +271,7 @@ ARGUMENTS = {
     "accelerator": {"type": "str", "choices": ["auto", "kvm", "tcg"], "default": "auto"},
     "allow_restart": {"type": "bool", "default": False},
     "memory_overcommit": {"type": "float", "default": 1.0},
-    "parallel": {"type": "int", "default": 4},
+    "parallel": {"type": "int", "default": 0},
     "ready_timeout_seconds": {"type": "int", "default": 180},
 }
 
