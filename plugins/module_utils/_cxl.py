@@ -542,7 +542,7 @@ class CxlRegions:
         return {"regions": found, "warnings": self.notes}
 
 
-WAIT_SECONDS = 60  # how long the boot unit waits for devices that a wish names
+WAIT_SECONDS = 90  # how long the boot unit waits for devices that a wish names
 
 
 def label(region: Facts) -> str:

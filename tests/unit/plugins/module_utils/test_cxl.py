@@ -343,7 +343,7 @@ def test_the_boot_unit_brings_everything_back(emulated: Emulated) -> None:
     assert _boot.restore(host) == 0
     assert {_numa.zone_of(host, block) for block in emulated.blocks()} == {"movable"}
     assert emulated.text("/sys/kernel/mm/numa/demotion_enabled") == "true"
-    assert _boot.wanted(host, "cxl") == {"regions": [PAIR], "leave_offline": True, "wait_seconds": 60}
+    assert _boot.wanted(host, "cxl") == {"regions": [PAIR], "leave_offline": True, "wait_seconds": 90}
 
 
 def test_what_is_not_declared_any_more_is_forgotten(emulated: Emulated) -> None:
