@@ -18,6 +18,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import struct
 import tarfile
@@ -329,15 +330,15 @@ class LabImage:
         _write_tar(
             os.path.join(place, "files.tar"), {path: (mode, _fill(text, fill)) for path, (mode, text) in files.items()}
         )
-        with open(os.path.join(place, "setup.sh"), "w", encoding="utf-8") as file:
-            file.write(_fill(_SETUP, fill))
         excludes = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "man", "locale", "info")]
         self.host.run(
             ["mmdebstrap", "--variant=minbase", "--format=tar", f"--keyring={self.keyring}"]
             + [f"--components={COMPONENTS[self.distribution]}", "--include=" + ",".join(self.definition["packages"])]
             + ['--aptopt=Acquire::Languages "none"', "--dpkgopt=force-unsafe-io", *excludes, "--skip=cleanup/apt/lists"]
-            # Our files come before the packages (so that the initramfs is made once) and again at the end.
-            + [f"--essential-hook=tar-in {place}/files.tar /", f'--customize-hook=chroot "$1" sh -e <{place}/setup.sh']
+            # Our files come before the packages (so that the initramfs is made once) and again at the end. A hook of
+            # an ordinary user runs under another user id, which cannot read our files: the script is in its words.
+            + [f"--essential-hook=tar-in {shlex.quote(place)}/files.tar /"]
+            + [f'--customize-hook=chroot "$1" sh -ec {shlex.quote(_fill(_SETUP, fill))}']
             + [self.suite, os.path.join(place, "root.tar"), str(self.mirror)],
             timeout_seconds=1800,
         )
@@ -351,7 +352,7 @@ class LabImage:
             disk.truncate(MINIMUM_DISK)
             disk.write(mbr(boot, signature, MINIMUM_DISK // 512) + core)
         os.chmod(os.path.join(place, "disk.raw"), 0o444)
-        for name in ("root.tar", "files.tar", "setup.sh", "host_ed25519"):
+        for name in ("root.tar", "files.tar", "host_ed25519"):
             os.unlink(os.path.join(place, name))
         shutil.rmtree(os.path.join(place, "root"))
         with open(os.path.join(place, "definition.json"), "w", encoding="utf-8") as file:

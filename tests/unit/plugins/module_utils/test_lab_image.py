@@ -191,6 +191,7 @@ def test_image_is_built_once_and_is_whole(tmp_path: t.Any) -> None:
     assert os.stat(tmp_path / "cache").st_mode & 0o777 == 0o700
     bootstrap = next(call for call in builder.calls if call[0] == "mmdebstrap")
     assert bootstrap[-3:] == ["trixie", image.path + ".partial/root.tar", "http://mirror.example.org/debian"]
+    assert not any(f"{image.path}.partial" in word for word in bootstrap if word.startswith("--customize-hook"))
     assert not any("SECRET" in word for call in builder.calls for word in call)
 
 
