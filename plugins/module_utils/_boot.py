@@ -18,7 +18,13 @@ import sys
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Resource, Step, apply_all
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import (
+    HostError,
+    Refused,
+    Resource,
+    Step,
+    apply_all,
+)
 
 PACKAGE = "ansible_collections.agentfleet.metal.plugins.module_utils"
 LIBRARY = "/usr/local/lib/agentfleet"
@@ -57,9 +63,10 @@ CONCERNS: dict[str, tuple[str, str]] = {
 def wanted(host: Host, concern: str) -> dict[str, t.Any] | None:
     """The wish stored on the host for a concern, or None."""
     try:
-        return json.loads(host.read(f"{STATE}/{concern}.json") or "null")
+        stored: dict[str, t.Any] | None = json.loads(host.read(f"{STATE}/{concern}.json") or "null")
     except ValueError:
         return None
+    return stored
 
 
 def sources() -> dict[str, str]:
@@ -87,9 +94,7 @@ def persist_plan(host: Host, concern: str, desired: t.Mapping[str, t.Any] | None
     if desired is None:
         return [Step("forget", path, before=wanted(host, concern), data=("forget", path))] if host.exists(path) else []
     stale = {
-        path: content
-        for path, content in _files(concern, desired).items()
-        if host.read(path) != content[0].strip()
+        path: content for path, content in _files(concern, desired).items() if host.read(path) != content[0].strip()
     }
     enabled = host.exists("/etc/systemd/system/multi-user.target.wants/agentfleet-restore.service")
     if not stale and enabled:

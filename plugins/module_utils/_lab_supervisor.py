@@ -110,7 +110,7 @@ class Supervisor:
             elif not self._owned():
                 qemu.kill()
                 return "its directory is gone"
-            ready, _, _ = select.select(
+            ready, _writable, _broken = select.select(
                 [monitor, self.wake], [], [], 1.0 if self.deadline is not None else CHECK_SECONDS
             )
             if self.wake in ready:

@@ -154,7 +154,7 @@ def _apply_audited(module: t.Any, resource: Resource, steps: t.Sequence[Step]) -
                 module.warn(f"{_audit.LOG}: {error.strerror}. What was done is not in the audit log")
 
 
-def converge(module: t.Any, build: t.Callable[[], Resource]) -> t.NoReturn:
+def converge(module: t.Any, build: t.Callable[[], Resource]) -> None:
     """Run one resource under an AnsibleModule (duck-typed, so nothing of Ansible is imported).
 
     :param module: the AnsibleModule; its ``check_mode`` decides whether steps are applied

@@ -366,7 +366,10 @@ def _change(change: t.Mapping[str, t.Any]) -> str:
 
 
 def _pools(pools: t.Mapping[str, t.Any]) -> str:
-    parts = ["<h2>KV-cache pools</h2><p>Each tier was asked to take one object, give it back, and say where its bytes lay.</p>"]
+    parts = [
+        "<h2>KV-cache pools</h2>",
+        "<p>Each tier was asked to take one object, give it back, and say where its bytes lay.</p>",
+    ]
     for name, pool in pools.items():
         fastest = max([max(x["put_bytes_per_second"], x["get_bytes_per_second"]) for x in pool["tiers"]] + [1])
         hosts = {tier["host"] for tier in pool["tiers"]}

@@ -88,11 +88,11 @@ def test_restore_goes_on_after_a_failure_and_counts_it(
             if step.object == "broken":
                 raise HostError("no such device")
 
-    monkeypatch.setattr(_boot, "CONCERNS", {name: ("_boot", "Thing") for name in ("a", "b", "c", "unset")})
+    monkeypatch.setattr(_boot, "CONCERNS", dict.fromkeys(("a", "b", "c", "unset"), ("_boot", "Thing")))
     monkeypatch.setattr(_boot, "Thing", Thing, raising=False)
-    fake_host.files(
-        {"/etc/agentfleet/a.json": '{"bad": 1}', "/etc/agentfleet/b.json": '{"name": "broken"}'}
-    ).files({"/etc/agentfleet/c.json": '{"name": "good"}'})
+    fake_host.files({"/etc/agentfleet/a.json": '{"bad": 1}', "/etc/agentfleet/b.json": '{"name": "broken"}'}).files(
+        {"/etc/agentfleet/c.json": '{"name": "good"}'}
+    )
     assert _boot.restore(fake_host) == 2
     out, err = capsys.readouterr()
     assert out == "c: make good\n"

@@ -44,7 +44,11 @@ def test_a_write_replaces_the_whole_file_with_its_mode(fake_host: t.Any) -> None
 
 def test_a_failed_write_leaves_the_old_file_and_no_debris(fake_host: t.Any, monkeypatch: t.Any) -> None:
     fake_host.write("/etc/file", "one\n")
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+
+    def full(*_paths: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         fake_host.write("/etc/file", "two\n")
     assert fake_host.read("/etc/file") == "one" and fake_host.names("/etc") == ["file"]

@@ -146,7 +146,7 @@ def test_two_labs_have_two_segments() -> None:
 
 
 def test_addresses_are_unicast_and_local() -> None:
-    first = int(mac_address("metal1", 0).split(":")[0], 16)
+    first = int(mac_address("metal1", 0).split(":", maxsplit=1)[0], 16)
     assert first & 0b11 == 0b10
     assert mac_address("metal1", 0) != mac_address("metal1", 1) != mac_address("metal2", 1)
 
