@@ -65,7 +65,7 @@ options:
         type: str
         default: 16GiB
       iommu:
-        description: Which IOMMU the machine has. The guest's command line decides whether it is used.
+        description: Which IOMMU the machine has. The guest's kernel and command line decide whether it is used.
         type: str
         choices: [none, intel]
         default: none
