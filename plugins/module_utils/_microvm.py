@@ -13,6 +13,7 @@ command line.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import ipaddress
 import json
@@ -415,10 +416,11 @@ class MicroVms:
         if not gone and not common:
             return []
         left = {observed["specs"][name]["tenant"] for name in observed["specs"] if name not in gone}
-        slices = {observed["specs"][name]["tenant"] for name in gone if name in observed["specs"]} - left
+        tenants = {observed["specs"][name]["tenant"] for name in gone if name in observed["specs"]} - left
+        slices = [f"agentfleet-{tenant}.slice" for tenant in sorted(tenants)] + (["agentfleet.slice"] if last else [])
         before = {name: observed["specs"].get(name) for name in gone}
         return [
-            Step("remove", "microVMs", before=before, disruptive=True, data=(gone, sorted(slices), common)),
+            Step("remove", "microVMs", before=before, disruptive=True, data=(gone, slices, common)),
         ]
 
     # -- resolution: from the wish to the spec --------------------------------
@@ -657,10 +659,13 @@ class MicroVms:
 
     def _apply_remove(self, data: tuple[list[str], list[str], list[str]]) -> None:
         names, slices, common = data
-        wants = [*map(units.unit, names), *(f"agentfleet-{tenant}.slice" for tenant in slices)]
         if names:
             self.host.run(["systemctl", "disable", "--quiet", "--no-reload", *map(units.unit, names)], check=False)
-            self.host.run(["systemctl", "stop", *wants], timeout_seconds=units.STOP_SECONDS + 120, check=False)
+            self.host.run(
+                ["systemctl", "stop", *map(units.unit, names), *slices],
+                timeout_seconds=units.STOP_SECONDS + 120,
+                check=False,
+            )
             self.host.run(["systemctl", "reset-failed", *map(units.unit, names)], check=False)
         for name in names:
             for path in self._own_files(name):
@@ -673,6 +678,8 @@ class MicroVms:
                 self.host.remove(path)
             for directory in (units.HOME, units.SHARES, "/run/agentfleet"):
                 shutil.rmtree(self.host.path(directory), ignore_errors=True)
+            with contextlib.suppress(OSError):  # other concerns may have their code there
+                os.rmdir(self.host.path(units.LIBRARY))
         self.host.run(["systemctl", "daemon-reload"], timeout_seconds=RELOAD_SECONDS)
 
     # -- result --------------------------------------------------------------

@@ -112,12 +112,15 @@ MODULES = ("vhost_vsock", "tun", "bridge")
 TAPS = f"""\
 #!/bin/sh
 # Written by agentfleet.metal. Makes and removes the tap devices and bridges of one microVM.
-# The file "taps" has one line for each: tap, bridge, the bridge's address.
+# The file "taps" has one line for each: tap, bridge, the bridge's address. What was made is kept
+# below /run, since the definition may change before the microVM stops.
 set -eu
-[ -s "{HOME}/$2/taps" ] || exit 0
+made=/run/agentfleet/$2.taps
 mkdir -p /run/agentfleet
 exec 9>/run/agentfleet/taps.lock
 flock -w 60 9
+[ "$1" = down ] || cp "{HOME}/$2/taps" "$made"
+[ -e "$made" ] || exit 0
 while read -r tap bridge address; do
     if [ "$1" = up ]; then
         if [ ! -e "/sys/class/net/$bridge" ]; then
@@ -132,7 +135,8 @@ while read -r tap bridge address; do
         set -- "$1" "$2" "/sys/class/net/$bridge/brif/"*
         [ -e "$3" ] || [ ! -e "/sys/class/net/$bridge/bridge" ] || ip link delete "$bridge"
     fi
-done <"{HOME}/$2/taps"
+done <"$made"
+[ "$1" = up ] || rm -f "$made"
 """
 
 STOP = f"""\
