@@ -38,7 +38,7 @@ KERNEL_OPTIONS = {
     "CONFIG_SERIAL_8250_CONSOLE": "the console",
     "CONFIG_DEVTMPFS": "devices",
 }
-APPLETS = "sh cat echo grep insmod ip hostname mkdir mount poweroff sleep switch_root usleep".split()
+APPLETS = "sh cat echo grep insmod ip hostname ls mkdir mount poweroff sleep switch_root usleep".split()
 
 INIT = """\
 #!/bin/sh
@@ -85,7 +85,8 @@ echo "$agentfleet_networks" | while read -r mac address gateway; do
 done
 echo "$agentfleet_shares" | while read -r tag target options; do
     [ -n "$tag" ] || continue
-    mkdir -p "/root$target" && mount -t virtiofs -o "$options" "$tag" "/root$target" || fail "share $tag"
+    mkdir -p "/root$target" && mount -t virtiofs -o "$options" "$tag" "/root$target" &&
+        ls "/root$target" >/dev/null || fail "share $tag" # mounting alone does not ask the other end
 done
 for directory in proc sys dev run; do
     mount -o move "/$directory" "/root/$directory" || fail "/$directory does not move to the image"

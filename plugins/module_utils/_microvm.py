@@ -639,8 +639,9 @@ class MicroVms:
         if not why:
             return ""
         console = DRIVERS[self.specs[name]["driver"]].console(self.host, run_directory(name))
+        journals = [f"--unit={unit}", f"--unit=agentfleet-virtiofsd@{name}:*"]
         journal = self.host.run(
-            ["journalctl", "--unit", unit, "--lines=5", "--output=cat", "--quiet"], check=False
+            ["journalctl", *journals, "--lines=8", "--output=cat", "--quiet"], timeout_seconds=60, check=False
         ).text
         self.host.run(["systemctl", "stop", unit], timeout_seconds=units.STOP_SECONDS + 120, check=False)
         self.host.run(["systemctl", "reset-failed", unit], check=False)

@@ -63,10 +63,11 @@ def command(spec: t.Mapping[str, t.Any], image_bytes: int, run: str, config: str
         "-append", " ".join(["console=hvc0", "quiet", "panic=-1", "swiotlb=noforce", *spec["kernel_arguments"]]),
         "-chardev", "ringbuf,id=console,size=65536",
         "-device", "virtio-serial-pci", "-device", "virtconsole,chardev=console",
-        # A private mapping of a file opened read-only: all guests share the host's page cache, a write
-        # of a guest stays its own. rom=off: such writes do not leave the guest.
+        # A private mapping of a file opened read-only: all guests share the host's page cache, and a write
+        # of a guest stays its own. With shares it is a ROM (writes are dropped), because virtiofsd maps all
+        # writable memory of its guest, and cannot map a file that was opened read-only.
         "-object", f"memory-backend-file,id=image,mem-path={image_path(spec['image_digest'])},size={image_bytes}"
-        ",share=off,readonly=on,rom=off,prealloc=off,merge=off,dump=off",
+        f",share=off,readonly=on,rom={'on' if spec['shares'] else 'off'},prealloc=off,merge=off,dump=off",
         "-device", "virtio-pmem-pci,memdev=image",
         "-drive", f"if=none,id=config,format=raw,readonly=on,file={config}",
         "-device", "virtio-blk-pci,drive=config,serial=agentfleet-config",

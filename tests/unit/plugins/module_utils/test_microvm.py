@@ -235,12 +235,12 @@ def test_command_line(metal: t.Any) -> None:
     argv = _qemu.command(spec, 82 << 20, "/run/agentfleet/a1", "%d/config-1")
     text = " ".join(argv)
     assert (
-        f"mem-path=/var/lib/agentfleet/images/{DIGEST}/rootfs.erofs,size=85983232,share=off,readonly=on,rom=off" in text
+        f"mem-path=/var/lib/agentfleet/images/{DIGEST}/rootfs.erofs,size=85983232,share=off,readonly=on,rom=on" in text
     )
     assert "-m size=268435456B,maxmem=2415919104B" in text
     assert "memory-backend-memfd,id=ram,size=268435456,share=on" in text  # only because of the share
     private = " ".join(_qemu.command({**spec, "shares": []}, 82 << 20, "/run/agentfleet/a1", "%d/config-1"))
-    assert "share=on" not in private
+    assert "share=on" not in private and "readonly=on,rom=off" in private
     assert "vhost-vsock-pci,guest-cid=77" in private
 
 
