@@ -708,6 +708,42 @@ class MicroVms:
         return {"instances": instances, "warnings": sorted(set(self.warnings))}
 
 
+class MicrovmInfo:
+    """What microVMs are and cost, as a resource that never changes anything.
+
+    :param names: only these; all that are declared when None
+    """
+
+    predicting = False
+
+    def __init__(self, host: Host, names: t.Sequence[str] | None, agent_timeout_seconds: int) -> None:
+        for index, name in enumerate(names or ()):
+            if not NAME.fullmatch(name):
+                raise Refused(
+                    f"names[{index}]", name, "not a microVM's name", "Use up to 48 of a-z, 0-9 and inner hyphens"
+                )
+        if agent_timeout_seconds < 1:
+            raise Refused(
+                "agent_timeout_seconds", agent_timeout_seconds, "no agent answers in no time", "Use 1 or more"
+            )
+        self.host, self.names, self.agent_timeout_seconds = host, names, agent_timeout_seconds
+
+    def observe(self) -> list[dict[str, t.Any]]:
+        """Each microVM with its memory and its agent's answer."""
+        return inspect_all(self.host, self.names, self.agent_timeout_seconds)
+
+    def plan(self, observed: list[dict[str, t.Any]]) -> list[Step]:
+        """Nothing to change."""
+        return []
+
+    def apply(self, step: Step) -> None:
+        """Never called: there are no steps."""
+
+    def result(self, observed: list[dict[str, t.Any]]) -> dict[str, t.Any]:
+        """The microVMs as they were seen."""
+        return {"instances": observed}
+
+
 def inspect_all(host: Host, names: t.Sequence[str] | None, agent_timeout_seconds: float) -> list[dict[str, t.Any]]:
     """State, memory split and agent's answer of microVMs; the agents are asked at the same time.
 

@@ -34,6 +34,11 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+plan:
+  description: Always empty.
+  returned: always
+  type: list
+  elements: dict
 instances:
   description: The microVMs in natural order of their names.
   returned: always
@@ -91,11 +96,13 @@ instances:
       elements: str
 """
 
+import typing as t
+
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._microvm import inspect_all
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm import MicrovmInfo
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
 
 ARGUMENTS = {
     "names": {"type": "list", "elements": "str"},
@@ -103,14 +110,15 @@ ARGUMENTS = {
 }
 
 
+def build(params: t.Mapping[str, t.Any], host: Host) -> MicrovmInfo:
+    """The resource of these parameters."""
+    return MicrovmInfo(host, params.get("names"), params.get("agent_timeout_seconds") or 0)
+
+
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
-    try:
-        instances = inspect_all(Host(), module.params["names"], module.params["agent_timeout_seconds"])
-    except HostError as error:
-        module.fail_json(msg=str(error))
-    module.exit_json(changed=False, instances=instances)
+    converge(module, lambda: build(module.params, Host()))
 
 
 if __name__ == "__main__":
