@@ -109,7 +109,6 @@ class Lab:
                 **os.environ,
                 "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
                 "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
-                "ANSIBLE_CALLBACKS_ENABLED": "",
                 "ANSIBLE_NOCOLOR": "1",
             },
             stdin=subprocess.DEVNULL,
@@ -128,7 +127,7 @@ class Lab:
         played = Played(running.returncode, out + err)
         if "{" not in out:
             return played
-        report = json.loads(out[out.index("{") :])
+        report, _end = json.JSONDecoder().raw_decode(out, out.index("{"))
         played.stats = report["stats"]
         for one in report["plays"]:
             for task in one["tasks"]:
