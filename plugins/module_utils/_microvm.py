@@ -417,7 +417,9 @@ class MicroVms:
             return []
         left = {observed["specs"][name]["tenant"] for name in observed["specs"] if name not in gone}
         tenants = {observed["specs"][name]["tenant"] for name in gone if name in observed["specs"]} - left
-        slices = [f"agentfleet-{tenant}.slice" for tenant in sorted(tenants)] + (["agentfleet.slice"] if last else [])
+        slices = [f"agentfleet-{tenant}.slice" for tenant in sorted(tenants)] + (
+            ["agentfleet.slice", "agentfleet-microvms.target"] if last else []
+        )
         before = {name: observed["specs"].get(name) for name in gone}
         return [
             Step("remove", "microVMs", before=before, disruptive=True, data=(gone, slices, common)),

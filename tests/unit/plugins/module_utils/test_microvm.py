@@ -200,6 +200,8 @@ def test_absent_leaves_nothing(metal: t.Any) -> None:
     )
     assert metal.names("/var/lib/agentfleet/shares") == ["a1:m.env"]
     run(metal, {**call(), "state": "absent", "instances": [{"name": "a1"}]})
+    (stop,) = [line for line in metal.calls if line.startswith("systemctl stop")]
+    assert stop.endswith("agentfleet-default.slice agentfleet.slice agentfleet-microvms.target")
     assert metal.systemd.active == {}
     for path in ("/var/lib/agentfleet/microvms", "/var/lib/agentfleet/shares", "/etc/modules-load.d"):
         assert metal.names(path) == []
