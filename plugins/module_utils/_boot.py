@@ -135,12 +135,13 @@ def restore(host: Host) -> int:
             resource: Resource = getattr(importlib.import_module(f"{PACKAGE}.{module}"), name)(host, desired)
             steps = resource.plan(resource.observe())
             apply_all(resource, steps)
-            print(f"{concern}: {'; '.join(f'{s.verb} {s.object}' for s in steps) or 'as declared'}", flush=True)
+            done = "; ".join(f"{step.verb} {step.object}" for step in steps)
+            sys.stdout.write(f"{concern}: {done or 'as declared'}\n")
         except (Refused, HostError, OSError) as error:
             failed += 1
-            print(f"{concern}: FAILED: {error}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"{concern}: FAILED: {error}\n")
     return failed
 
 
 if __name__ == "__main__":
-    sys.exit(1 if restore(Host()) else 0)
+    raise SystemExit(1 if restore(Host()) else 0)

@@ -217,7 +217,7 @@ class BootGuard:
 
     def __init__(self, host: Host, params: t.Mapping[str, t.Any]) -> None:
         self.host = host
-        self.wanted = params["state"]
+        self.wanted = params.get("state")
         self.loader = loader_of(host, params.get("backend") or "auto")
         self.guard = Guard(host, self.loader)
         self.checks = [str(check) for check in params.get("health_checks") or []]
@@ -244,7 +244,7 @@ class BootGuard:
                     self.guard.possible()
                 steps.append(arm_step(self.host))
             return [*steps, *self.loader.hold()]
-        if not observed or self.wanted == "info":
+        if not observed or self.wanted is None:
             return []
         if self.wanted == "promoted":
             if phase == "promoting":

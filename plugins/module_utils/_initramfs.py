@@ -154,7 +154,8 @@ def _depends(module: bytes) -> list[str]:
 def _unzstd(path: str) -> bytes:
     import subprocess
 
-    return subprocess.run(["zstd", "-dcq", path], check=True, capture_output=True).stdout
+    done = subprocess.run(["zstd", "-dcq", path], check=True, capture_output=True)
+    return done.stdout
 
 
 def cpio(entries: t.Iterable[tuple[str, int, bytes]]) -> bytes:

@@ -139,7 +139,7 @@ class Supervisor:
 
 def log(text: str) -> None:
     """A line with the time; standard error is the host's supervisor.log."""
-    print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 
 def main(directory: str) -> int:
@@ -156,4 +156,4 @@ def main(directory: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    raise SystemExit(main(sys.argv[1]))

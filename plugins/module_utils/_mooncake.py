@@ -24,6 +24,7 @@ import socket
 import sys
 import time
 import typing as t
+from contextlib import closing
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._cxl import observe_cxl
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
@@ -256,12 +257,13 @@ def _probe_tier(
 
 def keys(pool_name: str) -> int:
     """The number of objects that the pool's master knows."""
-    import urllib.request
+    import http.client
 
     settings = _pool(pool_name)["master"]
     url = f"http://{settings['address']}:{settings['metrics_port']}/metrics"
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        match = re.search(r"^master_key_count (\d+)", answer.read().decode(), re.M)
+    with closing(http.client.HTTPConnection(settings["address"], settings["metrics_port"], timeout=10)) as connection:
+        connection.request("GET", "/metrics")
+        match = re.search(r"^master_key_count (\d+)", connection.getresponse().read().decode(), re.M)
     if match is None:
         raise HostError(f"{url} has no master_key_count. Is another program listening there?")
     return int(match[1])
@@ -275,9 +277,9 @@ def main(arguments: t.Sequence[str]) -> None:
     elif verb == "store":
         store(*name.split("-"))
     elif verb == "probe":
-        print(json.dumps(probe(name, int(arguments[2]))))
+        sys.stdout.write(json.dumps(probe(name, int(arguments[2]))) + "\n")
     elif verb == "keys":
-        print(keys(name))
+        sys.stdout.write(f"{keys(name)}\n")
     else:
         raise SystemExit(f"{verb!r} is not master, store, probe or keys")
 

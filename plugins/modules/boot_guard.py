@@ -27,10 +27,9 @@ options:
       - V(promoted) runs the health gate on the candidate, then makes it the default and removes all entries of ours.
       - V(rolled_back) restores the boot configuration as it was before it was armed. When the candidate was another
         kernel, whose package is still there, the known-good entry stays the default.
-      - V(info) only reports.
+      - Without it the module only reports.
     type: str
-    choices: [armed, promoted, rolled_back, info]
-    default: info
+    choices: [armed, promoted, rolled_back]
   backend:
     description: How the boot loader is configured. V(auto) looks at what is installed.
     type: str
@@ -110,7 +109,7 @@ def main():
     """Bring the guard to a state."""
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "choices": ["armed", "promoted", "rolled_back", "info"], "default": "info"},
+            "state": {"type": "str", "choices": ["armed", "promoted", "rolled_back"]},
             "backend": {"type": "str", "choices": ["auto", "grub_d", "grubby", "openeuler"], "default": "auto"},
             "health_checks": {"type": "list", "elements": "str", "default": []},
             "health_timeout_seconds": {"type": "int", "default": 300},

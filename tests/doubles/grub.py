@@ -29,9 +29,9 @@ fi
 """
 ENTRY = """\
 menuentry 'Linux %(release)s' --class gnu-linux $menuentry_id_option 'gnulinux-%(release)s' {
-	search --no-floppy --fs-uuid --set=root 1234
-	linux	/boot/vmlinuz-%(release)s root=UUID=1234 ro %(arguments)s
-	initrd	/boot/initrd.img-%(release)s
+\tsearch --no-floppy --fs-uuid --set=root 1234
+\tlinux\t/boot/vmlinuz-%(release)s root=UUID=1234 ro %(arguments)s
+\tinitrd\t/boot/initrd.img-%(release)s
 }
 """
 FOOTER = "if [ -f  ${config_directory}/custom.cfg ]; then\n  source ${config_directory}/custom.cfg\nfi\n"

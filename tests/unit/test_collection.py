@@ -88,7 +88,9 @@ def test_dependencies_are_those_that_are_used() -> None:
             for name in FOREIGN.findall(path.read_text(errors="replace"))
         }
 
-    assert used("roles", "playbooks", "plugins", "inventories", "ansible.cfg") == set(load("galaxy.yml")["dependencies"])
+    assert used("roles", "playbooks", "plugins", "inventories", "ansible.cfg") == set(
+        load("galaxy.yml")["dependencies"]
+    )
     unpacked = {item["name"] for item in load("requirements/collections.yml")["collections"]}
     assert used("roles", "playbooks", "plugins", "inventories", "benchmarks", "molecule", "ansible.cfg") <= unpacked
 

@@ -145,7 +145,7 @@ def play(machine: Machine, parameters: dict[str, t.Any], **options: t.Any) -> st
     """What the role kernel does, in short: 'promoted', 'rolled back' or 'nothing to do'."""
     params = {"parameters": parameters, "allow_unbootable": True, **options}
     guard = {"health_checks": []}
-    info = BootGuard(machine, {"state": "info"})
+    info = BootGuard(machine, {"state": None})
     facts = info.result(info.observe())["boot_guard"]
     if facts["phase"] == "promoting" or (facts["booted"] == "candidate" and facts["phase"] != "rolling_back"):
         run(BootGuard(machine, {"state": "promoted", **guard}))
@@ -367,14 +367,14 @@ def test_the_administrators_custom_entries_stay(tmp_path: Path) -> None:
 def test_an_entry_of_ours_is_the_distributions_with_another_name() -> None:
     text = """\
 menuentry 'Debian GNU/Linux' --class debian --unrestricted $menuentry_id_option 'gnulinux-simple-1' {
-	search --no-floppy --fs-uuid --set=root adf911f4
-	linux	/vmlinuz-6.12 root=/dev/vda1 ro quiet
-	initrd	/intel-uc.img /initrd.img-6.12
+\tsearch --no-floppy --fs-uuid --set=root adf911f4
+\tlinux\t/vmlinuz-6.12 root=/dev/vda1 ro quiet
+\tinitrd\t/intel-uc.img /initrd.img-6.12
 }
 submenu 'Advanced' {
-	menuentry 'Recovery' --id recovery {
-		linux	/vmlinuz-6.12 root=/dev/vda1 ro single
-	}
+\tmenuentry 'Recovery' --id recovery {
+\t\tlinux\t/vmlinuz-6.12 root=/dev/vda1 ro single
+\t}
 }
 """
     first, second = parse_entries(text)

@@ -177,14 +177,14 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.outside: list[str] = []
 
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.outside += [f"{tag} {name}" for name, _value in attributes if name in ("src", "href", "onload")]
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.outside += [f"{tag} {name}" for name, _value in attrs if name in ("src", "href", "onload")]
         if tag in ("script", "link", "iframe", "img"):
             self.outside.append(tag)
         if tag != "meta":
             self.open.append(tag)
 
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         return None
 
     def handle_endtag(self, tag: str) -> None:
