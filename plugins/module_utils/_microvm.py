@@ -650,13 +650,20 @@ class MicroVms:
         return f"{why}. Console: {' '.join(console.split())[-600:]}. Journal: {journal[-600:]}"
 
     def _await_agent(self, name: str) -> str:
+        """Empty once the agent answers, or why it does not.
+
+        A VMM that ended is started again by systemd, as it would be later in its life; once is accepted here.
+        """
         pid = unit_states(self.host, [name]).get(name, {}).get("pid", 0)
         end = time.monotonic() + self.params["ready_timeout_seconds"]
         while time.monotonic() < end:
             if ask_agent(self.specs[name]["cid"]):
                 return ""
             if not self.host.exists(f"/proc/{pid}/cmdline"):  # cheaper than to ask systemd while guests boot
-                return "the VMM ended"
+                state = unit_states(self.host, [name]).get(name, {})
+                if state.get("restarts", 0) > 1 or state.get("active") not in ("active", "activating"):
+                    return "the VMM ended"
+                pid = state["pid"]
             time.sleep(0.5)
         return f"no answer from its agent within {self.params['ready_timeout_seconds']} seconds"
 
