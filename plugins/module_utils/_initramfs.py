@@ -154,8 +154,9 @@ def _depends(module: bytes) -> list[str]:
 def _unzstd(path: str) -> bytes:
     import subprocess
 
-    done = subprocess.run(["zstd", "-dcq", path], check=True, capture_output=True)
-    return done.stdout
+    # Binary output, which Host.run would decode.
+    command = ["zstd", "-dcq", path]
+    return subprocess.run(command, check=True, capture_output=True).stdout  # pylint: disable=ansible-bad-function
 
 
 def cpio(entries: t.Iterable[tuple[str, int, bytes]]) -> bytes:

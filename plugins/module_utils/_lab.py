@@ -336,7 +336,8 @@ class LabHosts:
         self.host.write(os.path.join(place, "known_hosts"), f"[127.0.0.1]:{spec['ssh_port']} {key}\n")
         self.host.write(os.path.join(place, "supervisor.py"), inspect.getsource(_lab_supervisor))
         with open(os.path.join(place, "supervisor.log"), "ab") as log:
-            subprocess.Popen(
+            # It outlives Ansible.
+            subprocess.Popen(  # pylint: disable=ansible-bad-function
                 [sys.executable, "-I", os.path.join(place, "supervisor.py"), place],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

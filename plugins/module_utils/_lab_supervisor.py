@@ -77,7 +77,7 @@ class Supervisor:
         monitor = ["-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "chardev=qmp,mode=control"]
         with ours, theirs:
             # setpriv asks the kernel to kill QEMU when this process dies, whatever kills it.
-            qemu = subprocess.Popen(
+            qemu = subprocess.Popen(  # pylint: disable=ansible-bad-function
                 ["setpriv", "--pdeathsig", "KILL", "--", *self.argv, *monitor],
                 stdin=subprocess.DEVNULL,
                 stdout=2,
