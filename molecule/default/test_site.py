@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import typing as t
 
 import jsonschema
 
 PREDICTED: list[str] = []
+BACK_SECONDS = 600
 
 
 def report(lab: t.Any) -> dict[str, t.Any]:
@@ -68,11 +70,14 @@ def test_a_second_run_changes_nothing(lab: t.Any) -> None:
     assert lab.succeed("site").changed() == []
 
 
-def test_all_is_back_after_a_reboot_without_ansible(host: t.Any, lab: t.Any) -> None:
+def test_all_is_back_after_a_reboot_without_ansible(lab: t.Any) -> None:
     lab.hosts("restarted")
-    host.run("systemctl is-system-running --wait")
-    lab.succeed("report")
-    assert [vm["state"] for vm in report(lab)["hosts"]["metal1"]["microvms"]] == ["running"] * 4
+    end = time.monotonic() + BACK_SECONDS
+    ready: list[bool] = []
+    while ready != [True] * 4 and time.monotonic() < end:  # four guests boot at once on two emulated CPUs
+        lab.succeed("report")
+        ready = [vm["ready"] for vm in report(lab)["hosts"]["metal1"]["microvms"]]
+    assert ready == [True] * 4
     test_the_report_says_what_was_asked_for(lab)
     test_the_pool_is_verified_with_its_bytes_on_the_cxl_node(lab)
     assert lab.succeed("site").changed() == []
