@@ -73,8 +73,8 @@ class Played:
     tasks: list[Task] = field(default_factory=list)
 
     def changed(self) -> list[str]:
-        """The tasks that changed something, in order, each once."""
-        return list(dict.fromkeys(f"{task.host}: {task.name}" for task in self.tasks if task.changed))
+        """The tasks that changed something, in order."""
+        return [f"{task.host}: {task.name}" for task in self.tasks if task.changed]
 
     def failures(self) -> str:
         """The messages of all failed tasks."""
@@ -161,7 +161,8 @@ class Lab:
             warnings.warn(f"{playbook}: the emulated host was lost; running again: {played.failures()}", stacklevel=2)
             self.play("lab_up")
             before, played = played, self.play(playbook, *arguments, **variables)
-            played.tasks = before.tasks + played.tasks
+            seen = before.changed()  # what changed before the loss may have to be finished, and counts once
+            played.tasks = before.tasks + [x for x in played.tasks if f"{x.host}: {x.name}" not in seen]
         assert played.rc == 0, played.failures()
         return played
 

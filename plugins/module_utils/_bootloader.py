@@ -10,6 +10,7 @@ beside the distribution's own.
 
 from __future__ import annotations
 
+import abc
 import os
 import posixpath
 import re
@@ -75,7 +76,7 @@ class Entry:
         return posixpath.basename(self.kernel).partition("-")[2]
 
 
-class Loader:
+class Loader(abc.ABC):
     """What the three have in common: the environment block, and files beside the kernel."""
 
     name = ""
@@ -108,9 +109,9 @@ class Loader:
             elif not value and name in now:
                 self.host.run([self.editenv, self.host.path(self.grubenv), "unset", name])
 
+    @abc.abstractmethod
     def entries(self) -> list[Entry]:
         """The distribution's own entries, the default's first choice first."""
-        raise NotImplementedError
 
     def default(self, saved: str = "") -> Entry:
         """The entry that boots when nothing of ours is saved.
@@ -122,17 +123,17 @@ class Loader:
             raise HostError(f"no boot entry in {self.directory}: has the boot loader ever been configured?")
         return entries[0]
 
+    @abc.abstractmethod
     def sources(self) -> list[str]:
         """The files that decide about the command line, for a backup."""
-        raise NotImplementedError
 
     def remembered(self) -> list[str]:
         """Names of the parameters that an earlier wish configured."""
         return self.host.read(NAMES_FILE).split()
 
+    @abc.abstractmethod
     def configure(self, wish: Wish, predicted: str, guarded: bool) -> list[Step]:
         """The steps that configure a wish; ``predicted`` is the default entry's command line after them."""
-        raise NotImplementedError
 
     def hold(self) -> list[Step]:
         """The steps after which the saved entry is what boots, whatever is installed meanwhile."""
@@ -168,9 +169,9 @@ class Loader:
 
     # -- entries of ours -----------------------------------------------------
 
+    @abc.abstractmethod
     def put_entries(self, entries: t.Sequence[Entry]) -> None:
         """Keep exactly these entries of ours; none removes all trace of them."""
-        raise NotImplementedError
 
     def known_good(self, template: Entry, arguments: str) -> Entry:
         """An entry for the running kernel whose files no update can take away."""
