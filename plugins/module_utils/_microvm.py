@@ -15,26 +15,33 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import ipaddress
 import json
 import os
 import re
 import shlex
 import shutil
-import socket
 import time
 import typing as t
 from concurrent.futures import ThreadPoolExecutor
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_units as units
-from ansible_collections.agentfleet.metal.plugins.module_utils import _qemu, _store
+from ansible_collections.agentfleet.metal.plugins.module_utils import _network, _store, _vmm
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
+    HOME,
+    LIBRARY,
+    NAME,
+    SHARES,
+    SYSTEM,
+    WORD,
+    derived,
+    run_directory,
+    unit,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 from ansible_collections.agentfleet.metal.plugins.module_utils._proc import memory_of
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size, parse_size
 
-# What a driver brings: problem(host), command(spec, image_bytes, run, config), console(host, run).
-DRIVERS: dict[str, t.Any] = {"qemu": _qemu}
 # State -> whether the microVM exists and whether it runs (None: as it is).
 STATES: dict[str, tuple[bool, bool | None]] = {
     "present": (True, None),
@@ -42,46 +49,31 @@ STATES: dict[str, tuple[bool, bool | None]] = {
     "stopped": (True, False),
     "absent": (False, False),
 }
-AGENT_PORT = 1024
 RELOAD_SECONDS = 300  # takes a minute on a crowded emulated host
 OVERHEAD = 192 << 20  # of a VMM besides guest RAM and privately written image pages
 SMALLEST_MEMORY = 96 << 20
-NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?")
-WORD = re.compile(r"[a-z0-9][a-z0-9_]{0,31}")
 
 
-def derived(name: str, purpose: str) -> bytes:
-    """Bytes that are the same for one name everywhere and differ between names."""
-    return hashlib.sha256(f"agentfleet {purpose} {name}".encode()).digest()
-
-
-def run_directory(name: str) -> str:
-    """Where a running microVM has its sockets."""
-    return f"/run/agentfleet/{name}"
-
-
-def ask_agent(cid: int, timeout_seconds: float = 5) -> dict[str, t.Any] | None:
+def ask_agent(host: Host, spec: _vmm.Spec, timeout_seconds: float = 5) -> dict[str, t.Any] | None:
     """What the agent in a microVM answers over vsock; None when it does not."""
-    with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as connection:
-        connection.settimeout(timeout_seconds)
-        try:
-            connection.connect((cid, AGENT_PORT))
+    try:
+        with _vmm.driver(spec["driver"]).connect(host, spec, _vmm.AGENT_PORT, timeout_seconds) as connection:
             connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
             answer = b""
             while chunk := connection.recv(65536):
                 answer += chunk
             told = json.loads(answer.partition(b"\r\n\r\n")[2])
-        except (OSError, ValueError):
-            return None
+    except (OSError, ValueError):
+        return None
     return told if isinstance(told, dict) else None
 
 
-def declared(host: Host) -> dict[str, dict[str, t.Any]]:
+def declared(host: Host) -> dict[str, _vmm.Spec]:
     """Name -> spec of every microVM on the host."""
     found = {}
-    for name in host.names(units.HOME):
+    for name in host.names(HOME):
         try:
-            found[name] = json.loads(host.read(f"{units.HOME}/{name}/spec.json"))
+            found[name] = json.loads(host.read(f"{HOME}/{name}/spec.json"))
         except ValueError:
             continue
     return found
@@ -92,7 +84,7 @@ def unit_states(host: Host, names: t.Sequence[str]) -> dict[str, dict[str, t.Any
     if not names:
         return {}
     properties = "--property=Id,ActiveState,MainPID,NRestarts"
-    done = host.run(["systemctl", "show", properties, *(units.unit(name) for name in names)], timeout_seconds=180)
+    done = host.run(["systemctl", "show", properties, *(unit(name) for name in names)], timeout_seconds=180)
     found = {}
     for stanza in done.stdout.split("\n\n"):
         fields = dict(line.split("=", 1) for line in stanza.splitlines() if "=" in line)
@@ -136,7 +128,7 @@ class MicroVms:
                 raise Refused(option, params[option], "too small", f"Give at least {least}")
         if params["memory_overcommit"] <= 0:
             raise Refused("memory_overcommit", params["memory_overcommit"], "not positive", "1.0 means no overcommit")
-        self.networks = self._networks(params["networks"])
+        self.networks = _network.Networks(params["networks"])
         self.wanted: dict[str, dict[str, t.Any]] = {}
         for index, item in enumerate(params["instances"]):
             option, name = f"instances[{index}]", item["name"]
@@ -153,48 +145,13 @@ class MicroVms:
             "networks", lambda item: [n["address"] for n in item["networks"] if n["address"]], "Give another address"
         )
         self.warnings: list[str] = []
-        self.specs: dict[str, dict[str, t.Any]] = {}
+        self.specs: dict[str, _vmm.Spec] = {}
 
     # -- validation ----------------------------------------------------------
 
-    @staticmethod
-    def _networks(networks: t.Sequence[t.Mapping[str, t.Any]]) -> dict[str, dict[str, t.Any]]:
-        found: dict[str, dict[str, t.Any]] = {}
-        for index, network in enumerate(networks):
-            option = f"networks[{index}]"
-            try:
-                prefix = ipaddress.ip_network(network["prefix"])
-            except ValueError as error:
-                raise Refused(
-                    f"{option}.prefix", network["prefix"], str(error), "Write a prefix such as 10.88.0.0/24"
-                ) from None
-            if prefix.num_addresses < 4:
-                raise Refused(f"{option}.prefix", network["prefix"], "no room for a microVM", "Use a /30 or shorter")
-            if not re.fullmatch(r"[a-z][a-z0-9_.-]{0,14}", network["bridge"]):
-                raise Refused(
-                    f"{option}.bridge",
-                    network["bridge"],
-                    "not a name of a network device",
-                    "Use at most 15 of a-z, 0-9 and -",
-                )
-            for other in found.values():
-                if network["name"] == other["name"] or network["bridge"] == other["bridge"]:
-                    raise Refused(
-                        option, network["name"], "same name or bridge as another network", "Name both uniquely"
-                    )
-                if prefix.version == other["prefix"].version and prefix.overlaps(other["prefix"]):
-                    raise Refused(
-                        f"{option}.prefix",
-                        network["prefix"],
-                        f"overlaps {other['prefix']}",
-                        "Give each network its own prefix",
-                    )
-            found[network["name"]] = {**network, "prefix": prefix, "gateway": prefix[1]}
-        return found
-
     def _item(self, option: str, item: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
-        if item["driver"] not in DRIVERS:
-            raise Refused(f"{option}.driver", item["driver"], "unknown driver", f"Use one of {', '.join(DRIVERS)}")
+        if item["driver"] not in _vmm.DRIVERS:
+            raise Refused(f"{option}.driver", item["driver"], "unknown driver", f"Use one of {', '.join(_vmm.DRIVERS)}")
         if not 1 <= item["vcpus"] <= 255:
             raise Refused(f"{option}.vcpus", item["vcpus"], "not from 1 to 255", "Give at least one virtual CPU")
         memory = parse_size(f"{option}.memory", item["memory"], 1 << 20)
@@ -236,7 +193,7 @@ class MicroVms:
             "cid": cid,
             "environment": {key: str(value) for key, value in sorted(item["environment"].items())},
             "shares": self._shares(option, item["shares"]),
-            "networks": self._interfaces(option, item),
+            "networks": self.networks.wishes(option, item["networks"]),
         }
 
     @staticmethod
@@ -255,41 +212,15 @@ class MicroVms:
                         f"{where}.{key}", path, "not a clean absolute path", "Write a path such as /srv/models"
                     )
             found.append(
-                {"tag": share["tag"], "source": share["source"], "target": target, "readonly": share["readonly"]}
+                {
+                    "tag": share["tag"],
+                    "source": share["source"],
+                    "target": target,
+                    "readonly": share["readonly"],
+                    "dax": "never",
+                }
             )
         return found
-
-    def _interfaces(self, option: str, item: t.Mapping[str, t.Any]) -> list[dict[str, t.Any]]:
-        found: list[dict[str, t.Any]] = []
-        for index, interface in enumerate(item["networks"]):
-            where = f"{option}.networks[{index}]"
-            network = self.networks.get(interface["network"])
-            if network is None:
-                raise Refused(
-                    f"{where}.network", interface["network"], "not declared",
-                    f"Declare it under networks (declared: {', '.join(self.networks) or 'none'})",
-                )  # fmt: skip
-            if interface["network"] in [other["network"] for other in found]:
-                raise Refused(f"{where}.network", interface["network"], "attached twice", "Attach a network once")
-            if interface["address"] is not None:
-                self._check_address(f"{where}.address", interface["address"], network)
-            found.append({"network": interface["network"], "address": interface["address"]})
-        return found
-
-    @staticmethod
-    def _check_address(option: str, value: str, network: t.Mapping[str, t.Any]) -> None:
-        prefix = network["prefix"]
-        try:
-            address = ipaddress.ip_address(value)
-        except ValueError:
-            raise Refused(option, value, "not an address", f"Give an address of {prefix}") from None
-        if address not in prefix:
-            raise Refused(option, value, f"outside the prefix {prefix}", f"Give an address of {prefix}")
-        if address in (prefix[0], prefix[1], prefix[-1]):
-            raise Refused(
-                option, value, "is the network's own, the host's or the broadcast address",
-                f"Give an address from {prefix[2]} to {prefix[-2]}",
-            )  # fmt: skip
 
     def _unique(self, key: str, values: t.Callable[[t.Mapping[str, t.Any]], list[t.Any]], remedy: str) -> None:
         seen: dict[t.Any, str] = {}
@@ -305,17 +236,17 @@ class MicroVms:
         """Specs, units and images of the host."""
         have = declared(self.host)
         names = sorted(set(have) | set(self.wanted))
-        enabled = f"{units.SYSTEM}/agentfleet-microvms.target.wants"
+        enabled = f"{SYSTEM}/agentfleet-microvms.target.wants"
         return {
             "specs": have,
             "units": unit_states(self.host, names),
-            "enabled": {name for name in names if self.host.exists(f"{enabled}/{units.unit(name)}")},
+            "enabled": {name for name in names if self.host.exists(f"{enabled}/{unit(name)}")},
             "images": _store.stored(self.host),
             "names": _store.named(self.host),
             "memory_bytes": self._host_memory(),
             "virtualization": bool(re.search(r"^flags\s*:.*\b(vmx|svm)\b", self.host.read("/proc/cpuinfo"), re.M)),
             "modules": {line.split()[0] for line in self.host.read("/proc/modules").splitlines()},
-            "target": self.host.exists(f"{units.SYSTEM}/multi-user.target.wants/agentfleet-microvms.target"),
+            "target": self.host.exists(f"{SYSTEM}/multi-user.target.wants/agentfleet-microvms.target"),
         }
 
     def _host_memory(self) -> int:
@@ -332,8 +263,8 @@ class MicroVms:
         steps = self._plan_common(observed)
         units_changed = bool(steps)
         for name, spec in self.specs.items():
-            stale = self._stale(self._files(spec, observed))
-            left_over = self._left_over(spec, observed)
+            stale = self._stale(self._files(spec))
+            left_over = self._left_over(spec)
             if stale or left_over:
                 units_changed = True
                 before = observed["specs"].get(name)
@@ -393,17 +324,21 @@ class MicroVms:
         start = [name for name in self.specs if name not in up and (self.runs or name in old)]
         if start:
             for name in start:
-                self._check_driver(self.wanted[name])
+                self._check_host(name)
             fresh = {name for name in start if name not in observed["specs"]}
             steps.append(Step("start", "microVMs", after=start, data=(start, fresh)))
         return steps
 
-    def _check_driver(self, item: t.Mapping[str, t.Any]) -> None:
-        found = DRIVERS[item["driver"]].problem(self.host)
-        if found and self.predicting:
-            self.warnings.append(f"{found[0]}; an earlier task is expected to correct it")
-        elif found:
-            raise Refused(f"{item['option']}.driver", item["driver"], *found)
+    def _check_host(self, name: str) -> None:
+        item, spec = self.wanted[name], self.specs[name]
+        problems = [("driver", item["driver"], _vmm.driver(item["driver"]).problem(self.host, spec["program"]))]
+        if spec["networks"]:
+            problems.append(("networks", spec["networks"][0]["network"], _network.problem(self.host)))
+        for option, value, found in problems:
+            if found and self.predicting:
+                self.warnings.append(f"{found[0]}; an earlier task is expected to correct it")
+            elif found:
+                raise Refused(f"{item['option']}.{option}", value, *found)
 
     def _plan_absent(self, observed: t.Mapping[str, t.Any]) -> list[Step]:
         known = set(observed["specs"]) | observed["enabled"]
@@ -430,29 +365,18 @@ class MicroVms:
     def _resolve(self, observed: t.Mapping[str, t.Any]) -> None:
         accelerator = self._accelerator(observed)
         others = {name: spec for name, spec in observed["specs"].items() if name not in self.wanted}
-        taken = {n["address"] for spec in others.values() for n in spec["networks"]}
-        taken |= {n["address"] for item in self.wanted.values() for n in item["networks"] if n["address"]}
         cids = {spec["cid"]: name for name, spec in others.items()}
+        interfaces = self.networks.resolve(
+            self.wanted, {name: spec["networks"] for name, spec in observed["specs"].items()}
+        )
         self.specs = {}
         for name, item in self.wanted.items():
             if item["cid"] in cids:
                 raise Refused(
                     f"{item['option']}.cid", item["cid"], f"microVM {cids[item['cid']]} has it", "Give another cid"
                 )
-            spec = {key: item[key] for key in item if key not in ("option", "image", "networks")}
-            spec["image"], spec["accelerator"] = item["image"], accelerator
-            spec["image_digest"] = self._digest(item, observed)
-            before = observed["specs"].get(name, {}).get("networks", [])
-            spec["networks"] = [self._interface(item, n, before, taken) for n in item["networks"]]
-            self.specs[name] = spec
+            self.specs[name] = self._spec(item, accelerator, interfaces[name], observed)
         for item in self.wanted.values():
-            for index, interface in enumerate(item["networks"]):
-                for other, spec in others.items():
-                    if interface["address"] in [n["address"] for n in spec["networks"]]:
-                        raise Refused(
-                            f"{item['option']}.networks[{index}].address", interface["address"],
-                            f"microVM {other} has it", "Give another address",
-                        )  # fmt: skip
             for index, share in enumerate(item["shares"]):
                 if not os.path.isdir(self.host.path(share["source"])) and not self.predicting:
                     raise Refused(
@@ -460,6 +384,60 @@ class MicroVms:
                         "Make the directory first",
                     )  # fmt: skip
         self._check_memory(observed, others)
+
+    def _spec(
+        self,
+        item: t.Mapping[str, t.Any],
+        accelerator: str,
+        interfaces: list[_network.Interface],
+        observed: t.Mapping[str, t.Any],
+    ) -> _vmm.Spec:
+        digest = self._digest(item, observed)
+        manifest = observed["images"].get(digest)
+        before = observed["specs"].get(item["name"], {})
+        spec: _vmm.Spec = {
+            "name": item["name"],
+            "driver": item["driver"],
+            "program": _vmm.driver(item["driver"]).program(self.host, before.get("program", "")),
+            "accelerator": accelerator,
+            "tenant": item["tenant"],
+            "image": item["image"],
+            "image_digest": digest,
+            "image_path": _store.image_path(digest),
+            "image_bytes": manifest["files"][_store.IMAGE]["size_bytes"] if manifest else 0,
+            "kernel": _store.image_path(digest, "kernel"),
+            "initrd": _store.image_path(digest, "initrd"),
+            "kernel_arguments": list(item["kernel_arguments"]),
+            "vcpus": item["vcpus"],
+            "vcpus_max": item["vcpus"],
+            "memory_bytes": item["memory_bytes"],
+            "memory_max_bytes": item["memory_bytes"],
+            "memory_zones": [{"size_bytes": item["memory_bytes"], "numa_node": None}],
+            "memory_file": "",
+            "hugepage_bytes": 0,
+            "thp": False,
+            "balloon_bytes": 0,
+            "free_page_reporting": True,
+            "cid": item["cid"],
+            "config": "",
+            "data": "",
+            "volumes": [],
+            "shares": item["shares"],
+            "networks": interfaces,
+            "devices": [],
+            "rate_limits": {
+                "disk_bytes_per_second": 0,
+                "disk_operations_per_second": 0,
+                "network_bytes_per_second": 0,
+            },
+            "environment": item["environment"],
+            "resources": {},
+            "autostart": item["autostart"],
+            "restart_policy": "always",
+            "restore_from": "",
+        }
+        spec["config"] = "config-" + hashlib.sha256(self._config(spec).encode()).hexdigest()[:12]
+        return spec
 
     def _accelerator(self, observed: t.Mapping[str, t.Any]) -> str:
         wish: str = self.params["accelerator"]
@@ -485,36 +463,7 @@ class MicroVms:
             f"Bring it with image_store first (there: {', '.join(sorted(observed['names'])) or 'none'})",
         )  # fmt: skip
 
-    def _interface(
-        self, item: t.Mapping[str, t.Any], wish: t.Mapping[str, t.Any], before: list[dict[str, t.Any]], taken: set[str]
-    ) -> dict[str, t.Any]:
-        network = self.networks[wish["network"]]
-        prefix = network["prefix"]
-        address = wish["address"]
-        if address is None:
-            kept = [n["address"] for n in before if n["network"] == wish["network"]]
-            free = (str(prefix[number]) for number in range(2, min(prefix.num_addresses - 1, 1 << 20)))
-            candidates = [a for a in kept if ipaddress.ip_address(a) in prefix and a not in taken] or free
-            address = next((a for a in candidates if a not in taken), None)
-            if address is None:
-                raise Refused(
-                    f"{item['option']}.networks",
-                    network["name"],
-                    f"no free address in {prefix}",
-                    "Use a shorter prefix",
-                )
-        taken.add(address)
-        key = f"{item['name']} {wish['network']}"
-        return {
-            "network": wish["network"],
-            "bridge": network["bridge"],
-            "gateway": f"{network['gateway']}/{prefix.prefixlen}",
-            "address": address,
-            "tap": "af" + derived(key, "tap").hex()[:12],
-            "mac": ":".join(f"{byte:02x}" for byte in b"\x02" + derived(key, "mac")[:5]),
-        }
-
-    def _check_memory(self, observed: t.Mapping[str, t.Any], others: t.Mapping[str, t.Mapping[str, t.Any]]) -> None:
+    def _check_memory(self, observed: t.Mapping[str, t.Any], others: t.Mapping[str, _vmm.Spec]) -> None:
         if self.runs is False or not observed["memory_bytes"]:
             return
         used = sum(spec["memory_bytes"] for name, spec in others.items() if name in observed["enabled"])
@@ -530,52 +479,41 @@ class MicroVms:
 
     # -- files ---------------------------------------------------------------
 
-    def _command(self, spec: t.Mapping[str, t.Any], observed: t.Mapping[str, t.Any]) -> tuple[list[str], str, str, int]:
-        """argv, name and text of the configuration disk, and the image's size."""
-        text = self._config(spec)
-        config = "config-" + hashlib.sha256(text.encode()).hexdigest()[:12]
-        manifest = observed["images"].get(spec["image_digest"])
-        size = manifest["files"][_store.IMAGE]["size_bytes"] if manifest else 0
-        driver = DRIVERS[spec["driver"]]
-        return driver.command(spec, size, run_directory(spec["name"]), f"%d/{config}"), config, text, size
-
     @staticmethod
-    def _config(spec: t.Mapping[str, t.Any]) -> str:
+    def _config(spec: _vmm.Spec) -> str:
         """The read-only disk that tells a guest who it is: lines that its first program sources."""
-        networks = [f"{n['mac']} {n['address']}/{n['gateway'].partition('/')[2]}" for n in spec["networks"]]
-        networks = [f"{line} {n['gateway'].partition('/')[0]}" if not number else line
-                    for number, (line, n) in enumerate(zip(networks, spec["networks"]))]  # fmt: skip
         shares = [f"{s['tag']} {s['target']} {'ro' if s['readonly'] else 'rw'}" for s in spec["shares"]]
         text = f"agentfleet_hostname={spec['name']}\n"
-        for key, lines in (("networks", networks), ("shares", shares)):
+        for key, lines in (("networks", _network.guest_lines(spec["networks"])), ("shares", shares)):
             text += f"agentfleet_{key}={shlex.quote(chr(10).join(lines))}\n"
         for key, value in spec["environment"].items():
             text += f"export {key}={shlex.quote(value)}\n"
         return text + "\n" * (-len(text.encode()) % 512)
 
-    def _files(self, spec: t.Mapping[str, t.Any], observed: t.Mapping[str, t.Any]) -> dict[str, tuple[str, int]]:
-        argv, config, text, size = self._command(spec, observed)
-        maximum = spec["memory_bytes"] + size + OVERHEAD
-        return units.files_of(spec, {"drop_in": units.drop_in(spec, argv, config, maximum), config: text})
+    def _files(self, spec: _vmm.Spec) -> dict[str, tuple[str, int]]:
+        argv = _vmm.driver(spec["driver"]).command(spec)
+        maximum = spec["memory_bytes"] + spec["image_bytes"] + OVERHEAD
+        texts = {"drop_in": units.drop_in(spec, argv, maximum), spec["config"]: self._config(spec)}
+        return units.files_of(spec, texts)
 
     def _stale(self, files: t.Mapping[str, tuple[str, int]]) -> dict[str, tuple[str, int]]:
         return {p: f for p, f in files.items() if not self.host.exists(p) or self.host.read(p) != f[0].strip()}
 
-    def _left_over(self, spec: t.Mapping[str, t.Any], observed: t.Mapping[str, t.Any]) -> list[str]:
+    def _left_over(self, spec: _vmm.Spec) -> list[str]:
         """Files of an earlier definition that this one does not have."""
-        keep = set(self._files(spec, observed))
+        keep = set(self._files(spec))
         return [path for path in self._own_files(spec["name"]) if path not in keep]
 
     def _own_files(self, name: str) -> list[str]:
         return [
-            *(f"{units.HOME}/{name}/{file}" for file in self.host.names(f"{units.HOME}/{name}")),
-            *(f"{units.SHARES}/{file}" for file in self.host.names(units.SHARES) if file.startswith(f"{name}:")),
+            *(f"{HOME}/{name}/{file}" for file in self.host.names(f"{HOME}/{name}")),
+            *(f"{SHARES}/{file}" for file in self.host.names(SHARES) if file.startswith(f"{name}:")),
         ]
 
     def _outdated(self, name: str, observed: t.Mapping[str, t.Any]) -> bool:
         """Whether a running microVM has another command line than its definition."""
-        argv = self._command(self.specs[name], observed)[0]
-        credentials = f"/run/credentials/{units.unit(name)}"
+        argv = _vmm.driver(self.specs[name]["driver"]).command(self.specs[name])
+        credentials = f"/run/credentials/{unit(name)}"
         running = observed["units"][name]["argv"]
         return bool(running) and running != [word.replace("%d/", credentials + "/") for word in argv]
 
@@ -607,16 +545,16 @@ class MicroVms:
     def _apply_enable(self, names: list[str]) -> None:
         # Links for the next boot; nothing of the running systemd depends on them.
         self.host.run(
-            ["systemctl", "enable", "--quiet", "--no-reload", "agentfleet-microvms.target", *map(units.unit, names)]
+            ["systemctl", "enable", "--quiet", "--no-reload", "agentfleet-microvms.target", *map(unit, names)]
         )
 
     def _apply_disable(self, names: list[str]) -> None:
-        self.host.run(["systemctl", "disable", "--quiet", "--no-reload", *map(units.unit, names)])
+        self.host.run(["systemctl", "disable", "--quiet", "--no-reload", *map(unit, names)])
 
     def _apply_stop(self, names: list[str]) -> None:
         # One job for all: systemd presses the power buttons at the same time, then TERM, then KILL.
-        self.host.run(["systemctl", "stop", *map(units.unit, names)], timeout_seconds=units.STOP_SECONDS + 120)
-        self.host.run(["systemctl", "reset-failed", *map(units.unit, names)], check=False)
+        self.host.run(["systemctl", "stop", *map(unit, names)], timeout_seconds=units.STOP_SECONDS + 120)
+        self.host.run(["systemctl", "reset-failed", *map(unit, names)], check=False)
 
     def _apply_start(self, data: tuple[list[str], set[str]]) -> None:
         names, fresh = data
@@ -634,19 +572,19 @@ class MicroVms:
 
     def _start(self, name: str) -> str:
         """Start one microVM and wait for its agent; empty, or why it failed (then it is stopped)."""
-        unit = units.unit(name)
-        self.host.run(["systemctl", "reset-failed", unit], check=False)
-        done = self.host.run(["systemctl", "start", unit], timeout_seconds=180, check=False)
+        service = unit(name)
+        self.host.run(["systemctl", "reset-failed", service], check=False)
+        done = self.host.run(["systemctl", "start", service], timeout_seconds=180, check=False)
         why = done.text if done.rc else self._await_agent(name)
         if not why:
             return ""
-        console = DRIVERS[self.specs[name]["driver"]].console(self.host, run_directory(name))
-        journals = [f"--unit={unit}", f"--unit=agentfleet-virtiofsd@{name}:*"]
+        console = _vmm.driver(self.specs[name]["driver"]).console(self.host, self.specs[name])
+        journals = [f"--unit={service}", f"--unit=agentfleet-virtiofsd@{name}:*"]
         journal = self.host.run(
             ["journalctl", *journals, "--lines=8", "--output=cat", "--quiet"], timeout_seconds=60, check=False
         ).text
-        self.host.run(["systemctl", "stop", unit], timeout_seconds=units.STOP_SECONDS + 120, check=False)
-        self.host.run(["systemctl", "reset-failed", unit], check=False)
+        self.host.run(["systemctl", "stop", service], timeout_seconds=units.STOP_SECONDS + 120, check=False)
+        self.host.run(["systemctl", "reset-failed", service], check=False)
         return f"{why}. Console: {' '.join(console.split())[-600:]}. Journal: {journal[-600:]}"
 
     def _await_agent(self, name: str) -> str:
@@ -657,7 +595,7 @@ class MicroVms:
         pid = unit_states(self.host, [name]).get(name, {}).get("pid", 0)
         end = time.monotonic() + self.params["ready_timeout_seconds"]
         while time.monotonic() < end:
-            if ask_agent(self.specs[name]["cid"]):
+            if ask_agent(self.host, self.specs[name]):
                 return ""
             if not self.host.exists(f"/proc/{pid}/cmdline"):  # cheaper than to ask systemd while guests boot
                 state = unit_states(self.host, [name]).get(name, {})
@@ -670,26 +608,26 @@ class MicroVms:
     def _apply_remove(self, data: tuple[list[str], list[str], list[str]]) -> None:
         names, slices, common = data
         if names:
-            self.host.run(["systemctl", "disable", "--quiet", "--no-reload", *map(units.unit, names)], check=False)
+            self.host.run(["systemctl", "disable", "--quiet", "--no-reload", *map(unit, names)], check=False)
             self.host.run(
-                ["systemctl", "stop", *map(units.unit, names), *slices],
+                ["systemctl", "stop", *map(unit, names), *slices],
                 timeout_seconds=units.STOP_SECONDS + 120,
                 check=False,
             )
-            self.host.run(["systemctl", "reset-failed", *map(units.unit, names)], check=False)
+            self.host.run(["systemctl", "reset-failed", *map(unit, names)], check=False)
         for name in names:
             for path in self._own_files(name):
                 self.host.remove(path)
-            for directory in (f"{units.HOME}/{name}", f"{units.SYSTEM}/{units.unit(name)}.d", run_directory(name)):
+            for directory in (f"{HOME}/{name}", f"{SYSTEM}/{unit(name)}.d", run_directory(name)):
                 shutil.rmtree(self.host.path(directory), ignore_errors=True)
         if common:
             self.host.run(["systemctl", "disable", "--quiet", "--no-reload", "agentfleet-microvms.target"], check=False)
             for path in common:
                 self.host.remove(path)
-            for directory in (units.HOME, units.SHARES, "/run/agentfleet"):
+            for directory in (HOME, SHARES, "/run/agentfleet"):
                 shutil.rmtree(self.host.path(directory), ignore_errors=True)
             with contextlib.suppress(OSError):  # other concerns may have their code there
-                os.rmdir(self.host.path(units.LIBRARY))
+                os.rmdir(self.host.path(LIBRARY))
         self.host.run(["systemctl", "daemon-reload"], timeout_seconds=RELOAD_SECONDS)
 
     # -- result --------------------------------------------------------------
@@ -707,7 +645,7 @@ class MicroVms:
                     "state": state if defined else "absent",
                     "image_digest": spec.get("image_digest", ""),
                     "cid": spec.get("cid"),
-                    "addresses": [n["address"] for n in spec.get("networks", [])],
+                    "addresses": _network.addresses(spec.get("networks", [])),
                     "pid": observed["units"].get(name, {}).get("pid", 0),
                     "restart_required": bool(
                         name in self.specs and state == "running" and self._outdated(name, observed)
@@ -762,11 +700,12 @@ def inspect_all(host: Host, names: t.Sequence[str] | None, agent_timeout_seconds
     states = unit_states(host, sorted(specs))
     running = [name for name in specs if states.get(name, {}).get("active") == "active"]
     with ThreadPoolExecutor(max_workers=16) as pool:
-        told = dict(zip(running, pool.map(lambda name: ask_agent(specs[name]["cid"], agent_timeout_seconds), running)))
+        told = dict(zip(running, pool.map(lambda name: ask_agent(host, specs[name], agent_timeout_seconds), running)))
     found = []
     for name in names if names is not None else list(specs):
-        spec, state = specs.get(name, {}), states.get(name, {"pid": 0})
-        addresses = [network["address"] for network in spec.get("networks", [])]
+        spec: t.Mapping[str, t.Any] = specs.get(name, {})
+        state = states.get(name, {"pid": 0})
+        addresses = _network.addresses(spec.get("networks", []))
         found.append(
             {
                 "name": name,

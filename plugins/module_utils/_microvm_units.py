@@ -9,20 +9,22 @@ systemd is the supervisor: everything here works without Ansible.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import typing as t
 
-LIBRARY = "/usr/local/lib/agentfleet"
-SYSTEM = "/etc/systemd/system"
-HOME = "/var/lib/agentfleet/microvms"
-SHARES = "/var/lib/agentfleet/shares"
+from ansible_collections.agentfleet.metal.plugins.module_utils import _network
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
+    HOME,
+    LIBRARY,
+    RUN,
+    SHARES,
+    SYSTEM,
+    derived,
+    unit,
+)
+from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import Spec
+
 STOP_SECONDS = 60
-
-
-def unit(name: str) -> str:
-    """The unit of a microVM."""
-    return f"agentfleet-microvm@{name}.service"
 
 
 TARGET = """\
@@ -51,7 +53,7 @@ SupplementaryGroups=kvm
 UMask=0077
 RuntimeDirectory=agentfleet/%i
 ExecStartPre=+{LIBRARY}/microvm-taps up %i
-ExecStop={LIBRARY}/microvm-stop /run/agentfleet/%i/qmp
+ExecStop={LIBRARY}/microvm-stop {RUN}/%i/qmp
 ExecStopPost=+{LIBRARY}/microvm-taps down %i
 Restart=always
 RestartSec=2
@@ -82,14 +84,14 @@ SystemCallArchitectures=native
 WantedBy=agentfleet-microvms.target
 """
 
-SHARE_SOCKET = """\
+SHARE_SOCKET = f"""\
 # Written by agentfleet.metal. The socket of one share (microVM:tag); there before both ends.
 [Unit]
 Description=agentfleet share %i
 StopWhenUnneeded=yes
 
 [Socket]
-ListenStream=/run/agentfleet/shares/%i
+ListenStream={RUN}/shares/%i
 SocketGroup=kvm
 SocketMode=0660
 RemoveOnStop=yes
@@ -108,36 +110,6 @@ NoNewPrivileges=yes
 """
 
 MODULES = ("vhost_vsock", "tun", "bridge")
-
-TAPS = f"""\
-#!/bin/sh
-# Written by agentfleet.metal. Makes and removes the tap devices and bridges of one microVM.
-# The file "taps" has one line for each: tap, bridge, the bridge's address. What was made is kept
-# below /run, since the definition may change before the microVM stops.
-set -eu
-made=/run/agentfleet/$2.taps
-mkdir -p /run/agentfleet
-exec 9>/run/agentfleet/taps.lock
-flock -w 60 9
-[ "$1" = down ] || cp "{HOME}/$2/taps" "$made"
-[ -e "$made" ] || exit 0
-while read -r tap bridge address; do
-    if [ "$1" = up ]; then
-        if [ ! -e "/sys/class/net/$bridge" ]; then
-            ip link add name "$bridge" type bridge
-            ip link set "$bridge" up
-        fi
-        ip address replace "$address" dev "$bridge"
-        [ -e "/sys/class/net/$tap" ] || ip tuntap add dev "$tap" mode tap group kvm vnet_hdr
-        ip link set "$tap" master "$bridge" alias "microVM $2" up
-    else
-        [ ! -e "/sys/class/net/$tap" ] || ip link delete "$tap"
-        set -- "$1" "$2" "/sys/class/net/$bridge/brif/"*
-        [ -e "$3" ] || [ ! -e "/sys/class/net/$bridge/bridge" ] || ip link delete "$bridge"
-    fi
-done <"$made"
-[ "$1" = up ] || rm -f "$made"
-"""
 
 STOP = f"""\
 #!/usr/bin/python3 -IS
@@ -173,7 +145,7 @@ def common(modules: t.Sequence[str]) -> dict[str, tuple[str, int]]:
         f"{SYSTEM}/agentfleet-microvm@.service": (MICROVM, 0o644),
         f"{SYSTEM}/agentfleet-virtiofsd@.socket": (SHARE_SOCKET, 0o644),
         f"{SYSTEM}/agentfleet-virtiofsd@.service": (SHARE_SERVICE, 0o644),
-        f"{LIBRARY}/microvm-taps": (TAPS, 0o755),
+        **_network.common(),
         f"{LIBRARY}/microvm-stop": (STOP, 0o755),
         "/etc/modules-load.d/60-agentfleet-microvm.conf": (
             "\n".join(["# Written by agentfleet.metal.", *modules]) + "\n", 0o644,
@@ -191,24 +163,21 @@ def quoted(words: t.Sequence[str]) -> str:
     return " ".join(one(word).replace("%%d/", "%d/") for word in words)
 
 
-def drop_in(spec: t.Mapping[str, t.Any], argv: t.Sequence[str], config: str, memory_max: int) -> str:
-    """What of a microVM's unit is its own.
-
-    :param config: file name of its configuration disk
-    """
+def drop_in(spec: Spec, argv: t.Sequence[str], memory_max: int) -> str:
+    """What of a microVM's unit is its own."""
     sockets = " ".join(f"agentfleet-virtiofsd@{spec['name']}:{share['tag']}.socket" for share in spec["shares"])
     shares = f"[Unit]\nRequires={sockets}\nAfter={sockets}\n\n" if sockets else ""
     return (
         f"# Written by agentfleet.metal from {HOME}/{spec['name']}/spec.json\n{shares}[Service]\n"
         f"ExecStart={quoted(argv)}\n"
-        f"LoadCredential={config}:{HOME}/{spec['name']}/{config}\n"
+        f"LoadCredential={spec['config']}:{HOME}/{spec['name']}/{spec['config']}\n"
         # By default all instances of a template share one dynamic user.
-        f"User=af{hashlib.sha256(spec['name'].encode()).hexdigest()[:12]}\n"
+        f"User=af{derived(spec['name'], 'user').hex()[:12]}\n"
         f"Slice=agentfleet-{spec['tenant']}.slice\nMemoryMax={memory_max}\nMemorySwapMax=0\n"
     )
 
 
-def files_of(spec: t.Mapping[str, t.Any], texts: t.Mapping[str, str]) -> dict[str, tuple[str, int]]:
+def files_of(spec: Spec, texts: t.Mapping[str, str]) -> dict[str, tuple[str, int]]:
     """Path -> (text, mode): what one microVM has on the host.
 
     :param texts: ``drop_in``, and ``config`` with its file name as key
@@ -216,7 +185,7 @@ def files_of(spec: t.Mapping[str, t.Any], texts: t.Mapping[str, str]) -> dict[st
     home, name = f"{HOME}/{spec['name']}", spec["name"]
     files = {
         f"{home}/spec.json": (json.dumps(spec, indent=2, sort_keys=True) + "\n", 0o600),
-        f"{home}/taps": ("".join(f"{n['tap']} {n['bridge']} {n['gateway']}\n" for n in spec["networks"]), 0o644),
+        **_network.files_of(name, spec["networks"]),
         f"{SYSTEM}/{unit(name)}.d/60-agentfleet.conf": (texts["drop_in"], 0o644),
     }
     for file, text in texts.items():

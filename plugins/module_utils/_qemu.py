@@ -1,19 +1,22 @@
 # Copyright: agentfleet.metal contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The QEMU driver: from a resolved microVM to QEMU's command line.
+"""The QEMU driver: a spec's command line, and its running machine over QMP.
 
 This module is private to the collection and imports nothing of Ansible.
 """
 
 from __future__ import annotations
 
+import os
 import re
-import typing as t
+import socket
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import run_directory, share_socket
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
-from ansible_collections.agentfleet.metal.plugins.module_utils._store import image_path
+from ansible_collections.agentfleet.metal.plugins.module_utils._qmp import Qmp
+from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import Change, Disk, Spec, Unsupported, disks
 
 PROGRAM = "/usr/bin/qemu-system-x86_64"
 PACKAGE = "qemu-system-x86"
@@ -22,35 +25,61 @@ PACKAGE = "qemu-system-x86"
 MINIMUM = (8, 2)
 
 
-def problem(host: Host) -> tuple[str, str] | None:
+def program(_host: Host, _before: str) -> str:
+    """The distribution's QEMU; there is only one."""
+    return PROGRAM
+
+
+def version(host: Host, path: str) -> str:
+    """QEMU's version, with the distribution's package if it tells it; empty when it tells none."""
+    found = re.search(r"version (\d+\.\d+\S*(?: \([^)]*\))?)", host.run([path, "--version"], check=False).stdout)
+    return found.group(1) if found else ""
+
+
+def problem(host: Host, path: str) -> tuple[str, str] | None:
     """Why this host's QEMU cannot be used, with the remedy; None when it can."""
-    if not host.exists(PROGRAM):
-        return f"the host has no {PROGRAM}", f"Install the package {PACKAGE}"
-    done = host.run([PROGRAM, "--version"], check=False)
-    found = re.search(r"version (\d+)\.(\d+)", done.stdout)
-    if found is None:
-        return f"{PROGRAM} does not tell its version: {done.text}", f"Reinstall the package {PACKAGE}"
-    if (int(found.group(1)), int(found.group(2))) < MINIMUM:
+    if not host.exists(path):
+        return f"the host has no {path}", f"Install the package {PACKAGE}"
+    found = version(host, path)
+    numbers = [int(number) for number in re.findall(r"\d+", found)[:2]]
+    if not numbers:
+        return f"{path} does not tell its version", f"Reinstall the package {PACKAGE}"
+    if tuple(numbers) < MINIMUM:
         return (
-            f"QEMU is {found.group(1)}.{found.group(2)}, which cannot share a read-only image",
+            f"QEMU is {numbers[0]}.{numbers[1]}, which cannot share a read-only image",
             f"Install QEMU {MINIMUM[0]}.{MINIMUM[1]} or newer, for example from the distribution's backports",
         )
     return None
 
 
-def command(spec: t.Mapping[str, t.Any], image_bytes: int, run: str, config: str) -> list[str]:
-    """QEMU's argv for one microVM.
+def unsupported(spec: Spec) -> list[Unsupported]:
+    """What of a spec QEMU cannot do."""
+    found = [
+        Unsupported(
+            f"shares[{index}].dax", "always", "neither QEMU nor virtiofsd has DAX for virtio-fs",
+            "Put the data into an image: it is attached as pmem and mounted with DAX; or leave dax out",
+        )
+        for index, share in enumerate(spec["shares"])
+        if share["dax"] == "always"
+    ]  # fmt: skip
+    if spec["rate_limits"]["network_bytes_per_second"]:
+        found.append(
+            Unsupported(
+                "rate_limits.network_bytes_per_second", spec["rate_limits"]["network_bytes_per_second"],
+                "QEMU has no rate limit for network devices", "Leave it out, or use the driver cloud_hypervisor",
+            )
+        )  # fmt: skip
+    return found
 
-    :param spec: the resolved microVM
-    :param run: its directory for sockets
-    :param config: path of its configuration disk
-    """
+
+def command(spec: Spec) -> list[str]:
+    """QEMU's argv for one microVM."""
     kvm = spec["accelerator"] == "kvm"
     # Room for the image in the guest's device memory, in whole GiB so that images can grow.
-    maximum = spec["memory_bytes"] + (-(-image_bytes >> 30) + 1 << 30)
+    maximum = spec["memory_max_bytes"] + (-(-spec["image_bytes"] >> 30) + 1 << 30)
     machine = "q35,smm=off,sata=off,smbus=off,hpet=off,vmport=off,i8042=off,usb=off,graphics=off,dump-guest-core=off"
     argv = [
-        PROGRAM,
+        spec["program"],
         "-name", f"{spec['name']},debug-threads=on",
         "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
         "-machine", machine + (",memory-backend=ram" if spec["shares"] else ""),
@@ -58,27 +87,26 @@ def command(spec: t.Mapping[str, t.Any], image_bytes: int, run: str, config: str
         "-cpu", "host" if kvm else "max",
         "-smp", str(spec["vcpus"]),
         "-m", f"size={spec['memory_bytes']}B,maxmem={maximum}B",
-        "-kernel", image_path(spec["image_digest"], "kernel"),
-        "-initrd", image_path(spec["image_digest"], "initrd"),
+        "-kernel", spec["kernel"],
+        *(["-initrd", spec["initrd"]] if spec["initrd"] else []),
         "-append", " ".join(["console=hvc0", "quiet", "panic=-1", "swiotlb=noforce", *spec["kernel_arguments"]]),
         "-chardev", "ringbuf,id=console,size=65536",
         "-device", "virtio-serial-pci", "-device", "virtconsole,chardev=console",
         # A private mapping of a file opened read-only: all guests share the host's page cache, and a write
         # of a guest stays its own. With shares it is a ROM (writes are dropped), because virtiofsd maps all
         # writable memory of its guest, and cannot map a file that was opened read-only.
-        "-object", f"memory-backend-file,id=image,mem-path={image_path(spec['image_digest'])},size={image_bytes}"
+        "-object", f"memory-backend-file,id=image,mem-path={spec['image_path']},size={spec['image_bytes']}"
         f",share=off,readonly=on,rom={'on' if spec['shares'] else 'off'},prealloc=off,merge=off,dump=off",
         "-device", "virtio-pmem-pci,memdev=image",
-        "-drive", f"if=none,id=config,format=raw,readonly=on,file={config}",
-        "-device", "virtio-blk-pci,drive=config,serial=agentfleet-config",
         "-device", f"vhost-vsock-pci,guest-cid={spec['cid']}",
-        "-qmp", f"unix:{run}/qmp,server=on,wait=off",
+        "-qmp", f"unix:{run_directory(spec['name'])}/qmp,server=on,wait=off",
     ]  # fmt: skip
+    for number, disk in enumerate(disks(spec)):
+        argv += _disk(number, disk)
     if spec["shares"]:  # virtiofsd maps the guest's memory, so it must be shareable
         argv += ["-object", f"memory-backend-memfd,id=ram,size={spec['memory_bytes']},share=on"]
     for number, share in enumerate(spec["shares"]):
-        socket = f"/run/agentfleet/shares/{spec['name']}:{share['tag']}"
-        argv += ["-chardev", f"socket,id=share{number},path={socket}"]
+        argv += ["-chardev", f"socket,id=share{number},path={share_socket(spec['name'], share['tag'])}"]
         argv += ["-device", f"vhost-user-fs-pci,chardev=share{number},tag={share['tag']}"]
     for number, network in enumerate(spec["networks"]):
         argv += ["-netdev", f"tap,id=net{number},ifname={network['tap']},script=no,downscript=no"]
@@ -86,12 +114,101 @@ def command(spec: t.Mapping[str, t.Any], image_bytes: int, run: str, config: str
     return argv
 
 
-def console(host: Host, run: str) -> str:
-    """The last lines of a running microVM's console."""
-    from ansible_collections.agentfleet.metal.plugins.module_utils._qmp import Qmp
+def _disk(number: int, disk: Disk) -> list[str]:
+    readonly = "on" if disk.readonly else "off"
+    return [
+        "-drive", f"if=none,id=disk{number},format=raw,readonly={readonly},file={disk.path}",
+        "-device", f"virtio-blk-pci,drive=disk{number},serial={disk.serial}",
+    ]  # fmt: skip
 
+
+def restart_reason(change: Change, running: Spec) -> str:
+    """Why a change needs a restart, or empty when it can be applied live."""
+    return f"QEMU reads {change.key} when it starts"
+
+
+def connect(_host: Host, spec: Spec, port: int, timeout_seconds: float) -> socket.socket:
+    """A connection to a vsock port of the guest, through the host's kernel."""
+    connection = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    connection.settimeout(timeout_seconds)
     try:
-        with Qmp(host.path(f"{run}/qmp")) as qmp:
-            return str(qmp.ask("ringbuf-read", device="console", size=4096))
+        connection.connect((spec["cid"], port))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def console(host: Host, spec: Spec) -> str:
+    """The last lines of a running microVM's console."""
+    try:
+        with machine(host, spec) as running:
+            return running.console()
     except (OSError, HostError) as error:
         return f"(no console: {error})"
+
+
+def machine(host: Host, spec: Spec) -> QemuMachine:
+    """The running machine."""
+    return QemuMachine(host.path(f"{run_directory(spec['name'])}/qmp"))
+
+
+class QemuMachine:
+    """A running QEMU.
+
+    :param path: real path of its QMP socket
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> QemuMachine:
+        self.qmp = Qmp(self._path)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.qmp.__exit__(*exception)
+
+    def console(self) -> str:
+        """The end of its console."""
+        return str(self.qmp.ask("ringbuf-read", device="console", size=4096))
+
+    def state(self) -> str:
+        """``running``, ``paused``, or QEMU's own word."""
+        return str(self.qmp.ask("query-status")["status"])
+
+    def pause(self) -> None:
+        """Stop the virtual CPUs."""
+        self.qmp.ask("stop")
+
+    def resume(self) -> None:
+        """Let them run."""
+        self.qmp.ask("cont")
+
+    def power_button(self) -> None:
+        """Ask the guest to power off."""
+        self.qmp.ask("system_powerdown")
+
+    def shutdown(self) -> None:
+        """End the machine; QEMU flushes its disks."""
+        self.quit()
+
+    def quit(self) -> None:
+        """End QEMU, which may drop the connection before its answer."""
+        self.qmp.last("quit")
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """Counters of the disks."""
+        return {
+            str(device["qdev"]): {key: value for key, value in device["stats"].items() if type(value) is int}
+            for device in self.qmp.ask("query-blockstats")
+        }
+
+    def change(self, change: Change, spec: Spec) -> None:
+        """Apply one change."""
+        raise HostError(restart_reason(change, spec))
+
+    def save(self, directory: str) -> None:
+        """Write the paused machine's state, with its memory, to ``state`` in a directory."""
+        self.qmp.ask("migrate", uri=f"file:{os.path.join(directory, 'state')}")
+        self.qmp.wait_migration()

@@ -8,8 +8,10 @@ This module is private to the collection and imports nothing of Ansible.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import time
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
@@ -44,6 +46,21 @@ class Qmp:
             if "return" in answer:
                 return answer["return"]
         raise HostError(f"QEMU ended while {command} was asked")
+
+    def last(self, command: str) -> None:
+        """Send a command that ends QEMU; no answer is an answer."""
+        with contextlib.suppress(OSError, ValueError, HostError):
+            self.ask(command)
+
+    def wait_migration(self, timeout_seconds: float = 600) -> None:
+        """Wait until the state has been written."""
+        end = time.monotonic() + timeout_seconds
+        while (told := self.ask("query-migrate")).get("status") != "completed":
+            if told.get("status") in ("failed", "cancelled"):
+                raise HostError(f"QEMU could not write its state: {told.get('error-desc', told['status'])}")
+            if time.monotonic() > end:
+                raise HostError(f"QEMU did not write its state within {timeout_seconds:g} seconds")
+            time.sleep(0.05)
 
     def __enter__(self) -> Qmp:
         return self

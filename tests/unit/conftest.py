@@ -60,3 +60,50 @@ class FakeHost(Host):
 def fake_host(tmp_path: t.Any) -> FakeHost:
     """An empty fake host."""
     return FakeHost(str(tmp_path))
+
+
+@pytest.fixture
+def microvm_spec() -> dict[str, t.Any]:
+    """The spec of a small microVM with nothing attached: every key of ``_vmm.Spec``."""
+    image = "/var/lib/agentfleet/images/" + "ab" * 32
+    return {
+        "name": "a1",
+        "driver": "qemu",
+        "program": "/usr/bin/qemu-system-x86_64",
+        "accelerator": "kvm",
+        "tenant": "default",
+        "image": "agent",
+        "image_digest": "ab" * 32,
+        "image_path": f"{image}/rootfs.erofs",
+        "image_bytes": 82 << 20,
+        "kernel": f"{image}/kernel",
+        "initrd": f"{image}/initrd",
+        "kernel_arguments": [],
+        "vcpus": 1,
+        "vcpus_max": 1,
+        "memory_bytes": 256 << 20,
+        "memory_max_bytes": 256 << 20,
+        "memory_zones": [{"size_bytes": 256 << 20, "numa_node": None}],
+        "memory_file": "",
+        "hugepage_bytes": 0,
+        "thp": False,
+        "balloon_bytes": 0,
+        "free_page_reporting": True,
+        "cid": 77,
+        "config": "config-0123456789ab",
+        "data": "",
+        "volumes": [],
+        "shares": [],
+        "networks": [],
+        "devices": [],
+        "rate_limits": {
+            "disk_bytes_per_second": 0,
+            "disk_operations_per_second": 0,
+            "network_bytes_per_second": 0,
+        },
+        "environment": {},
+        "resources": {},
+        "autostart": True,
+        "restart_policy": "always",
+        "restore_from": "",
+    }

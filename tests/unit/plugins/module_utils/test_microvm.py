@@ -12,7 +12,13 @@ import typing as t
 
 import pytest
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm, _microvm_units, _qemu
+from ansible_collections.agentfleet.metal.plugins.module_utils import (
+    _microvm,
+    _microvm_names,
+    _microvm_units,
+    _network,
+    _qemu,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm import MicroVms
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Step
 
@@ -67,7 +73,7 @@ class Systemd:
         for name in self._names():
             self.active[name] = 100 + len(self.active)
             unit = f"agentfleet-microvm@{name}.service"
-            text = host.read(f"{_microvm_units.SYSTEM}/{unit}.d/60-agentfleet.conf")
+            text = host.read(f"{_microvm_names.SYSTEM}/{unit}.d/60-agentfleet.conf")
             line = next(line for line in text.splitlines() if line.startswith("ExecStart="))
             argv = shlex.split(line[len("ExecStart=") :].replace("%d/", f"/run/credentials/{unit}/"))
             host.files({f"/proc/{self.active[name]}/cmdline": "\0".join(argv) + "\0"})
@@ -104,10 +110,11 @@ def metal(fake_host: t.Any, monkeypatch: t.Any) -> t.Any:
             "/proc/modules": "vhost_vsock 1 0\ntun 1 0\nbridge 1 0\nkvm_amd 1 0\n",
             "/dev/kvm": "",
             "/usr/bin/qemu-system-x86_64": "",
+            "/usr/sbin/ip": "",
         }
     )
     fake_host.systemd = Systemd(fake_host)
-    monkeypatch.setattr(_microvm, "ask_agent", lambda cid, timeout_seconds=5: {"hostname": str(cid)})
+    monkeypatch.setattr(_microvm, "ask_agent", lambda host, spec, timeout_seconds=5: {"hostname": spec["name"]})
     return fake_host
 
 
@@ -218,7 +225,7 @@ def test_absent_of_one_keeps_the_others(metal: t.Any) -> None:
 
 
 def test_a_failed_start_is_undone_and_explained(metal: t.Any, monkeypatch: t.Any) -> None:
-    monkeypatch.setattr(_microvm, "ask_agent", lambda cid, timeout_seconds=5: None)
+    monkeypatch.setattr(_microvm, "ask_agent", lambda host, spec, timeout_seconds=5: None)
     monkeypatch.setattr(_qemu, "console", lambda host, run: "agentfleet: no /dev/pmem0")
     with pytest.raises(
         HostError, match=r"microVM a1: no answer from its agent within 1 seconds\. Console: agentfleet: no"
@@ -228,20 +235,15 @@ def test_a_failed_start_is_undone_and_explained(metal: t.Any, monkeypatch: t.Any
     assert metal.names("/var/lib/agentfleet/microvms") == []
 
 
-def test_command_line(metal: t.Any) -> None:
-    share = {"tag": "m", "source": "/srv", "target": "/mnt/m", "readonly": True}
-    spec = {
-        "name": "a1", "accelerator": "kvm", "memory_bytes": 256 << 20, "vcpus": 2, "cid": 77, "image_digest": DIGEST,
-        "kernel_arguments": ["debug"], "shares": [share], "networks": [],
-    }  # fmt: skip
-    argv = _qemu.command(spec, 82 << 20, "/run/agentfleet/a1", "%d/config-1")
-    text = " ".join(argv)
+def test_command_line(microvm_spec: t.Any) -> None:
+    share = {"tag": "m", "source": "/srv", "target": "/mnt/m", "readonly": True, "dax": "never"}
+    text = " ".join(_qemu.command({**microvm_spec, "shares": [share]}))
     assert (
         f"mem-path=/var/lib/agentfleet/images/{DIGEST}/rootfs.erofs,size=85983232,share=off,readonly=on,rom=on" in text
     )
     assert "-m size=268435456B,maxmem=2415919104B" in text
     assert "memory-backend-memfd,id=ram,size=268435456,share=on" in text  # only because of the share
-    private = " ".join(_qemu.command({**spec, "shares": []}, 82 << 20, "/run/agentfleet/a1", "%d/config-1"))
+    private = " ".join(_qemu.command(microvm_spec))
     assert "share=on" not in private and "readonly=on,rom=off" in private
     assert "vhost-vsock-pci,guest-cid=77" in private
 
@@ -264,7 +266,7 @@ def test_configuration_disk_is_sourced_by_a_shell(metal: t.Any) -> None:
 
 
 def test_a_vmm_that_ends_is_noticed_at_once(metal: t.Any, monkeypatch: t.Any) -> None:
-    monkeypatch.setattr(_microvm, "ask_agent", lambda cid, timeout_seconds=5: None)
+    monkeypatch.setattr(_microvm, "ask_agent", lambda host, spec, timeout_seconds=5: None)
     metal.answers["systemctl start"] = ""  # comes back, but the process is not there
     with pytest.raises(HostError, match="microVM a1: the VMM ended"):
         run(metal, call({"name": "a1"}, ready_timeout_seconds=3600))
@@ -295,11 +297,11 @@ def test_taps_of_an_older_definition_are_removed(tmp_path: t.Any, changed: str) 
         f"'link set') [ \"$4\" != master ] || mkdir {net}/$5/brif/$3 ;;\nesac\n"
     )
     ip.chmod(0o755)
-    text = _microvm_units.TAPS
-    for path in ("/sys/class/net", "/run/agentfleet", _microvm_units.HOME):
+    text = _network.TAPS
+    for path in ("/sys/class/net", "/run/agentfleet", _microvm_names.HOME):
         (tmp_path / path[1:]).mkdir(parents=True, exist_ok=True)
         text = text.replace(path, str(net) if path == "/sys/class/net" else str(tmp_path / path[1:]))
-    taps = tmp_path / _microvm_units.HOME[1:] / "a1" / "taps"
+    taps = tmp_path / _microvm_names.HOME[1:] / "a1" / "taps"
     taps.parent.mkdir()
     taps.write_text("af1 br0 10.0.0.1/24\naf2 br1 10.1.0.1/24\n")
 

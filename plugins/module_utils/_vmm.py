@@ -1,0 +1,282 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What a virtual machine monitor has to bring: the driver protocol, a microVM's spec, and what changes of it mean.
+
+This module is private to the collection and imports nothing of Ansible.
+
+A driver is a module (``_qemu``, ``_cloud_hypervisor``) that has the functions of :class:`Driver`. It knows how
+to turn a spec into a command line and how to talk to a running machine, and nothing of systemd, networks or plans.
+"""
+
+from __future__ import annotations
+
+import socket
+import typing as t
+from dataclasses import dataclass
+
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import volume_path
+from ansible_collections.agentfleet.metal.plugins.module_utils._network import Interface
+
+AGENT_PORT = 1024
+CONFIG_SERIAL, DATA_SERIAL = "agentfleet-config", "agentfleet-data"  # a serial has at most 20 characters
+
+
+class Zone(t.TypedDict):
+    """A part of a guest's memory; with more than one, each is a NUMA node of the guest (CPUs are on the first)."""
+
+    size_bytes: int
+    numa_node: int | None  # node of the host that it is bound to; None: where the kernel likes
+
+
+class Volume(t.TypedDict):
+    """A writable disk of one microVM, kept in ``volume_path(spec["name"], volume["name"])``."""
+
+    name: str  # also its serial
+    size_bytes: int
+    template: str  # host path of the file that it begins as, or empty
+    readonly: bool
+    mount: str  # mount point in the guest, or empty
+    filesystem: str  # that the guest makes if the volume is empty, or empty
+    writable_layer: bool  # whether it has the upper layer of the guest's root
+
+
+class Share(t.TypedDict):
+    """A directory of the host; virtiofsd serves it at ``share_socket(spec["name"], share["tag"])``."""
+
+    tag: str
+    source: str
+    target: str
+    readonly: bool
+    dax: str  # "never" or "always"
+
+
+class Limits(t.TypedDict):
+    """Rate limits of each disk and each network device; 0 is unlimited."""
+
+    disk_bytes_per_second: int
+    disk_operations_per_second: int
+    network_bytes_per_second: int
+
+
+class Spec(t.TypedDict):
+    """A microVM with everything resolved; ``spec.json`` is this. Every key is always there."""
+
+    name: str
+    driver: str
+    program: str  # path of the VMM, which a microVM keeps until it is made anew
+    accelerator: str  # "kvm" or "tcg"
+    tenant: str
+    image: str  # as it was asked for
+    image_digest: str
+    image_path: str
+    image_bytes: int
+    kernel: str  # path
+    initrd: str  # path, or empty for a kernel that needs none
+    kernel_arguments: list[str]  # besides the driver's console
+    vcpus: int
+    vcpus_max: int
+    memory_bytes: int
+    memory_max_bytes: int  # the same as memory_bytes: nothing can be plugged
+    memory_zones: list[Zone]  # at least one; their sizes are memory_bytes
+    memory_file: str  # file that holds the guest's RAM, so that snapshots can share it; or empty
+    hugepage_bytes: int  # size of the host's pages for guest RAM; 0: ordinary ones
+    thp: bool  # whether the host may use transparent huge pages for guest RAM
+    balloon_bytes: int  # memory that the guest gives back to the host
+    free_page_reporting: bool
+    cid: int
+    config: str  # file name of the configuration disk, below the credentials' directory
+    data: str  # the same of the first-boot data's disk, or empty
+    volumes: list[Volume]
+    shares: list[Share]
+    networks: list[Interface]
+    devices: list[str]  # PCI addresses, bound to vfio-pci
+    rate_limits: Limits
+    environment: dict[str, str]
+    resources: dict[str, t.Any]  # of its cgroup
+    autostart: bool
+    restart_policy: str
+    restore_from: str  # directory of a snapshot to start from, or empty
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference between what runs and what is declared.
+
+    :param key: the spec's key
+    :param item: name of the list's item (volume, share tag, network, PCI address), or empty
+    :param before: None: the item is new
+    :param after: None: the item goes
+    """
+
+    key: str
+    item: str
+    before: t.Any
+    after: t.Any
+
+    def __str__(self) -> str:
+        verb = "added" if self.before is None else "removed" if self.after is None else "changed"
+        return f"{self.key} {self.item} {verb}" if self.item else f"{self.key} {self.before!r} -> {self.after!r}"
+
+
+# Key -> what names an item of its list.
+_NAMED = {"volumes": "name", "shares": "tag", "networks": "network"}
+# Nothing that the machine itself has: systemd's part, or derived from what is compared anyway.
+_OUTSIDE = {"autostart", "restart_policy", "resources", "config", "image", "tenant", "restore_from"}
+
+
+def changes(before: Spec, after: Spec) -> list[Change]:
+    """What differs between a running machine and its declaration; removals come first."""
+    found = []
+    for key in Spec.__annotations__:
+        old, new = before.get(key), after.get(key)
+        if old == new or key in _OUTSIDE or (key == "memory_zones" and _nodes(before) == _nodes(after)):
+            continue
+        if key in _NAMED or key == "devices":
+            olds, news = ({_item(key, one): one for one in t.cast("list[t.Any]", side) or ()} for side in (old, new))
+            names = [*(n for n in olds if n not in news), *news]
+            found += [Change(key, n, olds.get(n), news.get(n)) for n in names if olds.get(n) != news.get(n)]
+        else:
+            found.append(Change(key, "", old, new))
+    return sorted(found, key=lambda change: change.after is not None)
+
+
+def applied(running: Spec, change: Change) -> Spec:
+    """What runs after one change."""
+    result = t.cast("dict[str, t.Any]", dict(running))
+    if not change.item:
+        result[change.key] = change.after
+    else:
+        items = [one for one in result[change.key] if _item(change.key, one) != change.item]
+        result[change.key] = items + ([] if change.after is None else [change.after])
+    return t.cast(Spec, result)
+
+
+def _item(key: str, item: t.Any) -> str:
+    return str(item[_NAMED[key]]) if key in _NAMED else str(item)
+
+
+def _nodes(spec: Spec) -> list[int | None]:
+    """Where the zones are; their sizes follow memory_bytes."""
+    return [zone["numa_node"] for zone in spec["memory_zones"]]
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A wish that a driver cannot fulfil: a row of its capability table that applies."""
+
+    option: str  # below the instance, such as shares[0].dax
+    value: t.Any
+    problem: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A file that the guest sees as a virtio-blk disk."""
+
+    serial: str
+    path: str
+    readonly: bool
+
+
+def disks(spec: Spec, credentials: str = "%d") -> list[Disk]:
+    """All disks of a microVM besides its image, in their order.
+
+    :param credentials: directory of the configuration disks; by default as a unit's ExecStart has it
+    """
+    found = [Disk(CONFIG_SERIAL, f"{credentials}/{spec['config']}", True)]
+    if spec["data"]:
+        found.append(Disk(DATA_SERIAL, f"{credentials}/{spec['data']}", True))
+    return found + [
+        Disk(volume["name"], volume_path(spec["name"], volume["name"]), volume["readonly"])
+        for volume in spec["volumes"]
+    ]
+
+
+class Machine(t.Protocol):
+    """A running machine; a context manager. What it cannot do raises HostError with the VMM's own words."""
+
+    def __enter__(self) -> Machine:
+        """Connect."""
+
+    def __exit__(self, *exception: object) -> None:
+        """Disconnect."""
+
+    def state(self) -> str:
+        """``running``, ``paused``, or the VMM's own word."""
+
+    def pause(self) -> None:
+        """Stop the virtual CPUs; nothing if they are stopped."""
+
+    def resume(self) -> None:
+        """Let them run; nothing if they do."""
+
+    def power_button(self) -> None:
+        """Ask the guest to power off."""
+
+    def shutdown(self) -> None:
+        """End the machine without asking its guest; written data is flushed."""
+
+    def quit(self) -> None:
+        """End the VMM."""
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """Device -> counter -> value."""
+
+    def change(self, change: Change, spec: Spec) -> None:
+        """Apply one change that the driver's ``restart_reason`` has nothing against.
+
+        :param spec: the declaration that it comes from
+        """
+
+    def save(self, directory: str) -> None:
+        """Write the paused machine's state into a directory, from which ``restore_from`` starts."""
+
+
+class Driver(t.Protocol):
+    """A virtual machine monitor."""
+
+    def program(self, host: Host, before: str, /) -> str:
+        """Path of the VMM for a microVM.
+
+        :param before: what it was made with, or empty
+        """
+
+    def problem(self, host: Host, program: str, /) -> tuple[str, str] | None:
+        """Why this host's VMM cannot be used, with the remedy; None when it can. Needs no running machine."""
+
+    def version(self, host: Host, program: str, /) -> str:
+        """Exact version of the VMM; a snapshot is valid for this one only."""
+
+    def unsupported(self, spec: Spec, /) -> list[Unsupported]:
+        """What of a spec this driver cannot do. Pure."""
+
+    def command(self, spec: Spec, /) -> list[str]:
+        """The VMM's argv; ``%d`` stands for the credentials' directory. Pure."""
+
+    def restart_reason(self, change: Change, running: Spec, /) -> str:
+        """Why a change needs a restart, or empty when :meth:`Machine.change` can apply it. Pure."""
+
+    def connect(self, host: Host, spec: Spec, port: int, timeout_seconds: float, /) -> socket.socket:
+        """A connection to a vsock port of the guest; OSError when nobody answers."""
+
+    def console(self, host: Host, spec: Spec, /) -> str:
+        """The end of a running machine's console, or why there is none."""
+
+    def machine(self, host: Host, spec: Spec, /) -> Machine:
+        """The running machine."""
+
+
+# The classes of a driver's name, and what a user may write.
+DRIVERS = ("qemu",)
+
+
+def driver(name: str) -> Driver:
+    """The driver of this name; only the one that is used is loaded."""
+    if name == "qemu":
+        from ansible_collections.agentfleet.metal.plugins.module_utils import _qemu
+
+        return _qemu
+    raise KeyError(name)
