@@ -1,0 +1,204 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The planner: sums that can be checked by hand, placement over DRAM and CXL nodes, and what is refused."""
+
+from __future__ import annotations
+
+import typing as t
+
+import pytest
+
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
+from ansible_collections.agentfleet.metal.plugins.module_utils._planner import KERNEL_BYTES, VMM_BYTES, plan
+
+MIB, GIB = 1 << 20, 1 << 30
+IMAGES = {"agent": "1GiB"}
+AGENT = {"name": "agent", "image": "agent", "memory": "256MiB"}
+
+
+def node(number: int, size: int, cpus: t.Sequence[int] = (0,), movable: int = 0, **hugepages: int) -> dict[str, t.Any]:
+    return {
+        "id": number, "cpus": list(cpus), "size_bytes": size, "movable_bytes": movable,
+        "hugepages": {name: {"total": count, "free": 0} for name, count in hugepages.items()},
+    }  # fmt: skip
+
+
+def facts(*nodes: dict[str, t.Any], disk: int = 100 * GIB) -> dict[str, t.Any]:
+    return {"numa": {"nodes": list(nodes)}, "os": {"free_bytes": {"/var/lib": disk}}}
+
+
+def lines(found: dict[str, t.Any], number: int = 0) -> dict[str, int]:
+    return {one["what"]: one["bytes"] for one in found["instances"][number]["lines"]}
+
+
+def test_every_line_of_one_microvm() -> None:
+    found = plan(facts(node(0, 4 * GIB)), [{**AGENT, "shares": [{"tag": "a"}, {"tag": "b"}]}], IMAGES)
+    assert lines(found) == {
+        "guest RAM": 256 * MIB,
+        "VMM (qemu)": VMM_BYTES["qemu"],
+        "page tables": 2 * 8 * (256 + 1024) * 256,  # twice 8 bytes for each 4 KiB page
+        "virtiofsd": 16 * MIB,
+        "kernel and agent": KERNEL_BYTES,
+        "page structs of its RAM": 4 * MIB,
+        "page structs of its image": 16 * MIB,  # 16 MiB for a GiB: 1.6 %
+    }
+    one = found["instances"][0]
+    assert one["bytes"] == (256 + 40 + 5 + 16) * MIB
+    assert one["usable_bytes"] == (256 - 48 - 4 - 16) * MIB
+
+
+def test_an_image_is_counted_once_and_the_host_fills_to_the_byte() -> None:
+    each = (256 + 40 + 5) * MIB
+    host = 512 * MIB + GIB
+    room = plan(facts(node(0, host + 10 * each)), [{**AGENT, "count": 4}], IMAGES)
+    assert (room["fits"], room["fitting"], room["more"]) == (True, 4, 6)
+    less = plan(facts(node(0, host + 10 * each - 1)), [{**AGENT, "count": 4}], IMAGES)
+    assert less["more"] == 5
+    assert less["limit"] == "one more agent: no memory on node 0"
+
+
+def test_declared_microvms_that_do_not_fit() -> None:
+    found = plan(facts(node(0, 2 * GIB)), [{**AGENT, "count": 4}], IMAGES)
+    assert (found["fits"], found["fitting"], found["declared"], found["more"]) == (False, 1, 4, 0)
+    assert found["text"][0].startswith("1 of 4 declared microVMs fit. Then: one more agent")
+
+
+def test_the_host_itself_may_not_fit() -> None:
+    found = plan(facts(node(0, GIB)), [AGENT], IMAGES)
+    assert (found["fitting"], found["limit"]) == (0, "image agent: no memory on node 0")
+
+
+def test_cxl_takes_ram_and_images_and_leaves_page_tables_to_dram() -> None:
+    dram, cxl = node(0, 2 * GIB), node(2, 8 * GIB, cpus=(), movable=8 * GIB)
+    both = plan(facts(dram, cxl), [AGENT], IMAGES)
+    alone = plan(facts(dram, cxl), [AGENT], IMAGES, {"placement": "cpu"})
+    assert both["fitting"] + both["more"] == (10240 - 512 - 1024) // 301
+    assert alone["fitting"] + alone["more"] == 1
+    assert [n["kind"] for n in both["nodes"]] == ["cpu", "slow"]
+    # The unmovable part of each microVM is 45 MiB, so that DRAM is what runs out with CXL to spare.
+    plenty = plan(facts(dram, node(2, 512 * GIB, cpus=(), movable=512 * GIB)), [AGENT], IMAGES)
+    assert plenty["limit"] == "one more agent: no memory outside movable zones on nodes 0, 2"
+    assert plenty["fitting"] + plenty["more"] <= (2 * GIB - 512 * MIB) // (45 * MIB)
+
+
+def test_ram_that_is_bound_to_a_node_goes_nowhere_else() -> None:
+    bound = {**AGENT, "memory_zones": [{"size": "256MiB", "numa_node": 2}], "count": 3}
+    found = plan(facts(node(0, 8 * GIB), node(2, GIB, cpus=(), movable=GIB)), [bound], IMAGES)
+    assert (found["fits"], found["more"]) == (True, 1)
+    assert found["limit"] == "one more agent: no memory on node 2"
+
+
+def test_hugepages_come_from_their_pool_and_shorten_page_tables() -> None:
+    host = node(0, 4 * GIB, **{"2048kB": 256, "1048576kB": 0})
+    huge = {**AGENT, "hugepages": "2MiB"}
+    found = plan(facts(host), [huge], IMAGES, {"overcommit": 2.0})
+    assert lines(found)["guest RAM"] == 256 * MIB
+    assert lines(found)["page tables"] == 2 * 8 * (128 + 1024 * 256)
+    assert (found["fitting"], found["more"]) == (1, 1)
+    assert found["limit"] == "one more agent: no hugepages of 2MiB on node 0"
+    assert found["nodes"][0]["size_bytes"] == 4 * GIB - 512 * MIB
+
+
+def test_overcommit_spares_neither_a_booted_kernel_nor_pinned_memory() -> None:
+    host = facts(node(0, 4 * GIB))
+    assert lines(plan(host, [AGENT], IMAGES, {"overcommit": 2.0}))["guest RAM"] == 128 * MIB
+    assert lines(plan(host, [AGENT], IMAGES, {"overcommit": 16}))["guest RAM"] == (48 + 4 + 16) * MIB
+    pinned = plan(host, [{**AGENT, "devices": ["0000:01:00.0"]}], IMAGES, {"overcommit": 2.0})
+    assert lines(pinned)["guest RAM"] == 256 * MIB
+    cxl = node(1, 8 * GIB, cpus=(), movable=8 * GIB)
+    assert plan(facts(node(0, 4 * GIB), cxl), [{**AGENT, "devices": ["0000:01:00.0"]}], IMAGES)["more"] < 12
+
+
+def test_emulation_has_translated_code_and_no_second_dimension() -> None:
+    found = lines(plan(facts(node(0, 4 * GIB)), [AGENT], IMAGES, {"accelerator": "tcg"}))
+    assert found["page tables"] == 8 * (256 + 1024) * 256
+    assert found["translated code"] == 32 * MIB
+
+
+def test_policy_takes_measured_figures() -> None:
+    host = facts(node(0, 4 * GIB))
+    found = plan(host, [{**AGENT, "shares": [{"tag": "a"}]}], IMAGES, {"vmm": "10MiB", "virtiofsd": "3MiB"})
+    assert (lines(found)["VMM (qemu)"], lines(found)["virtiofsd"]) == (10 * MIB, 3 * MIB)
+
+
+def test_volumes_take_space_on_disk() -> None:
+    wish = {**AGENT, "volumes": [{"name": "data", "size": "10GiB"}]}
+    found = plan(facts(node(0, 64 * GIB), disk=25 * GIB), [wish], IMAGES)
+    assert (found["fitting"], found["more"], found["disk_free_bytes"]) == (1, 1, 15 * GIB)
+    assert found["limit"] == "one more agent: no space for its volumes below /var/lib"
+
+
+def test_a_mixed_declaration_counts_each_image_once() -> None:
+    wishes = [AGENT, {**AGENT, "name": "other", "image": "big", "memory": "512MiB"}, {**AGENT, "name": "third"}]
+    found = plan(facts(node(0, 16 * GIB)), wishes, {"agent": "1GiB", "big": "2GiB"})
+    assert {one["what"]: one["bytes"] for one in found["host"]} == {
+        "reserve": 512 * MIB, "image agent": GIB, "image big": 2 * GIB,
+    }  # fmt: skip
+
+
+def test_comparison_with_measurement() -> None:
+    measured = [
+        {"name": "agent1", "image": "agent", "pid": 7, "private_bytes": 150 * MIB, "shared_bytes": 12 * MIB},
+        {"name": "agent2", "image": "agent", "pid": 8, "private_bytes": 160 * MIB, "shared_bytes": 14 * MIB},
+        {"name": "agent3", "image": "agent", "pid": 0, "private_bytes": 0, "shared_bytes": 0},
+    ]
+    found = plan(facts(node(0, 4 * GIB)), [{**AGENT, "count": 3}], IMAGES, measured=measured)
+    assert found["comparison"] == [
+        {"what": "agent1 alone", "planned_bytes": 296 * MIB, "measured_bytes": 150 * MIB},
+        {"what": "agent2 alone", "planned_bytes": 296 * MIB, "measured_bytes": 160 * MIB},
+        {"what": "image agent, once", "planned_bytes": GIB, "measured_bytes": 14 * MIB},
+    ]
+    assert "measured       150.0 MiB  agent1 alone; planned 296.0 MiB" in found["text"]
+
+
+BAD: list[tuple[str, dict[str, t.Any], str, str]] = [
+    ("no instances", {"instances": []}, "instances", "no list of microVMs"),
+    ("an instance that is a word", {"instances": ["agent"]}, "instances[0]", "not a dictionary"),
+    ("a bad name", {"instances": [{**AGENT, "name": "Agent_1"}]}, "instances[0].name", "not a name"),
+    ("an unknown driver", {"instances": [{**AGENT, "driver": "xen"}]}, "instances[0].driver", "unknown driver"),
+    ("no microVM at all", {"instances": [{**AGENT, "count": 0}]}, "instances[0].count", "not a number of microVMs"),
+    ("a truth as number", {"instances": [{**AGENT, "count": True}]}, "instances[0].count", "not a number of microVMs"),
+    ("a decimal unit", {"instances": [{**AGENT, "memory": "256MB"}]}, "instances[0].memory", "not a size"),
+    ("an image of unknown size", {"instances": [{**AGENT, "image": "x"}]}, "instances[0].image", "size is not known"),
+    ("an image that eats its guest", {"images": {"agent": "16GiB"}}, "instances[0].memory", "take 308 MiB of it"),
+    ("half a hugepage", {"instances": [{**AGENT, "hugepages": "1GiB"}]}, "instances[0].memory", "not a multiple of"),
+    (
+        "a node that is not there",
+        {"instances": [{**AGENT, "memory_zones": [{"size": "256MiB", "numa_node": 7}]}]},
+        "instances[0].memory_zones[0].numa_node",
+        "no such node",
+    ),
+    (
+        "zones that do not add up",
+        {"instances": [{**AGENT, "memory_zones": [{"size": "128MiB"}]}]},
+        "instances[0].memory_zones",
+        "do not add up",
+    ),
+    (
+        "a volume without a size",
+        {"instances": [{**AGENT, "volumes": [{"name": "data"}]}]},
+        "instances[0].volumes[0].size",
+        "not a size",
+    ),
+    ("an image size that is none", {"images": {"agent": -1}}, "images.agent", "not a size"),
+    ("images as a list", {"images": []}, "images", "not what is expected"),
+    ("facts of nothing", {"facts": {}}, "facts", "not what is expected"),
+    ("a host without memory", {"facts": facts()}, "facts.numa.nodes", "no node has memory"),
+    ("an unknown policy", {"policy": {"ksm": True}}, "policy.ksm", "not a part of the policy"),
+    ("less than no overcommit", {"policy": {"overcommit": 0.5}}, "policy.overcommit", "not a number from 1 to 16"),
+    ("a wordy overcommit", {"policy": {"overcommit": "2"}}, "policy.overcommit", "not a number from 1 to 16"),
+    ("an unknown placement", {"policy": {"placement": "cxl"}}, "policy.placement", "not known"),
+    ("an unknown accelerator", {"policy": {"accelerator": "hvf"}}, "policy.accelerator", "not known"),
+    ("a reserve without a unit that is known", {"policy": {"reserve": "1G"}}, "policy.reserve", "not a size"),
+]
+
+
+@pytest.mark.parametrize(("change", "option", "problem"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
+def test_refused(change: dict[str, t.Any], option: str, problem: str) -> None:
+    good: dict[str, t.Any] = {"facts": facts(node(0, 4 * GIB)), "instances": [AGENT], "images": IMAGES}
+    with pytest.raises(Refused) as refused:
+        plan(**{**good, **change})
+    assert refused.value.option == option
+    assert problem in refused.value.problem
+    assert refused.value.remedy
