@@ -80,7 +80,7 @@ class Spec(t.TypedDict):
     memory_bytes: int
     memory_max_bytes: int  # the same as memory_bytes: nothing can be plugged
     memory_zones: list[Zone]  # at least one; their sizes are memory_bytes
-    memory_file: str  # file that holds the guest's RAM, so that snapshots can share it; or empty
+    memory_file: str  # file that holds the guest's RAM: shared and written, or with restore_from mapped privately; or empty
     hugepage_bytes: int  # size of the host's pages for guest RAM; 0: ordinary ones
     thp: bool  # whether the host may use transparent huge pages for guest RAM
     balloon_bytes: int  # memory that the guest gives back to the host
@@ -97,7 +97,7 @@ class Spec(t.TypedDict):
     resources: dict[str, t.Any]  # of its cgroup
     autostart: bool
     restart_policy: str
-    restore_from: str  # directory of a snapshot to start from, or empty
+    restore_from: str  # directory of a snapshot: the command starts a machine that waits for Machine.load; or empty
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,10 @@ class Machine(t.Protocol):
         """
 
     def save(self, directory: str) -> None:
-        """Write the paused machine's state into a directory, from which ``restore_from`` starts."""
+        """Write the paused machine's state, but for the RAM that is in ``memory_file``, into a directory."""
+
+    def load(self, directory: str) -> None:
+        """Read what ``save`` wrote into a machine whose spec has ``restore_from``; it is paused afterwards."""
 
 
 class Driver(t.Protocol):
