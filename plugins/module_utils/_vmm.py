@@ -80,7 +80,7 @@ class Spec(t.TypedDict):
     memory_bytes: int
     memory_max_bytes: int  # the same as memory_bytes: nothing can be plugged
     memory_zones: list[Zone]  # at least one; their sizes are memory_bytes
-    memory_file: str  # file that holds the guest's RAM: shared and written, or with restore_from mapped privately; or empty
+    memory_file: str  # file that holds the guest's RAM (with restore_from it is mapped privately), or empty
     hugepage_bytes: int  # size of the host's pages for guest RAM; 0: ordinary ones
     thp: bool  # whether the host may use transparent huge pages for guest RAM
     balloon_bytes: int  # memory that the guest gives back to the host
