@@ -23,6 +23,7 @@ PACKAGE = "qemu-system-x86"
 # 8.2 brought rom=off: a read-only image file that a guest can map privately. Before it, a guest's
 # write to its image device kills the machine.
 MINIMUM = (8, 2)
+IGNORE_SHARED = [{"capability": "x-ignore-shared", "state": True}]
 
 
 def program(_host: Host, _before: str) -> str:
@@ -82,7 +83,7 @@ def command(spec: Spec) -> list[str]:
         spec["program"],
         "-name", f"{spec['name']},debug-threads=on",
         "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-        "-machine", machine + (",memory-backend=ram" if spec["shares"] else ""),
+        "-machine", machine + (",memory-backend=ram" if spec["shares"] or spec["memory_file"] else ""),
         "-accel", "kvm" if kvm else "tcg,thread=multi",
         "-cpu", "host" if kvm else "max",
         "-smp", str(spec["vcpus"]),
@@ -92,11 +93,8 @@ def command(spec: Spec) -> list[str]:
         "-append", " ".join(["console=hvc0", "quiet", "panic=-1", "swiotlb=noforce", *spec["kernel_arguments"]]),
         "-chardev", "ringbuf,id=console,size=65536",
         "-device", "virtio-serial-pci", "-device", "virtconsole,chardev=console",
-        # A private mapping of a file opened read-only: all guests share the host's page cache, and a write
-        # of a guest stays its own. With shares it is a ROM (writes are dropped), because virtiofsd maps all
-        # writable memory of its guest, and cannot map a file that was opened read-only.
         "-object", f"memory-backend-file,id=image,mem-path={spec['image_path']},size={spec['image_bytes']}"
-        f",share=off,readonly=on,rom={'on' if spec['shares'] else 'off'},prealloc=off,merge=off,dump=off",
+        f",{_image_mapping(spec)},prealloc=off,merge=off,dump=off",
         "-device", "virtio-pmem-pci,memdev=image",
         "-device", f"vhost-vsock-pci,guest-cid={spec['cid']}",
         "-qmp", f"unix:{run_directory(spec['name'])}/qmp,server=on,wait=off",
@@ -105,6 +103,12 @@ def command(spec: Spec) -> list[str]:
         argv += _disk(number, disk)
     if spec["shares"]:  # virtiofsd maps the guest's memory, so it must be shareable
         argv += ["-object", f"memory-backend-memfd,id=ram,size={spec['memory_bytes']},share=on"]
+    elif spec["memory_file"]:
+        mapping = "share=off,readonly=on,rom=off" if spec["restore_from"] else "share=on"
+        ram = f"memory-backend-file,id=ram,mem-path={spec['memory_file']},size={spec['memory_bytes']},{mapping}"
+        argv += ["-object", f"{ram},dump=off"]
+    if spec["restore_from"]:  # waits for load(), and is paused after it
+        argv += ["-incoming", "defer", "-S"]
     for number, share in enumerate(spec["shares"]):
         argv += ["-chardev", f"socket,id=share{number},path={share_socket(spec['name'], share['tag'])}"]
         argv += ["-device", f"vhost-user-fs-pci,chardev=share{number},tag={share['tag']}"]
@@ -112,6 +116,20 @@ def command(spec: Spec) -> list[str]:
         argv += ["-netdev", f"tap,id=net{number},ifname={network['tap']},script=no,downscript=no"]
         argv += ["-device", f"virtio-net-pci,netdev=net{number},mac={network['mac']},romfile="]
     return argv
+
+
+def _image_mapping(spec: Spec) -> str:
+    """How the image file is mapped; it is opened read-only in any case, so that all guests share its pages.
+
+    Privately: a guest's write stays its own. As a ROM (writes are dropped) in two cases: virtiofsd maps all writable
+    memory of its guest, and cannot map a file that was opened read-only; and a state that is saved leaves out what is
+    mapped shared, as the image has to be, and QEMU maps a read-only file shared as a ROM alone.
+    """
+    if spec["shares"]:
+        return "share=off,readonly=on,rom=on"
+    if spec["memory_file"] and not spec["restore_from"]:
+        return "share=on,readonly=on,rom=on"
+    return "share=off,readonly=on,rom=off"
 
 
 def _disk(number: int, disk: Disk) -> list[str]:
@@ -175,7 +193,8 @@ class QemuMachine:
 
     def state(self) -> str:
         """``running``, ``paused``, or QEMU's own word."""
-        return str(self.qmp.ask("query-status")["status"])
+        status = str(self.qmp.ask("query-status")["status"])
+        return "paused" if status in ("postmigrate", "prelaunch") else status
 
     def pause(self) -> None:
         """Stop the virtual CPUs."""
@@ -209,6 +228,13 @@ class QemuMachine:
         raise HostError(restart_reason(change, spec))
 
     def save(self, directory: str) -> None:
-        """Write the paused machine's state, with its memory, to ``state`` in a directory."""
+        """Write the paused machine's state to ``state`` in a directory; not what is mapped shared: RAM and image."""
+        self.qmp.ask("migrate-set-capabilities", capabilities=IGNORE_SHARED)
         self.qmp.ask("migrate", uri=f"file:{os.path.join(directory, 'state')}")
+        self.qmp.wait_migration()
+
+    def load(self, directory: str) -> None:
+        """Read what save() wrote."""
+        self.qmp.ask("migrate-set-capabilities", capabilities=IGNORE_SHARED)
+        self.qmp.ask("migrate-incoming", uri=f"file:{os.path.join(directory, 'state')}")
         self.qmp.wait_migration()

@@ -53,11 +53,11 @@ class Qmp:
             self.ask(command)
 
     def wait_migration(self, timeout_seconds: float = 600) -> None:
-        """Wait until the state has been written."""
+        """Wait until the state has been written, or read."""
         end = time.monotonic() + timeout_seconds
         while (told := self.ask("query-migrate")).get("status") != "completed":
             if told.get("status") in ("failed", "cancelled"):
-                raise HostError(f"QEMU could not write its state: {told.get('error-desc', told['status'])}")
+                raise HostError(f"QEMU could not write or read its state: {told.get('error-desc', told['status'])}")
             if time.monotonic() > end:
                 raise HostError(f"QEMU did not write its state within {timeout_seconds:g} seconds")
             time.sleep(0.05)
