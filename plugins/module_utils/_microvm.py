@@ -25,7 +25,7 @@ import typing as t
 from concurrent.futures import ThreadPoolExecutor
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_units as units
-from ansible_collections.agentfleet.metal.plugins.module_utils import _network, _store, _vmm
+from ansible_collections.agentfleet.metal.plugins.module_utils import _network, _snapshot, _store, _vmm
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
     HOME,
@@ -161,7 +161,7 @@ class MicroVms:
                 f"Give at least {format_size(SMALLEST_MEMORY)}",
             )  # fmt: skip
         image = item["image"].partition("sha256:")[2] or item["image"]
-        if not (_store.NAME.fullmatch(image) or _store.DIGEST.fullmatch(image)):
+        if not item["from_snapshot"] and not (_store.NAME.fullmatch(image) or _store.DIGEST.fullmatch(image)):
             raise Refused(
                 f"{option}.image", item["image"], "neither a name nor a digest", "Name an image of image_store"
             )
@@ -194,6 +194,7 @@ class MicroVms:
             "environment": {key: str(value) for key, value in sorted(item["environment"].items())},
             "shares": self._shares(option, item["shares"]),
             "networks": self.networks.wishes(option, item["networks"]),
+            **_snapshot.wish(option, item),
         }
 
     @staticmethod
@@ -370,6 +371,7 @@ class MicroVms:
             self.wanted, {name: spec["networks"] for name, spec in observed["specs"].items()}
         )
         self.specs = {}
+        self.snapshots = _snapshot.Sources(self.host, self.predicting, self.warnings)
         for name, item in self.wanted.items():
             if item["cid"] in cids:
                 raise Refused(
@@ -392,7 +394,7 @@ class MicroVms:
         interfaces: list[_network.Interface],
         observed: t.Mapping[str, t.Any],
     ) -> _vmm.Spec:
-        digest = self._digest(item, observed)
+        digest = "" if item["from_snapshot"] else self._digest(item, observed)
         manifest = observed["images"].get(digest)
         before = observed["specs"].get(item["name"], {})
         spec: _vmm.Spec = {
@@ -436,6 +438,7 @@ class MicroVms:
             "restart_policy": "always",
             "restore_from": "",
         }
+        self.snapshots.settle(item, spec)
         spec["config"] = "config-" + hashlib.sha256(self._config(spec).encode()).hexdigest()[:12]
         return spec
 
@@ -494,7 +497,7 @@ class MicroVms:
         argv = _vmm.driver(spec["driver"]).command(spec)
         maximum = spec["memory_bytes"] + spec["image_bytes"] + OVERHEAD
         texts = {"drop_in": units.drop_in(spec, argv, maximum), spec["config"]: self._config(spec)}
-        return units.files_of(spec, texts)
+        return {**units.files_of(spec, texts), **_snapshot.files_of(spec)}
 
     def _stale(self, files: t.Mapping[str, tuple[str, int]]) -> dict[str, tuple[str, int]]:
         return {p: f for p, f in files.items() if not self.host.exists(p) or self.host.read(p) != f[0].strip()}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import typing as t
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _network
+from ansible_collections.agentfleet.metal.plugins.module_utils import _network, _snapshot
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
     HOME,
     LIBRARY,
@@ -174,6 +174,7 @@ def drop_in(spec: Spec, argv: t.Sequence[str], memory_max: int) -> str:
         # By default all instances of a template share one dynamic user.
         f"User=af{derived(spec['name'], 'user').hex()[:12]}\n"
         f"Slice=agentfleet-{spec['tenant']}.slice\nMemoryMax={memory_max}\nMemorySwapMax=0\n"
+        f"{_snapshot.unit_lines(spec)}"
     )
 
 

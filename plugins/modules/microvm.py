@@ -47,7 +47,21 @@ options:
         choices: [qemu]
         default: qemu
       image:
-        description: Name or digest in the host's image store. Needed unless O(state=absent).
+        description:
+          - Name or digest in the host's image store. Needed unless O(state=absent) or O(instances[].from_snapshot) is given.
+        type: str
+        default: ""
+      snapshots:
+        description:
+          - Whether snapshots can be made of it (M(agentfleet.metal.microvm_snapshot)). Its RAM is then a file below C(/run).
+        type: bool
+        default: false
+      from_snapshot:
+        description:
+          - Name of a snapshot on the host that each start begins with, instead of booting. What the machine is made of
+            (driver, image, CPUs, memory) comes from the snapshot. Its pages are in the host's memory once for all clones.
+          - Name, addresses, MACs, machine-id, entropy, clock and O(instances[].environment) are its own before it counts as
+            started. It has as many O(instances[].networks) as the microVM that the snapshot is of.
         type: str
         default: ""
       vcpus:
@@ -232,6 +246,8 @@ ARGUMENTS = {
             "name": {"type": "str", "required": True},
             "driver": {"type": "str", "choices": ["qemu"], "default": "qemu"},
             "image": {"type": "str", "default": ""},
+            "snapshots": {"type": "bool", "default": False},
+            "from_snapshot": {"type": "str", "default": ""},
             "vcpus": {"type": "int", "default": 1},
             "memory": {"type": "str", "default": "256MiB"},
             "cid": {"type": "int"},

@@ -26,6 +26,7 @@ DIGEST = "ab" * 32
 MANIFEST = {"files": {"rootfs.erofs": {"size_bytes": 82 << 20}}, "kernel_release": "6.12"}
 DEFAULTS: dict[str, t.Any] = {
     "driver": "qemu", "image": "agent", "vcpus": 1, "memory": "256MiB", "cid": None, "tenant": "default",
+    "snapshots": False, "from_snapshot": "",
     "autostart": True, "environment": {}, "kernel_arguments": [], "shares": [], "networks": [],
 }  # fmt: skip
 NETWORK = {"name": "agents", "prefix": "10.88.0.0/24", "bridge": "agentfleet0"}
