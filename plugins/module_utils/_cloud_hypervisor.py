@@ -1,0 +1,595 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The Cloud Hypervisor driver: a spec's machine, and its running machine over its HTTP API.
+
+This module is private to the collection and imports nothing of Ansible.
+
+Every version has a directory of its own, and a microVM keeps the program that it was made with; ``default`` names
+the version for new ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import typing as t
+from dataclasses import dataclass
+
+from ansible_collections.agentfleet.metal.plugins.module_utils import _cloud_hypervisor_config as config
+from ansible_collections.agentfleet.metal.plugins.module_utils._cloud_hypervisor_api import Api
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
+    VOLUMES,
+    run_directory,
+    share_socket,
+    unit,
+    volume_path,
+)
+from ansible_collections.agentfleet.metal.plugins.module_utils._network import Interface
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
+from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import (
+    Change,
+    Disk,
+    Share,
+    Spec,
+    Unsupported,
+    Volume,
+    disks,
+)
+
+HOME = "/opt/agentfleet/cloud-hypervisor"
+VIRTIO_MEM_ALIGNMENT = 128 << 20  # of what can be plugged
+BLOCK = 2 << 20  # of virtio-mem
+SAVE_SECONDS = 600
+CONSOLE_LINES = 60
+
+
+# -- versions ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Versions that are not used: from the first, up to but without the second."""
+
+    first: tuple[int, ...]
+    fixed: tuple[int, ...]
+    reason: str
+
+    def applies(self, version: tuple[int, ...]) -> bool:
+        """Whether a version is one of them."""
+        return self.first <= version < self.fixed
+
+
+REFUSALS = (
+    Refusal(
+        (0,), (50, 1),
+        "CVE-2026-27211: a guest reads files of the host through the backing file of a qcow2 image",
+    ),
+    Refusal(
+        (0,), (51, 2),
+        "CVE-2026-45782: a guest's virtio-blk requests use memory of the host after it was freed",
+    ),
+    Refusal(
+        (52,), (53,),
+        "guest RAM is a memfd, so that it is accounted up to twice, and cannot be merged or restored copy-on-write",
+    ),
+)  # fmt: skip
+RECOMMENDED = "53.0"
+
+
+def parse_version(text: str) -> tuple[int, ...]:
+    """The numbers of ``v53.0`` or ``cloud-hypervisor v53.0-3-gabcdef``; empty if there are none."""
+    found = re.search(r"\bv?(\d+)\.(\d+)(?:\.(\d+))?", text)
+    return tuple(int(number or 0) for number in found.groups()) if found else ()
+
+
+def refusals(version: tuple[int, ...]) -> list[str]:
+    """Why a version is not used; empty when it is."""
+    return [row.reason for row in REFUSALS if row.applies(version)]
+
+
+def program(host: Host, before: str) -> str:
+    """The default version's own path for a new microVM; one that was made keeps its."""
+    return before or f"{HOME}/{host.link_name(f'{HOME}/default') or 'default'}/cloud-hypervisor"
+
+
+def version(host: Host, path: str) -> str:
+    """The version that a program tells, such as ``v53.0``; empty when it tells none."""
+    found = re.search(r"^cloud-hypervisor (\S+)", host.run([path, "--version"], check=False).stdout)
+    return found.group(1) if found else ""
+
+
+def problem(host: Host, path: str) -> tuple[str, str] | None:
+    """Why this host's Cloud Hypervisor cannot be used, with the remedy; None when it can."""
+    if not host.exists(path):
+        return f"the host has no {path}", "Install Cloud Hypervisor with the role agentfleet.metal.cloud_hypervisor"
+    found = version(host, path)
+    numbers = parse_version(found)
+    if not numbers:
+        return f"{path} does not tell its version", "Install it again with the role agentfleet.metal.cloud_hypervisor"
+    reasons = refusals(numbers)
+    if reasons:
+        return f"Cloud Hypervisor {found} is refused: {'; '.join(reasons)}", f"Install version {RECOMMENDED}"
+    if not host.exists("/dev/kvm"):
+        return "the host has no /dev/kvm, and Cloud Hypervisor runs on nothing else", "Use the driver qemu"
+    return None
+
+
+# -- the machine ---------------------------------------------------------------
+
+
+def unsupported(spec: Spec) -> list[Unsupported]:
+    """What of a spec Cloud Hypervisor cannot do."""
+    found = []
+    if spec["accelerator"] != "kvm":
+        found.append(
+            Unsupported("driver", "cloud_hypervisor", "Cloud Hypervisor needs KVM", "Use the driver qemu for tcg")
+        )
+    found += [
+        Unsupported(
+            f"shares[{index}].dax", "always", "neither Cloud Hypervisor nor virtiofsd has DAX for virtio-fs",
+            "Put the data into an image: it is attached as pmem and mounted with DAX; or leave dax out",
+        )
+        for index, share in enumerate(spec["shares"])
+        if share["dax"] == "always"
+    ]  # fmt: skip
+    pluggable = spec["memory_max_bytes"] - spec["memory_bytes"]
+    if pluggable % VIRTIO_MEM_ALIGNMENT:
+        found.append(
+            Unsupported(
+                "memory_max", f"{spec['memory_max_bytes'] >> 20}MiB",
+                "what can be plugged is not a multiple of 128 MiB",
+                f"Give {(spec['memory_bytes'] + -(-pluggable // VIRTIO_MEM_ALIGNMENT) * VIRTIO_MEM_ALIGNMENT) >> 20}MiB",
+            )
+        )  # fmt: skip
+    if pluggable and spec["memory_file"]:
+        found.append(
+            Unsupported(
+                "memory_max", f"{spec['memory_max_bytes'] >> 20}MiB",
+                "memory that clones share cannot be plugged", "Leave memory_max out",
+            )
+        )  # fmt: skip
+    if spec["devices"] and spec["balloon_bytes"]:
+        found.append(
+            Unsupported(
+                "balloon", f"{spec['balloon_bytes'] >> 20}MiB",
+                "the memory of a microVM with PCI devices is pinned for their DMA", "Leave balloon out",
+            )
+        )  # fmt: skip
+    if len(spec["memory_zones"]) > 1 and spec["memory_file"]:
+        found.append(
+            Unsupported(
+                "memory_zones", len(spec["memory_zones"]), "memory that clones share is one file", "Give one zone"
+            )
+        )
+    return found
+
+
+def command(spec: Spec) -> list[str]:
+    """Cloud Hypervisor's argv for one microVM; with ``restore_from`` it waits for a snapshot."""
+    argv = [spec["program"], "--api-socket", f"path={_api_socket(spec)}", "--seccomp", "true"]
+    return argv if spec["restore_from"] else argv + machine_config(spec).arguments()
+
+
+def machine_config(spec: Spec) -> config.VmConfig:
+    """The machine of a spec."""
+    words = ["console=hvc0", "quiet", "panic=-1", *spec["kernel_arguments"]]
+    return config.VmConfig(
+        # A guest that is no hypervisor need not reach the code for it.
+        cpus=config.CpusConfig(spec["vcpus"], spec["vcpus_max"], nested=False),
+        memory=_memory(spec),
+        numa=_numa(spec),
+        payload=config.PayloadConfig(spec["kernel"], " ".join(words), spec["initrd"] or None),
+        # The journal of its unit: a file would have no bound, and a terminal's end would be gone once it was read.
+        console=config.ConsoleConfig("Tty"),
+        serial=config.SerialConfig("Null"),
+        vsock=config.VsockConfig(spec["cid"], _vsock_socket(spec)),
+        pmem=(config.PmemConfig(spec["image_path"], discard_writes=True, id="image"),),
+        disks=tuple(_disk(disk, spec) for disk in disks(spec)),
+        net=tuple(_net(network, spec) for network in spec["networks"]) or None,
+        fs=tuple(_share(share, spec) for share in spec["shares"]) or None,
+        devices=tuple(_device(address) for address in spec["devices"]) or None,
+        # A device's DMA goes on to pages that a balloon gave back.
+        balloon=None
+        if spec["devices"]
+        else config.BalloonConfig(
+            spec["balloon_bytes"], deflate_on_oom=True, free_page_reporting=spec["free_page_reporting"]
+        ),
+        landlock_enable=_confined(spec),
+        landlock_rules=_rules(spec) if _confined(spec) else None,
+    )
+
+
+def _memory(spec: Spec) -> config.MemoryConfig:
+    # virtiofsd and clones map the guest's memory; all else works better with private memory.
+    shared = bool(spec["shares"] or (spec["memory_file"] and not spec["restore_from"])) or None
+    hugepages = bool(spec["hugepage_bytes"]) or None
+    pluggable = spec["memory_max_bytes"] - spec["memory_bytes"] or None
+    zones = spec["memory_zones"]
+    if not spec["memory_file"] and len(zones) == 1 and zones[0]["numa_node"] is None:
+        return config.MemoryConfig(
+            spec["memory_bytes"],
+            thp=spec["thp"],
+            shared=shared,
+            hugepages=hugepages,
+            hugepage_size=spec["hugepage_bytes"] or None,
+            hotplug_method="virtio-mem" if pluggable else None,
+            hotplug_size=pluggable,
+        )
+    return config.MemoryConfig(
+        0,
+        thp=spec["thp"],
+        hotplug_method="virtio-mem" if pluggable else None,
+        zones=tuple(
+            config.MemoryZoneConfig(
+                _zone(number),
+                zone["size_bytes"],
+                file=spec["memory_file"] or None,
+                shared=shared,
+                hugepages=hugepages,
+                hugepage_size=spec["hugepage_bytes"] or None,
+                host_numa_node=zone["numa_node"],
+                hotplug_size=pluggable if number == 0 else None,
+            )
+            for number, zone in enumerate(zones)
+        ),
+    )
+
+
+def _numa(spec: Spec) -> tuple[config.NumaConfig, ...] | None:
+    zones = range(len(spec["memory_zones"]))
+    if len(zones) == 1:
+        return None
+    return tuple(
+        config.NumaConfig(
+            number,
+            cpus=tuple(range(spec["vcpus_max"])) if number == 0 else None,
+            distances=tuple(config.NumaDistance(other, 20) for other in zones if other != number),
+            memory_zones=(_zone(number),),
+        )
+        for number in zones
+    )
+
+
+def _zone(number: int) -> str:
+    return f"memory{number}"
+
+
+def _per_second(tokens: int) -> config.TokenBucket | None:
+    return config.TokenBucket(tokens, 1000) if tokens else None
+
+
+def _limits(bytes_per_second: int, operations_per_second: int = 0) -> config.RateLimiterConfig | None:
+    if not bytes_per_second and not operations_per_second:
+        return None
+    return config.RateLimiterConfig(_per_second(bytes_per_second), _per_second(operations_per_second))
+
+
+def _disk(disk: Disk, spec: Spec) -> config.DiskConfig:
+    limits = spec["rate_limits"]
+    return config.DiskConfig(
+        disk.path,
+        disk.readonly,
+        id=f"disk-{disk.serial}",
+        serial=disk.serial,
+        rate_limiter_config=_limits(limits["disk_bytes_per_second"], limits["disk_operations_per_second"]),
+    )
+
+
+def _net(network: Interface, spec: Spec) -> config.NetConfig:
+    limit = _limits(spec["rate_limits"]["network_bytes_per_second"])
+    return config.NetConfig(network["tap"], network["mac"], id=f"net-{network['network']}", rate_limiter_config=limit)
+
+
+def _share(share: Share, spec: Spec) -> config.FsConfig:
+    return config.FsConfig(share["tag"], share_socket(spec["name"], share["tag"]), 1, 1024, id=f"share-{share['tag']}")
+
+
+def _device(address: str) -> config.DeviceConfig:
+    return config.DeviceConfig(f"/sys/bus/pci/devices/{address}", id=f"device-{address}")
+
+
+def _confined(spec: Spec) -> bool:
+    return bool(spec.get("landlock"))
+
+
+def _rules(spec: Spec) -> tuple[config.LandlockConfig, ...]:
+    """What the process may reach besides what it is started with: later volumes, networks and devices, and sockets."""
+    rules = [
+        config.LandlockConfig(run_directory(spec["name"]), "rw"),
+        config.LandlockConfig(f"{VOLUMES}/{spec['name']}", "rw"),
+        config.LandlockConfig("/dev/net/tun", "rw"),
+        config.LandlockConfig("/sys/devices/virtual/net", "r"),  # it reads the flags of its taps
+    ]
+    if spec["devices"]:
+        rules += [config.LandlockConfig("/dev/vfio", "rw"), config.LandlockConfig("/sys/devices", "r")]
+    return tuple(rules)
+
+
+# -- changes -------------------------------------------------------------------
+
+
+def restart_reason(change: Change, running: Spec) -> str:
+    """Why a change needs a restart, or empty when it can be applied live."""
+    reason = _REASONS.get(change.key)
+    return reason(change, running) if reason else f"Cloud Hypervisor reads {change.key} when it starts"
+
+
+def _vcpus(change: Change, running: Spec) -> str:
+    if change.after > running["vcpus_max"]:
+        return f"it was started for at most {running['vcpus_max']} virtual CPUs"
+    return ""
+
+
+def _memory_size(change: Change, running: Spec) -> str:
+    booted = sum(zone["size_bytes"] for zone in running["memory_zones"])
+    if change.after > running["memory_max_bytes"]:
+        return f"it was started for at most {running['memory_max_bytes'] >> 20} MiB"
+    if change.after < booted:
+        return f"the {booted >> 20} MiB that it was started with cannot be unplugged; a balloon can take of them"
+    if (change.after - booted) % BLOCK:
+        return "memory is plugged in blocks of 2 MiB"
+    return ""
+
+
+def _balloon(_change: Change, running: Spec) -> str:
+    return "it was started without a balloon, since it has PCI devices" if running["devices"] else ""
+
+
+def _volume(change: Change, _running: Spec) -> str:
+    before, after = t.cast("Volume | None", change.before), t.cast("Volume | None", change.after)
+    if any(volume and volume["writable_layer"] for volume in (before, after)) and (before is None or after is None):
+        return "the guest's root is on it"
+    if before is None or after is None or _only_grows(before, after):
+        return ""
+    return "a volume that is attached can only grow"
+
+
+def _only_grows(before: Volume, after: Volume) -> bool:
+    return {**before, "size_bytes": 0} == {**after, "size_bytes": 0} and after["size_bytes"] > before["size_bytes"]
+
+
+def _new_or_gone(change: Change, _running: Spec) -> str:
+    return (
+        "" if change.before is None or change.after is None else f"a {change.key[:-1]} that is attached cannot change"
+    )
+
+
+def _share_change(change: Change, running: Spec) -> str:
+    if change.before is None and not running["shares"]:
+        return "it was started without shares, with memory that virtiofsd cannot map"
+    return _new_or_gone(change, running)
+
+
+def _device_change(change: Change, running: Spec) -> str:
+    if change.before is None and not running["devices"]:
+        return "it was started with a balloon, which PCI devices do not bear"
+    return _new_or_gone(change, running)
+
+
+_REASONS: dict[str, t.Callable[[Change, Spec], str]] = {
+    "vcpus": _vcpus,
+    "memory_bytes": _memory_size,
+    "balloon_bytes": _balloon,
+    "volumes": _volume,
+    "networks": _new_or_gone,
+    "shares": _share_change,
+    "devices": _device_change,
+}
+
+
+# -- the running machine -------------------------------------------------------
+
+
+def _api_socket(spec: Spec) -> str:
+    return f"{run_directory(spec['name'])}/api"
+
+
+def _vsock_socket(spec: Spec) -> str:
+    return f"{run_directory(spec['name'])}/vsock"
+
+
+def connect(host: Host, spec: Spec, port: int, timeout_seconds: float) -> socket.socket:
+    """A connection to a vsock port of the guest, through Cloud Hypervisor's UNIX socket."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(timeout_seconds)
+    try:
+        connection.connect(host.path(_vsock_socket(spec)))
+        connection.sendall(f"CONNECT {port}\n".encode())
+        answer = b""
+        while not answer.endswith(b"\n"):  # by bytes: what follows is the guest's
+            byte = connection.recv(1)
+            if not byte or len(answer) > 32:
+                raise ConnectionRefusedError(f"nobody listens on the guest's vsock port {port}")
+            answer += byte
+        if not answer.startswith(b"OK "):
+            raise ConnectionRefusedError(f"vsock port {port}: {answer.decode(errors='replace').strip()}")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def console(host: Host, spec: Spec) -> str:
+    """The end of the machine's console, with what Cloud Hypervisor itself said."""
+    journal = ["journalctl", f"--unit={unit(spec['name'])}", f"--lines={CONSOLE_LINES}", "--output=cat", "--quiet"]
+    done = host.run(journal, check=False)
+    return done.stdout if done.rc == 0 else f"(no console: {done.text})"
+
+
+def machine(host: Host, spec: Spec) -> CloudHypervisorMachine:
+    """The running machine."""
+    return CloudHypervisorMachine(host, spec)
+
+
+class CloudHypervisorMachine:
+    """A running Cloud Hypervisor.
+
+    :param spec: what runs
+    """
+
+    def __init__(self, host: Host, spec: Spec) -> None:
+        self._host, self._spec = host, spec
+        self._api = Api(host.path(_api_socket(spec)))
+
+    def __enter__(self) -> CloudHypervisorMachine:
+        self._api.get("vmm.ping")
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """Each request has a connection of its own."""
+
+    def state(self) -> str:
+        """``running``, ``paused``, or Cloud Hypervisor's own word."""
+        return str(self._api.get("vm.info")["state"]).lower()
+
+    def pause(self) -> None:
+        """Stop the virtual CPUs."""
+        if self.state() == "running":
+            self._api.put("vm.pause")
+
+    def resume(self) -> None:
+        """Let them run."""
+        if self.state() == "paused":
+            self._api.put("vm.resume")
+
+    def power_button(self) -> None:
+        """Ask the guest to power off."""
+        self._api.put("vm.power-button")
+
+    def shutdown(self) -> None:
+        """End the machine; its disks are flushed."""
+        self._api.put("vm.shutdown")
+
+    def quit(self) -> None:
+        """End Cloud Hypervisor, which may end before it answers."""
+        try:
+            self._api.put("vmm.shutdown")
+        except HostError:
+            if self._answers():
+                raise
+
+    def _answers(self) -> bool:
+        try:
+            self._api.get("vmm.ping")
+        except HostError:
+            return False
+        return True
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """Counters of all devices."""
+        return {
+            device: {key: value for key, value in values.items() if type(value) is int}
+            for device, values in self._api.get("vm.counters").items()
+        }
+
+    def change(self, change: Change, spec: Spec) -> None:
+        """Apply one change."""
+        reason = restart_reason(change, self._spec)
+        if reason:
+            raise HostError(reason)
+        if change.key == "vcpus":
+            self._api.put("vm.resize", config.VmResize(desired_vcpus=change.after))
+        elif change.key == "balloon_bytes":
+            self._api.put("vm.resize", config.VmResize(desired_balloon=change.after))
+        elif change.key == "memory_bytes":
+            self._resize_memory(change.after)
+        elif change.key == "volumes" and change.before is not None and change.after is not None:
+            size = change.after["size_bytes"]
+            self._api.put("vm.resize-disk", config.VmResizeDisk(f"disk-{change.item}", size))
+        elif change.after is None:
+            self._remove(f"{_PREFIXES[change.key]}-{change.item}")
+        else:
+            self._add(change, spec)
+
+    def _resize_memory(self, size: int) -> None:
+        if _memory(self._spec).zones is None:
+            self._api.put("vm.resize", config.VmResize(desired_ram=size))
+            return
+        others = sum(zone["size_bytes"] for zone in self._spec["memory_zones"][1:])
+        self._api.put("vm.resize-zone", config.VmResizeZone(_zone(0), size - others))
+
+    def _add(self, change: Change, spec: Spec) -> None:
+        if change.key == "volumes":
+            path = volume_path(spec["name"], change.item)
+            disk = Disk(change.item, path, change.after["readonly"])
+            self._api.put("vm.add-disk", _disk(disk, spec))
+        elif change.key == "networks":
+            self._api.put("vm.add-net", _net(change.after, spec))
+        elif change.key == "shares":
+            self._api.put("vm.add-fs", _share(change.after, spec), timeout_seconds=90)  # it waits for virtiofsd
+        else:
+            self._api.put("vm.add-device", _device(change.item), timeout_seconds=90)  # it maps and pins all memory
+
+    def _remove(self, device: str) -> None:
+        """Unplug a device and wait until the guest let it go, since its file or tap is removed next."""
+        self._api.put("vm.remove-device", config.VmRemoveDevice(device))
+        self._host.wait(
+            lambda: device not in self._api.get("vm.info").get("device_tree", {}),
+            f"{device}: the guest did not let it go",
+            timeout_seconds=30,
+        )
+
+    def save(self, directory: str) -> None:
+        """Write the paused machine's state into a directory."""
+        snapshot = config.VmSnapshotConfig(f"file://{directory}")
+        self._api.put("vm.snapshot", snapshot, timeout_seconds=SAVE_SECONDS)
+
+    def load(self, directory: str) -> None:
+        """Read a snapshot as this microVM; it is paused afterwards.
+
+        Cloud Hypervisor takes the machine from the snapshot's own ``config.json``, so that it is given another
+        directory, in which that file is this microVM's.
+        """
+        document = json.loads(self._host.read(f"{directory}/config.json"))
+        view = f"{run_directory(self._spec['name'])}/restore"
+        shutil.rmtree(self._host.path(view), ignore_errors=True)
+        os.makedirs(self._host.path(view), mode=0o755)
+        try:
+            self._host.write(f"{view}/config.json", json.dumps(adapted(document, self._spec)))
+            for name in self._host.names(directory):
+                if name != "config.json":
+                    os.symlink(f"{directory}/{name}", self._host.path(f"{view}/{name}"))
+            self._api.put("vm.restore", config.RestoreConfig(f"file://{view}"), timeout_seconds=SAVE_SECONDS)
+        finally:
+            shutil.rmtree(self._host.path(view), ignore_errors=True)
+
+
+# The spec's list -> how its devices' ids begin.
+_PREFIXES = {"volumes": "disk", "networks": "net", "shares": "share", "devices": "device"}
+
+
+def adapted(document: dict[str, t.Any], spec: Spec) -> dict[str, t.Any]:
+    """A snapshot's ``config.json`` for another microVM: its own paths, tap, MAC and sockets on the same devices.
+
+    :param document: what Cloud Hypervisor wrote; all that is not the microVM's own stays
+    """
+    wish = machine_config(spec).body()
+    result = {**document}
+    for key in ("disks", "net", "fs", "devices", "vsock", "landlock_enable", "landlock_rules"):
+        if key in wish:
+            result[key] = _merged(document.get(key), wish[key])
+    for net in result.get("net") or ():
+        net.pop("host_mac", None)  # setting it needs privileges, and the tap has its own
+    own = {zone["id"]: zone for zone in wish["memory"].get("zones", ())}
+    zones = [
+        {**zone, "file": own[zone["id"]].get("file"), "shared": own[zone["id"]].get("shared", False)}
+        for zone in document["memory"].get("zones") or ()
+    ]
+    if zones:
+        result["memory"] = {**document["memory"], "zones": zones}
+    return result
+
+
+def _merged(old: t.Any, new: t.Any) -> t.Any:
+    """New values over old ones; objects of a list belong together by their id."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
+    if isinstance(new, list) and all(isinstance(one, dict) and "id" in one for one in new):
+        known = {one.get("id"): one for one in old or ()}
+        return [_merged(known.get(one["id"], {}), one) for one in new]
+    return new
