@@ -19,7 +19,6 @@ vsock who it is now; only then its taps go up and the unit counts as started.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
@@ -590,7 +589,7 @@ def identity(host: Host, spec: _vmm.Spec, parent: _vmm.Spec) -> dict[str, t.Any]
         "machine_id": derived(key, "machine-id").hex()[:32],
         "networks": list(zip(guest_lines(parent["networks"]), guest_lines(spec["networks"]))),
         "environment": spec["environment"],
-        "entropy": base64.b64encode(os.urandom(64)).decode(),
+        "entropy": os.urandom(64).hex(),
         "time": time.time(),
     }
 
