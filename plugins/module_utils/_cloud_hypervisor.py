@@ -24,6 +24,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._cloud_hypervisor
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
     VOLUMES,
+    credentials,
     run_directory,
     share_socket,
     unit,
@@ -175,8 +176,11 @@ def command(spec: Spec) -> list[str]:
     return argv if spec["restore_from"] else argv + machine_config(spec).arguments()
 
 
-def machine_config(spec: Spec) -> config.VmConfig:
-    """The machine of a spec."""
+def machine_config(spec: Spec, credentials: str = "%d") -> config.VmConfig:
+    """The machine of a spec.
+
+    :param credentials: directory of its configuration disks
+    """
     words = ["console=hvc0", "quiet", "panic=-1", *spec["kernel_arguments"]]
     return config.VmConfig(
         # A guest that is no hypervisor need not reach the code for it.
@@ -189,7 +193,7 @@ def machine_config(spec: Spec) -> config.VmConfig:
         serial=config.SerialConfig("Null"),
         vsock=config.VsockConfig(spec["cid"], _vsock_socket(spec)),
         pmem=(config.PmemConfig(spec["image_path"], discard_writes=True, id="image"),),
-        disks=tuple(_disk(disk, spec) for disk in disks(spec)),
+        disks=tuple(_disk(disk, spec) for disk in disks(spec, credentials)),
         net=tuple(_net(network, spec) for network in spec["networks"]) or None,
         fs=tuple(_share(share, spec) for share in spec["shares"]) or None,
         devices=tuple(_device(address) for address in spec["devices"]) or None,
@@ -199,8 +203,8 @@ def machine_config(spec: Spec) -> config.VmConfig:
         else config.BalloonConfig(
             spec["balloon_bytes"], deflate_on_oom=True, free_page_reporting=spec["free_page_reporting"]
         ),
-        landlock_enable=_confined(spec),
-        landlock_rules=_rules(spec) if _confined(spec) else None,
+        landlock_enable=spec["landlock"],
+        landlock_rules=_rules(spec) if spec["landlock"] else None,
     )
 
 
@@ -293,18 +297,15 @@ def _device(address: str) -> config.DeviceConfig:
     return config.DeviceConfig(f"/sys/bus/pci/devices/{address}", id=f"device-{address}")
 
 
-def _confined(spec: Spec) -> bool:
-    return bool(spec.get("landlock"))
-
-
 def _rules(spec: Spec) -> tuple[config.LandlockConfig, ...]:
-    """What the process may reach besides what it is started with: later volumes, networks and devices, and sockets."""
+    """What the process may reach besides what it is started with, for sockets, snapshots, and what is plugged later."""
     rules = [
         config.LandlockConfig(run_directory(spec["name"]), "rw"),
-        config.LandlockConfig(f"{VOLUMES}/{spec['name']}", "rw"),
         config.LandlockConfig("/dev/net/tun", "rw"),
         config.LandlockConfig("/sys/devices/virtual/net", "r"),  # it reads the flags of its taps
     ]
+    if spec["volumes"]:
+        rules.append(config.LandlockConfig(f"{VOLUMES}/{spec['name']}", "rw"))
     if spec["devices"]:
         rules += [config.LandlockConfig("/dev/vfio", "rw"), config.LandlockConfig("/sys/devices", "r")]
     return tuple(rules)
@@ -340,7 +341,9 @@ def _balloon(_change: Change, running: Spec) -> str:
     return "it was started without a balloon, since it has PCI devices" if running["devices"] else ""
 
 
-def _volume(change: Change, _running: Spec) -> str:
+def _volume(change: Change, running: Spec) -> str:
+    if change.before is None and running["landlock"] and not running["volumes"]:
+        return "it was started without volumes, and is confined to the directories that it was started with"
     before, after = t.cast("Volume | None", change.before), t.cast("Volume | None", change.after)
     if any(volume and volume["writable_layer"] for volume in (before, after)) and (before is None or after is None):
         return "the guest's root is on it"
@@ -437,7 +440,8 @@ class CloudHypervisorMachine:
         self._api = Api(host.path(_api_socket(spec)))
 
     def __enter__(self) -> CloudHypervisorMachine:
-        self._api.get("vmm.ping")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as attempt:
+            attempt.connect(self._host.path(_api_socket(self._spec)))
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -543,15 +547,17 @@ class CloudHypervisorMachine:
         """Read a snapshot as this microVM; it is paused afterwards.
 
         Cloud Hypervisor takes the machine from the snapshot's own ``config.json``, so that it is given another
-        directory, in which that file is this microVM's.
+        directory, in which that file is this microVM's. The snapshot may be mounted for the process alone, so that it
+        is read through its root.
         """
-        document = json.loads(self._host.read(f"{directory}/config.json"))
+        directory_seen = f"/proc/{self._api.get('vmm.ping')['pid']}/root{directory}"
+        document = json.loads(self._host.read(f"{directory_seen}/config.json"))
         view = f"{run_directory(self._spec['name'])}/restore"
         shutil.rmtree(self._host.path(view), ignore_errors=True)
         os.makedirs(self._host.path(view), mode=0o755)
         try:
             self._host.write(f"{view}/config.json", json.dumps(adapted(document, self._spec)))
-            for name in self._host.names(directory):
+            for name in self._host.names(directory_seen):
                 if name != "config.json":
                     os.symlink(f"{directory}/{name}", self._host.path(f"{view}/{name}"))
             self._api.put("vm.restore", config.RestoreConfig(f"file://{view}"), timeout_seconds=SAVE_SECONDS)
@@ -568,7 +574,7 @@ def adapted(document: dict[str, t.Any], spec: Spec) -> dict[str, t.Any]:
 
     :param document: what Cloud Hypervisor wrote; all that is not the microVM's own stays
     """
-    wish = machine_config(spec).body()
+    wish = machine_config(spec, credentials(spec["name"])).body()
     result = {**document}
     for key in ("disks", "net", "fs", "devices", "vsock", "landlock_enable", "landlock_rules"):
         if key in wish:

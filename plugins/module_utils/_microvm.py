@@ -402,6 +402,7 @@ class MicroVms:
             "driver": item["driver"],
             "program": _vmm.driver(item["driver"]).program(self.host, before.get("program", "")),
             "accelerator": accelerator,
+            "landlock": _vmm.landlock(self.host),
             "tenant": item["tenant"],
             "image": item["image"],
             "image_digest": digest,

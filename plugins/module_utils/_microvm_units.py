@@ -53,7 +53,7 @@ SupplementaryGroups=kvm
 UMask=0077
 RuntimeDirectory=agentfleet/%i
 ExecStartPre=+{LIBRARY}/microvm-taps up %i
-ExecStop={LIBRARY}/microvm-stop {RUN}/%i/qmp
+ExecStop={LIBRARY}/microvm-stop {RUN}/%i
 ExecStopPost=+{LIBRARY}/microvm-taps down %i
 Restart=always
 RestartSec=2
@@ -115,20 +115,25 @@ STOP = f"""\
 #!/usr/bin/python3 -IS
 # Written by agentfleet.metal. Presses a microVM's power button and waits for its end; systemd does the rest.
 import json
+import os
 import socket
 import sys
 
+qemu = os.path.exists(f"{{sys.argv[1]}}/qmp")
 monitor = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 monitor.settimeout({STOP_SECONDS})
 try:
-    monitor.connect(sys.argv[1])
-    lines = monitor.makefile("rw", encoding="utf-8")
-    lines.readline()
-    for command in ("qmp_capabilities", "system_powerdown"):
-        lines.write(json.dumps({{"execute": command}}) + "\\n")
-        lines.flush()
+    monitor.connect(f"{{sys.argv[1]}}/{{'qmp' if qemu else 'api'}}")
+    if qemu:
+        lines = monitor.makefile("rw", encoding="utf-8")
         lines.readline()
-    while lines.readline():
+        for command in ("qmp_capabilities", "system_powerdown"):
+            lines.write(json.dumps({{"execute": command}}) + "\\n")
+            lines.flush()
+            lines.readline()
+    else:
+        monitor.sendall(b"PUT /api/v1/vm.power-button HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n")
+    while monitor.recv(4096):  # until the VMM has ended
         pass
 except OSError as error:
     print(f"power button: {{error}}", file=sys.stderr)

@@ -11,6 +11,7 @@ to turn a spec into a command line and how to talk to a running machine, and not
 
 from __future__ import annotations
 
+import re
 import socket
 import typing as t
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class Spec(t.TypedDict):
     driver: str
     program: str  # path of the VMM, which a microVM keeps until it is made anew
     accelerator: str  # "kvm" or "tcg"
+    landlock: bool  # whether the host's kernel can confine a VMM to its own files
     tenant: str
     image: str  # as it was asked for
     image_digest: str
@@ -195,6 +197,12 @@ def disks(spec: Spec, credentials: str = "%d") -> list[Disk]:
     ]
 
 
+def landlock(host: Host) -> bool:
+    """Whether the kernel has Landlock with the ABI that VMMs ask for (3, of Linux 6.2)."""
+    release = [int(number) for number in re.findall(r"\d+", host.read("/proc/sys/kernel/osrelease"))[:2]]
+    return release >= [6, 2] and "landlock" in host.read("/sys/kernel/security/lsm").split(",")
+
+
 class Machine(t.Protocol):
     """A running machine; a context manager. What it cannot do raises HostError with the VMM's own words."""
 
@@ -273,7 +281,7 @@ class Driver(t.Protocol):
 
 
 # The classes of a driver's name, and what a user may write.
-DRIVERS = ("qemu",)
+DRIVERS = ("qemu", "cloud_hypervisor")
 
 
 def driver(name: str) -> Driver:
@@ -282,4 +290,8 @@ def driver(name: str) -> Driver:
         from ansible_collections.agentfleet.metal.plugins.module_utils import _qemu
 
         return _qemu
+    if name == "cloud_hypervisor":
+        from ansible_collections.agentfleet.metal.plugins.module_utils import _cloud_hypervisor
+
+        return _cloud_hypervisor
     raise KeyError(name)

@@ -71,6 +71,7 @@ def microvm_spec() -> dict[str, t.Any]:
         "driver": "qemu",
         "program": "/usr/bin/qemu-system-x86_64",
         "accelerator": "kvm",
+        "landlock": True,
         "tenant": "default",
         "image": "agent",
         "image_digest": "ab" * 32,
