@@ -274,6 +274,8 @@ class MicroVms:
                 )
         if units_changed:
             steps.append(Step("reload", "systemd", why="units were written"))
+        specs = {**observed["specs"], **self.specs}
+        steps += self.networks.plan(self.host, [one for spec in specs.values() for one in spec["networks"]])
         steps += self._plan_enabled(observed)
         return steps + self._plan_running(observed)
 
@@ -546,6 +548,9 @@ class MicroVms:
     def _apply_reload(self, _data: None) -> None:
         self.host.run(["systemctl", "daemon-reload"], timeout_seconds=RELOAD_SECONDS)
 
+    def _apply_load(self, _data: None) -> None:
+        self.host.run([f"{LIBRARY}/microvm-taps", "load"])
+
     def _apply_enable(self, names: list[str]) -> None:
         # Links for the next boot; nothing of the running systemd depends on them.
         self.host.run(
@@ -622,6 +627,10 @@ class MicroVms:
         for name in names:
             for path in self._own_files(name):
                 self.host.remove(path)
+        left = [one for spec in declared(self.host).values() for one in spec["networks"]]
+        for path in _network.unused_policies(self.host, [one["bridge"] for one in left]):
+            self.host.remove(path)
+        for name in names:
             for directory in (f"{HOME}/{name}", f"{SYSTEM}/{unit(name)}.d", run_directory(name)):
                 shutil.rmtree(self.host.path(directory), ignore_errors=True)
         if common:
@@ -630,8 +639,9 @@ class MicroVms:
                 self.host.remove(path)
             for directory in (HOME, SHARES, "/run/agentfleet"):
                 shutil.rmtree(self.host.path(directory), ignore_errors=True)
-            with contextlib.suppress(OSError):  # other concerns may have their code there
-                os.rmdir(self.host.path(LIBRARY))
+            for directory in (LIBRARY, *_network.DIRECTORIES):
+                with contextlib.suppress(OSError):  # others may have something there
+                    os.rmdir(self.host.path(directory))
         self.host.run(["systemctl", "daemon-reload"], timeout_seconds=RELOAD_SECONDS)
 
     # -- result --------------------------------------------------------------

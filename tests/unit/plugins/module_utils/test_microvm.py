@@ -16,7 +16,6 @@ from ansible_collections.agentfleet.metal.plugins.module_utils import (
     _microvm,
     _microvm_names,
     _microvm_units,
-    _network,
     _qemu,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm import MicroVms
@@ -112,6 +111,8 @@ def metal(fake_host: t.Any, monkeypatch: t.Any) -> t.Any:
             "/dev/kvm": "",
             "/usr/bin/qemu-system-x86_64": "",
             "/usr/sbin/ip": "",
+            "/usr/sbin/bridge": "",
+            "/usr/sbin/nft": "",
         }
     )
     fake_host.systemd = Systemd(fake_host)
@@ -282,37 +283,3 @@ def test_each_has_its_own_unprivileged_user_and_its_limits(metal: t.Any) -> None
     assert len(users) == 2
     assert "Slice=agentfleet-blue.slice\nMemoryMax=555745280\n" in texts[0]  # guest RAM, image, overhead
     assert "DynamicUser=yes" in metal.read("/etc/systemd/system/agentfleet-microvm@.service")
-
-
-@pytest.mark.parametrize("changed", ["", "af9 br9 10.9.0.1/24\n"])
-def test_taps_of_an_older_definition_are_removed(tmp_path: t.Any, changed: str) -> None:
-    """The script runs with an ``ip`` that keeps its devices as directories."""
-    net = tmp_path / "net"
-    (tmp_path / "bin").mkdir()
-    ip = tmp_path / "bin" / "ip"
-    ip.write_text(
-        '#!/bin/sh\ncase "$1 $2" in\n'
-        f"'link add') mkdir -p {net}/$4/bridge {net}/$4/brif ;;\n"
-        f"'tuntap add') mkdir -p {net}/$4 ;;\n"
-        f"'link delete') rm -rf {net}/$3 {net}/*/brif/$3 ;;\n"
-        f"'link set') [ \"$4\" != master ] || mkdir {net}/$5/brif/$3 ;;\nesac\n"
-    )
-    ip.chmod(0o755)
-    text = _network.TAPS
-    for path in ("/sys/class/net", "/run/agentfleet", _microvm_names.HOME):
-        (tmp_path / path[1:]).mkdir(parents=True, exist_ok=True)
-        text = text.replace(path, str(net) if path == "/sys/class/net" else str(tmp_path / path[1:]))
-    taps = tmp_path / _microvm_names.HOME[1:] / "a1" / "taps"
-    taps.parent.mkdir()
-    taps.write_text("af1 br0 10.0.0.1/24\naf2 br1 10.1.0.1/24\n")
-
-    def script(verb: str) -> None:
-        environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin:/usr/sbin"}
-        subprocess.run(["sh", "-c", text, "microvm-taps", verb, "a1"], check=True, env=environment)
-
-    script("up")
-    assert sorted(path.name for path in net.iterdir()) == ["af1", "af2", "br0", "br1"]
-    taps.write_text(changed)
-    script("down")
-    assert list(net.iterdir()) == []
-    script("down")
