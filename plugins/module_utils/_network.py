@@ -160,15 +160,14 @@ class Networks:
                         f"{item['option']}.networks[{index}].mac", wish["mac"],
                         f"{taken['mac'][wish['mac']]} has it", "Give another MAC, or leave it out to have one derived",
                     )  # fmt: skip
-                mac = wish["mac"] or _unused(taken["mac"], lambda n, key=where: _derived_mac(f"{' '.join(key)}{n}"))
-                tap = _unused(
-                    taken["tap"], lambda n, key=where: "af" + derived(f"{' '.join(key)}{n}", "tap").hex()[:12]
-                )
+                key = " ".join(where)
+                mac = wish["mac"] or _unused(taken["mac"], key, _derived_mac)
+                tap = _unused(taken["tap"], key, _derived_tap)
                 taken["mac"][mac] = taken["tap"][tap] = name
                 gateways = {
-                    key: f"{network['prefixes'][key][1]}/{network['prefixes'][key].prefixlen}"
-                    if key in network["prefixes"] else ""
-                    for key, _address, _version in FAMILIES
+                    family: f"{network['prefixes'][family][1]}/{network['prefixes'][family].prefixlen}"
+                    if family in network["prefixes"] else ""
+                    for family, _address, _version in FAMILIES
                 }  # fmt: skip
                 resolved[name].append(
                     {
@@ -189,7 +188,7 @@ class Networks:
         """A network that other microVMs are on keeps its bridge and prefixes."""
         for name, one in others:
             for network in self.found.values():
-                same = one["network"] == network["name"], one["bridge"] == network["bridge"]
+                same = one["network"] == network["name"], one.get("bridge") == network["bridge"]
                 if same == (False, False):
                     continue
                 for key, gateway in (("prefix", "gateway"), ("prefix6", "gateway6")):
@@ -403,9 +402,13 @@ def bridge_mac(bridge: str) -> str:
     return _derived_mac(f"bridge {bridge}")
 
 
-def _unused(taken: t.Mapping[str, str], make: t.Callable[[str], str]) -> str:
-    """The first derived value that nobody has; a second one is made once in 2**40 names."""
-    return next(value for n in range(1 << 16) for value in [make(f" {n}" if n else "")] if value not in taken)
+def _derived_tap(key: str) -> str:
+    return "af" + derived(key, "tap").hex()[:12]
+
+
+def _unused(taken: t.Mapping[str, str], key: str, make: t.Callable[[str], str]) -> str:
+    """The first derived value that nobody has; a second one is made for one of 2**40 names."""
+    return next(value for n in range(1 << 16) for value in [make(f"{key} {n}" if n else key)] if value not in taken)
 
 
 def mark(tenant: str) -> int:

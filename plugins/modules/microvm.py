@@ -128,8 +128,17 @@ options:
           address:
             description: Address in the network's prefix. By default the first free one, which is kept.
             type: str
+          address6:
+            description: The same in the network's O(networks[].prefix6).
+            type: str
+          mac:
+            description: MAC of the network device. By default derived from the names of microVM and network.
+            type: str
   networks:
-    description: Networks of the host for microVMs. A bridge exists while a microVM uses it.
+    description:
+      - Networks of the host for microVMs. A bridge and its rules in the packet filter exist while a microVM uses it.
+      - A microVM can send from its own MAC and addresses only, and reach microVMs of its own tenant on the same network
+        only. The host answers it pings and O(networks[].host_services) at the network's first address, and nothing else.
     type: list
     elements: dict
     default: []
@@ -139,13 +148,59 @@ options:
         type: str
         required: true
       prefix:
-        description: Prefix such as V(10.88.0.0/24). The host has its first address.
+        description: IPv4 prefix such as V(10.88.0.0/24). The host has its first address.
         type: str
-        required: true
+      prefix6:
+        description: IPv6 prefix such as V(fd00:88::/64), alone or beside O(networks[].prefix).
+        type: str
       bridge:
         description: Name of the bridge.
         type: str
         default: agentfleet0
+      egress:
+        description:
+          - V(none) is no way out. V(nat) forwards with the host's address, V(routed) with the microVM's own; nobody outside
+            can begin a connection. Neither leads to the host itself, to other networks of microVMs, or to link-local
+            addresses such as a cloud's metadata service.
+          - A host that did not forward before does so for microVMs only.
+        type: str
+        choices: [none, nat, routed]
+        default: none
+      egress_allow:
+        description: Where O(networks[].egress) leads. Empty is everywhere.
+        type: list
+        elements: dict
+        default: []
+        suboptions:
+          prefix:
+            description: Prefix or address, IPv4 or IPv6.
+            type: str
+            required: true
+          protocol:
+            description: Protocol.
+            type: str
+            choices: [any, tcp, udp, icmp]
+            default: any
+          ports:
+            description: Ports and ranges of them such as V(8000-8099), of V(tcp) or V(udp). Empty is all.
+            type: list
+            elements: str
+            default: []
+      host_services:
+        description: Services of the host that microVMs may use, at the network's first address.
+        type: list
+        elements: dict
+        default: []
+        suboptions:
+          port:
+            description: Port.
+            type: int
+            required: true
+          protocol:
+            description: Protocol.
+            type: str
+            choices: [tcp, udp]
+            default: tcp
   accelerator:
     description: V(auto) is KVM where the CPU has virtualization, and emulation elsewhere.
     type: str
@@ -186,6 +241,20 @@ EXAMPLES = r"""
         memory: 512MiB
         environment: {ROLE: reviewer}
         networks: [{network: agents, address: 10.88.0.40}]
+
+- name: A network with IPv6, a proxy on the host, and one place outside
+  agentfleet.metal.microvm:
+    networks:
+      - name: reviewers
+        bridge: reviewers0
+        prefix: 10.89.0.0/24
+        prefix6: fd00:89::/64
+        host_services: [{port: 3128}]
+        egress: nat
+        egress_allow:
+          - {prefix: 192.0.2.10, protocol: tcp, ports: [443]}
+    instances:
+      - {name: reviewer-1, image: agent, tenant: reviewers, networks: [{network: reviewers}]}
 
 - name: Remove one
   agentfleet.metal.microvm:
@@ -270,7 +339,12 @@ ARGUMENTS = {
                 "type": "list",
                 "elements": "dict",
                 "default": [],
-                "options": {"network": {"type": "str", "required": True}, "address": {"type": "str"}},
+                "options": {
+                    "network": {"type": "str", "required": True},
+                    "address": {"type": "str"},
+                    "address6": {"type": "str"},
+                    "mac": {"type": "str"},
+                },
             },
         },
     },
@@ -280,8 +354,29 @@ ARGUMENTS = {
         "default": [],
         "options": {
             "name": {"type": "str", "required": True},
-            "prefix": {"type": "str", "required": True},
+            "prefix": {"type": "str"},
+            "prefix6": {"type": "str"},
             "bridge": {"type": "str", "default": "agentfleet0"},
+            "egress": {"type": "str", "choices": ["none", "nat", "routed"], "default": "none"},
+            "egress_allow": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    "prefix": {"type": "str", "required": True},
+                    "protocol": {"type": "str", "choices": ["any", "tcp", "udp", "icmp"], "default": "any"},
+                    "ports": {"type": "list", "elements": "str", "default": []},
+                },
+            },
+            "host_services": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    "port": {"type": "int", "required": True},
+                    "protocol": {"type": "str", "choices": ["tcp", "udp"], "default": "tcp"},
+                },
+            },
         },
     },
     "accelerator": {"type": "str", "choices": ["auto", "kvm", "tcg"], "default": "auto"},

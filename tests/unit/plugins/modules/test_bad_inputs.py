@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Tables of bad inputs: each is refused with option, value and remedy, and the host stays as it is.
 
-A row of bad_inputs/<module>.yml has ``name``, ``params``, the expected ``option``, ``contains`` (a part of the
+A row of bad_inputs/<module>[.topic].yml has ``name``, ``params``, the expected ``option``, ``contains`` (a part of the
 problem) and ``remedy`` (a part of it), and where it needs them ``files`` and ``answers`` of the fake host.
 """
 
@@ -20,7 +20,7 @@ import yaml
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
 
 TABLES = sorted((Path(__file__).parent / "bad_inputs").glob("*.yml"))
-ROWS = [(table.stem, row) for table in TABLES for row in yaml.safe_load(table.read_text())]
+ROWS = [(table.stem.partition(".")[0], row) for table in TABLES for row in yaml.safe_load(table.read_text())]
 
 
 def complete(options: dict[str, t.Any], params: dict[str, t.Any], where: str = "") -> dict[str, t.Any]:
