@@ -138,7 +138,7 @@ def test_first_run_defines_and_starts_and_second_plans_nothing(metal: t.Any) -> 
     )
     assert words(run(metal, params)) == [
         "prepare host for microVMs", "define microVM a1", "define microVM a2", "reload systemd",
-        "enable microVMs at boot", "start microVMs",
+        "define network agents", "enable microVMs at boot", "start microVMs",
     ]  # fmt: skip
     assert run(metal, params) == []
 
