@@ -362,7 +362,7 @@ def mac_address(name: str, index: int) -> str:
     return "52:54:" + ":".join(f"{byte:02x}" for byte in (*part[:3], index))
 
 
-def credentials(spec: Spec) -> dict[str, str]:
+def credentials(spec: Spec, accelerator: str) -> dict[str, str]:
     """What makes this host differ from another one of the same image, as systemd credentials."""
     found = {
         "system.hostname": spec["name"],
@@ -374,6 +374,9 @@ def credentials(spec: Spec) -> dict[str, str]:
                 f"[Match]\nMACAddress={mac_address(spec['name'], index + 1)}\n"
                 f"[Network]\nAddress={nic['address']}\nLinkLocalAddressing=no\nIPv6AcceptRA=no\nLLDP=no\n"
             )
+    if accelerator == "tcg":
+        # Two guests of the emulated host that run at the same moment on two of its CPUs reset each other or the host.
+        found["systemd.unit-dropin.agentfleet.slice"] = "[Slice]\nAllowedCPUs=0\n"
     return found
 
 
@@ -413,7 +416,8 @@ def argv(spec: Spec, directory: str, lab_directory: str, program: str, accelerat
     line += (
         ["-accel", "kvm", "-cpu", "host"]
         if accelerator == "kvm"
-        else ["-accel", "tcg,thread=multi", "-cpu", "max,-hypervisor"]
+        # Four levels of page tables instead of five, in the host and in its guests: walks are what emulation is slow at.
+        else ["-accel", "tcg,thread=multi", "-cpu", "max,-hypervisor,-la57,-pku,-pks"]
     )
     line += ["-smp", str(spec["cpus"]), "-m", f"{sum(node['memory'] for node in spec['numa']) // MIB}M"]
     line += ["-action", "reboot=shutdown,shutdown=poweroff"]
@@ -434,7 +438,7 @@ def argv(spec: Spec, directory: str, lab_directory: str, program: str, accelerat
         line += ["-netdev", f"socket,id=lab{index},mcast={segment(lab_directory)},localaddr=127.0.0.1"]
         model = "igb" if nic["type"] == "igb" else "virtio-net-pci"
         line += ["-device", _nic(model, f"lab{index}", spec["name"], index + 1, NIC_SLOT + index)]
-    for key, value in credentials(spec).items():
+    for key, value in credentials(spec, accelerator).items():
         encoded = base64.b64encode(value.encode()).decode()
         line += ["-smbios", f"type=11,value=io.systemd.credential.binary:{key}={encoded}"]
     line += [

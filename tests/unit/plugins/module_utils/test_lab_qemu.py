@@ -127,8 +127,8 @@ def test_nothing_listens_beyond_the_loopback_interface() -> None:
 
 
 def test_hosts_of_one_image_differ_by_credentials() -> None:
-    first = credentials(normalize("hosts[0]", FULL))
-    second = credentials(normalize("hosts[1]", {**FULL, "name": "metal2"}))
+    first = credentials(normalize("hosts[0]", FULL), "tcg")
+    second = credentials(normalize("hosts[1]", {**FULL, "name": "metal2"}), "tcg")
     assert first["system.hostname"] == "metal1" and second["system.hostname"] == "metal2"
     assert first["system.machine_id"] != second["system.machine_id"]
     assert len(first["system.machine_id"]) == 32
@@ -153,7 +153,12 @@ def test_addresses_are_unicast_and_local() -> None:
 
 def test_kvm_takes_the_real_processor() -> None:
     assert values(line_of(FULL, "kvm"), "-cpu") == ["host"]
-    assert values(line_of(FULL), "-cpu") == ["max,-hypervisor"]
+    assert values(line_of(FULL), "-cpu") == ["max,-hypervisor,-la57,-pku,-pks"]
+
+
+def test_only_an_emulated_host_keeps_its_guests_on_one_cpu() -> None:
+    spec = normalize("hosts[0]", FULL)
+    assert set(credentials(spec, "tcg")) - set(credentials(spec, "kvm")) == {"systemd.unit-dropin.agentfleet.slice"}
 
 
 def test_files_that_outlive_a_power_cut() -> None:
