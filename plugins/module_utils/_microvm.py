@@ -608,7 +608,7 @@ class MicroVms:
                 return ""
             if not self.host.exists(f"/proc/{pid}/cmdline"):  # cheaper than to ask systemd while guests boot
                 state = unit_states(self.host, [name]).get(name, {})
-                if state.get("restarts", 0) > 1 or state.get("active") not in ("active", "activating"):
+                if state.get("restarts", 0) > 1 or state.get("active") in ("failed", "inactive"):
                     return "the VMM ended"
                 pid = state["pid"]
             time.sleep(0.5)
