@@ -42,9 +42,12 @@ options:
         type: str
         required: true
       driver:
-        description: Virtual machine monitor. QEMU 8.2 or newer is needed.
+        description:
+          - Virtual machine monitor. V(qemu) is the distribution's QEMU, 8.2 or newer.
+          - V(cloud_hypervisor) is Cloud Hypervisor of the role P(agentfleet.metal.cloud_hypervisor#role), on hosts with KVM. A
+            microVM keeps the version that it was made with.
         type: str
-        choices: [qemu]
+        choices: [qemu, cloud_hypervisor]
         default: qemu
       image:
         description:
@@ -313,7 +316,7 @@ ARGUMENTS = {
         "required": True,
         "options": {
             "name": {"type": "str", "required": True},
-            "driver": {"type": "str", "choices": ["qemu"], "default": "qemu"},
+            "driver": {"type": "str", "choices": ["qemu", "cloud_hypervisor"], "default": "qemu"},
             "image": {"type": "str", "default": ""},
             "snapshots": {"type": "bool", "default": False},
             "from_snapshot": {"type": "str", "default": ""},
