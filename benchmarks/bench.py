@@ -1,0 +1,127 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the benchmarks of microVMs share: playbooks, parts that can be run alone, and the header of a result.
+
+A part writes what it measured to build/benchmarks/NAME/PART.json as soon as it has it. The result is printed from
+those files, so that an interrupted benchmark goes on with --only PART, and each figure says when it was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+import typing as t
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent
+PEERS = ("agentfleet.metal", "community.libvirt")
+
+
+def mib(size: float) -> str:
+    """A number of bytes for a table."""
+    return f"{size / (1 << 20):.1f}"
+
+
+class Bench:
+    """One benchmark run.
+
+    :param name: its directory
+    :param parts: names of its parts, in their order, with an estimate of minutes on the lab
+    """
+
+    def __init__(self, name: str, description: str, parts: dict[str, int]) -> None:
+        self.name, self.parts = name, parts
+        self.build = ROOT / "build/benchmarks" / name
+        self.build.mkdir(parents=True, exist_ok=True)
+        estimates = ", ".join(f"{part} {minutes}" for part, minutes in parts.items())
+        self.parser = argparse.ArgumentParser(
+            description=description, epilog=f"Parts, with minutes on the lab: {estimates}."
+        )
+        self.parser.add_argument(
+            "-i", "--inventory", default="inventories/lab", help="of its group metal the first host"
+        )
+        self.parser.add_argument("--only", choices=[*parts, "report"], action="append", help="run these parts alone")
+        self.parser.add_argument("--timeout-minutes", type=int, default=25, help="for each playbook")
+
+    def parse(self) -> argparse.Namespace:
+        """The arguments; what is not known goes to ansible-playbook."""
+        self.arguments, self.rest = self.parser.parse_known_args()
+        return self.arguments
+
+    def wanted(self, part: str) -> bool:
+        """Whether a part is to be run."""
+        return not self.arguments.only or part in self.arguments.only
+
+    def play(self, book: str, **variables: t.Any) -> float:
+        """Run a playbook of benchmarks/; returns its seconds."""
+        given = {"bench_dir": str(self.build), "bench_guest": str(HERE / "guest"), **variables}
+        command = ["ansible-playbook", "-i", self.arguments.inventory, *self.rest, str(HERE / book)]
+        command += ["-e", json.dumps(given)]
+        print(f"-- {book} {json.dumps(variables)}", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_CALLBACKS_ENABLED": ""},
+            capture_output=True,
+            text=True,
+            timeout=60 * self.arguments.timeout_minutes,
+            check=False,
+        )
+        if done.returncode != 0:
+            sys.exit(f"{book} failed:\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}")
+        seconds = time.monotonic() - start
+        print(f"   {seconds:.0f} s", file=sys.stderr, flush=True)
+        return seconds
+
+    def fetched(self, name: str) -> t.Any:
+        """What a playbook wrote to ``bench_dir``."""
+        return json.loads((self.build / f"{name}.json").read_text())
+
+    def keep(self, part: str, value: t.Any) -> None:
+        """Write down what a part measured."""
+        kept = {"time": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "value": value}
+        (self.build / f"part-{part}.json").write_text(json.dumps(kept, indent=1))
+
+    def kept(self, part: str) -> t.Any:
+        """What a part measured, now or before; None if it never did."""
+        path = self.build / f"part-{part}.json"
+        return json.loads(path.read_text())["value"] if path.exists() else None
+
+    def header(self, what: str, **more: str) -> None:
+        """Print what was measured, when, where and with which versions."""
+        host = self.fetched("host")
+        times = {
+            p: json.loads(f.read_text())["time"] for p in self.parts if (f := self.build / f"part-{p}.json").exists()
+        }
+        facts = {
+            "what": what,
+            "date": ", ".join(f"{part} {when}" for part, when in times.items()),
+            "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}",
+            "host": f"{host['id']} {host['version_id']}, kernel {host['release']}, {host['cpus']} CPUs, "
+            f"{mib(host['memory_bytes'])} MiB, KVM {'usable' if host['kvm'] else 'missing'}, inventory {self.arguments.inventory}",
+            "versions": ", ".join([*versions(), f"QEMU {host['qemu']}", f"libvirt {host['libvirt']}"]),
+            **more,
+        }
+        for key, value in facts.items():
+            print(f"{key:10}{value}")
+
+
+def versions() -> list[str]:
+    """Versions of what runs on the controller."""
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
+
+    def ask(*command: str) -> str:
+        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    found = {"Python": platform.python_version(), "ansible-core": ask("ansible", "--version").partition("]")[0][14:]}
+    for collections in json.loads(ask("ansible-galaxy", "collection", "list", "--format", "json")).values():
+        found.update({name: collections[name]["version"] for name in PEERS if name in collections})
+    return [f"{name} {version}" for name, version in found.items()]
