@@ -181,13 +181,17 @@ def machine_config(spec: Spec, credentials: str = "%d") -> config.VmConfig:
 
     :param credentials: directory of its configuration disks
     """
-    words = ["console=hvc0", "quiet", "panic=-1", *spec["kernel_arguments"]]
+    words = ["console=hvc0", "quiet", "panic=-1", "swiotlb=noforce"]
+    if spec["memory_max_bytes"] > spec["memory_bytes"]:
+        words.append("memhp_default_state=online_movable")  # what is plugged is used at once, and can be unplugged
     return config.VmConfig(
         # A guest that is no hypervisor need not reach the code for it.
         cpus=config.CpusConfig(spec["vcpus"], spec["vcpus_max"], nested=False),
         memory=_memory(spec),
         numa=_numa(spec),
-        payload=config.PayloadConfig(spec["kernel"], " ".join(words), spec["initrd"] or None),
+        payload=config.PayloadConfig(
+            spec["kernel"], " ".join([*words, *spec["kernel_arguments"]]), spec["initrd"] or None
+        ),
         # The journal of its unit: a file would have no bound, and a terminal's end would be gone once it was read.
         console=config.ConsoleConfig("Tty"),
         serial=config.SerialConfig("Null"),
