@@ -1,10 +1,11 @@
 # Copyright: agentfleet.metal contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""`make test`: cheap checks first, then the molecule scenarios (arguments), and nothing may be left behind.
+"""`make test`: checks that need no host and the molecule scenarios (arguments), two at a time; nothing may be left behind.
 
-The last line counts the tests that really ran (unit tests and those that look at the lab's hosts). A step that
-fails without a failed test of its own counts as one failure.
+A scenario's tasks run one after the other on an emulated CPU, so that two fill two cores. The last line counts the
+tests that really ran (unit tests and those that look at the lab's hosts). A step that fails without a failed test of
+its own counts as one failure.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,6 +25,9 @@ OUT = ROOT / "build/test"
 UNITS = ROOT / "build/ansible-test/units/ansible_collections/agentfleet/metal/tests/output/junit"
 MARK = f"AGENTFLEET_TEST_RUN={uuid.uuid4()}"  # in the environment of all that is started, however it daemonizes
 SECONDS_TO_END = 20.0
+AT_ONCE = 2
+LABS = ROOT / "build/molecule"
+FIRST_PORT = 2322
 
 
 def marked_processes() -> dict[int, str]:
@@ -58,13 +63,26 @@ def left_behind(before: set[str]) -> list[str]:
     return [f"process {pid}: {line}" for pid, line in processes.items()] + sorted(kernel_objects() - before)
 
 
-def run(name: str, *command: str) -> bool:
-    """One step with its output, its time and whether it passed."""
+def run(name: str, *command: str, **environment: str) -> bool:
+    """One step with its output (each line says whose it is), its time and whether it passed."""
     print(f"== {name}", flush=True)
     start = time.monotonic()
-    passed = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, check=False).returncode == 0
+    with subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace",
+    ) as step:  # fmt: skip
+        assert step.stdout
+        for line in step.stdout:
+            print(f"{name} | {line}", end="", flush=True)
+    passed = step.returncode == 0
     print(f"== {name}: {'passed' if passed else 'FAILED'} after {time.monotonic() - start:.0f} s", flush=True)
     return passed
+
+
+def scenario(name: str, port: int) -> bool:
+    """One molecule scenario on a lab of its own; molecule passes one without tests, which is a failure here."""
+    passed = run(name, "molecule", "test", "-s", name, AGENTFLEET_LAB_PORT=str(port))
+    return passed and (OUT / f"{name}.xml").exists()
 
 
 def counts(*reports: Path) -> dict[str, int]:
@@ -87,22 +105,22 @@ def main(scenarios: list[str]) -> int:
     OUT.mkdir(parents=True)
     os.environ.update([MARK.split("=")], ANSIBLE_FORCE_COLOR="0", NO_COLOR="1")
     problems = []
-    try:
-        if not run(
-            "lint, sanity, unit tests, build", "make", "-j2", "-k", "-O", "lint", "sanity", "units-sandboxed", "build"
-        ):
-            problems.append("lint, sanity, unit tests or build")
-        for scenario in scenarios:
-            passed = run(f"molecule scenario {scenario}", "molecule", "test", "-s", scenario)
-            if not passed or not (OUT / f"{scenario}.xml").exists():  # molecule passes a scenario without tests
-                problems.append(f"molecule scenario {scenario}")
-    except KeyboardInterrupt:
-        problems.append("interrupted")
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        run("lab down", "molecule", "destroy", "-s", "default")
-        problems += [f"left behind: {thing}" for thing in left_behind(before)]
+    with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
+        steps = {"checks": pool.submit(run, "checks", "make", "-k", "lint", "sanity", "units-sandboxed", "build")}
+        for number, name in enumerate(scenarios):
+            steps[name] = pool.submit(scenario, name, FIRST_PORT + 10 * number)
+        try:
+            problems += [name for name, step in steps.items() if not step.result()]
+        except KeyboardInterrupt:
+            problems.append("interrupted")
+            pool.shutdown(wait=False, cancel_futures=True)
+            for pid in marked_processes():
+                os.kill(pid, signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for lab in sorted(LABS.glob("*/")):
+        run("lab down", "molecule", "destroy", "-s", lab.name)
+    problems += [f"left behind: {thing}" for thing in left_behind(before)]
 
     total = counts(*UNITS.glob("*.xml"), *OUT.glob("*.xml"))
     total["failed"] = max(total["failed"], len(problems))

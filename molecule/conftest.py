@@ -18,9 +18,9 @@ import testinfra
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAY_TIMEOUT_SECONDS = 1500
-# A lab of its own beside that of `make demo`; the same as in .config/molecule/config.yml.
-LAB_DIRECTORY = ROOT / "build/molecule"
-FIRST_PORT = 2322
+# A lab of its own beside those of `make demo` and of other scenarios; the same as in .config/molecule/config.yml.
+LAB_DIRECTORY = ROOT / "build/molecule" / os.environ.get("MOLECULE_SCENARIO_NAME", "default")
+FIRST_PORT = int(os.environ.get("AGENTFLEET_LAB_PORT", "2322"))
 VARIABLES = {
     "lab_dir": str(LAB_DIRECTORY),
     "lab_first_port": FIRST_PORT,
