@@ -1,63 +1,53 @@
 # Copyright: agentfleet.metal contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Shared root file-system images: from a definition to one content-addressed bundle.
+"""The builder's cache of shared root file-system images.
 
-This module is private to the collection and imports nothing of Ansible. It
-runs on the builder, as root or as an ordinary user (fakeroot), with no mount of ours.
+This module is private to the collection and imports nothing of Ansible.
 
-An image is an uncompressed EROFS (4 KiB blocks, no inlined data, padded to
-2 MiB), which a guest maps directly from the host's page cache. Its digest is
-the SHA-256 of that file. The file names the digests of its kernel and
-initramfs, so that one digest stands for all three.
+An image is an uncompressed file system (EROFS with 4 KiB blocks and no inlined data, padded to 2 MiB), which a guest
+maps directly from the host's page cache. Its digest is the SHA-256 of that file. The file names the digests of its
+kernel and initramfs, so that one digest stands for all.
+
+``<cache>/<definition digest>/`` has an image's manifest, build log and bill of materials; ``blobs/`` its files,
+compressed, by SHA-256; ``kernels/`` and ``layers/`` what builds can reuse.
 """
 
 from __future__ import annotations
 
-import glob
-import hashlib
-import io
+import fcntl
 import json
 import os
 import re
 import shutil
-import sys
-import tarfile
 import tempfile
 import typing as t
-import uuid
+from contextlib import contextmanager
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _apt, _initramfs
+from ansible_collections.agentfleet.metal.plugins.module_utils import _apt, _guest_kernel, _oci, _sbom, _store
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._image_build import LOG, SBOM, Build, manifest_text
+from ansible_collections.agentfleet.metal.plugins.module_utils._image_definition import (
+    Definition,
+    FileDigests,
+    canonical,
+    read_all,
+    sha256_of,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
+from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size
 
-FORMAT = 1  # part of every definition digest; raise it when the same definition gives another image
-IMAGE, KERNEL, INITRD, MANIFEST, BUNDLE = "rootfs.erofs", "kernel", "initrd", "manifest.json", "bundle.tar.zst"
-ALIGNMENT = 2 << 20
-EPOCH = 1735689600
-NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,62}[a-z0-9])?")
-PROGRAMS = {"mmdebstrap": "mmdebstrap", "mkfs.erofs": "erofs-utils", "zstd": "zstd", "tar": "tar"}
-EXCLUDED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/info/*", "/usr/share/locale/*", "/usr/share/lintian/*")
-
-
-def sha256_of(path: str) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def canonical(value: t.Any) -> bytes:
-    """One spelling for one value, so that equal values have equal digests."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+PROGRAMS = {"mmdebstrap": "mmdebstrap", "zstd": "zstd", "tar": "tar"}
+MADE_BY = {"erofs": {"mkfs.erofs": "erofs-utils"}, "ext4": {"mke2fs": "e2fsprogs"}}
+REPRODUCIBLE_E2FSPROGS = (1, 47, 1)
+BOOTSTRAP_BYTES = 2 << 30  # what a build with packages needs besides what is known of its size
+RESERVE_BYTES = 256 << 20
 
 
 class Images:
     """The images of a builder's cache.
 
-    :param params: ``cache`` (directory) and ``images`` (definitions)
+    :param params: ``cache`` (directory), ``images`` (definitions) and ``refresh``
     """
 
     audited = False  # work of the controller, not a change of a host
@@ -65,279 +55,255 @@ class Images:
     def __init__(self, host: Host, params: t.Mapping[str, t.Any]) -> None:
         self.host = host
         self.predicting = False
+        self.refresh: bool = params["refresh"]
         self.cache: str = os.path.abspath(os.path.expanduser(params["cache"]))
-        self.wanted: list[dict[str, t.Any]] = []
-        for index, image in enumerate(params["images"]):
-            option = f"images[{index}]"
-            if not NAME.fullmatch(image["name"]):
-                raise Refused(
-                    f"{option}.name", image["name"], "not a name of an image",
-                    "Use 1 to 64 of a-z, 0-9, dot and hyphen, beginning and ending with a letter or digit",
-                )  # fmt: skip
-            if image["name"] in [other["name"] for other in self.wanted]:
-                raise Refused(f"{option}.name", image["name"], "named twice", "Give each image its own name")
-            self.wanted.append(self._definition(option, image))
+        self.digests = FileDigests(self._remembered())
+        self.wanted = read_all(host, params["images"], self.digests)
+        self.asked: list[str] = [image["name"] for image in params["images"]]
+        self.warnings: list[str] = []
+        self._built: set[str] = set()
 
-    def _definition(self, option: str, image: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
-        for key in ("packages", "python_requirements"):
-            for number, word in enumerate(image[key]):
-                if not re.fullmatch(r"[A-Za-z0-9][^\s,]*", word):
-                    raise Refused(
-                        f"{option}.{key}[{number}]", word, "not a package", "Write one package a list item, no options"
-                    )
-        files: dict[str, dict[str, t.Any]] = {}
-        for number, file in enumerate(image["files"]):
-            where, path = f"{option}.files[{number}]", file["path"]
-            if not path.startswith("/") or os.path.normpath(path) != path:
-                raise Refused(f"{where}.path", path, "not a clean absolute path", "Write a path such as /opt/agent/run")
-            if path in files:
-                raise Refused(f"{where}.path", path, "named twice", "Give each file of an image once")
-            if (file["src"] is None) == (file["content"] is None):
-                raise Refused(where, path, "not exactly one of src and content", "Give src or content")
-            if not re.fullmatch(r"0?[0-7]{3,4}", file["mode"]):
-                raise Refused(f"{where}.mode", file["mode"], "not an octal mode", "Write a mode such as '0644'")
-            if file["src"] is not None and not os.path.isfile(self.host.path(file["src"])):
-                raise Refused(f"{where}.src", file["src"], "no such file on the builder", "Correct the path")
-            files[path] = {"mode": int(file["mode"], 8), "data": self._data(file)}
-        definition = {
-            "format": FORMAT,
-            "initramfs": hashlib.sha256(_initramfs.INIT.encode() + repr(_initramfs.MODULES).encode()).hexdigest(),
-            "suite": image["suite"],
-            "components": image["components"],
-            "packages": sorted(set(image["packages"])),
-            "kernel_package": image["kernel_package"],
-            "python_requirements": image["python_requirements"],
-            "files": {
-                path: {"mode": file["mode"], "sha256": hashlib.sha256(file["data"]).hexdigest()}
-                for path, file in sorted(files.items())
-            },
-        }
-        digest = hashlib.sha256(canonical(definition)).hexdigest()
-        return {
-            "name": image["name"],
-            "option": option,
-            "family": image["family"],
-            "mirror": image["mirror"],
-            "definition": definition,
-            "definition_digest": digest,
-            "directory": f"{self.cache}/{digest}",
-            "files": files,
-        }
-
-    def _data(self, file: t.Mapping[str, t.Any]) -> bytes:
-        if file["src"] is None:
-            return str(file["content"]).encode()
-        with open(self.host.path(file["src"]), "rb") as source:
-            return source.read()
+    def _remembered(self) -> dict[str, t.Any]:
+        try:
+            return dict(json.loads(self.host.read(f"{self.cache}/files.json")))
+        except ValueError:
+            return {}
 
     # -- observe, plan, apply ------------------------------------------------
 
     def observe(self) -> dict[str, t.Any]:
-        """Definition digest -> manifest of what is built already."""
-        built = {}
+        """Definition digest -> manifest of what is built already, and complete."""
+        built: dict[str, t.Any] = {}
         for image in self.wanted:
             try:
-                manifest = json.loads(self.host.read(f"{image['directory']}/{MANIFEST}"))
-                size = os.path.getsize(self.host.path(f"{image['directory']}/{BUNDLE}"))
-            except (ValueError, OSError):
+                text = self.host.read(f"{self.cache}/{image.digest}/{_store.MANIFEST}")
+                manifest = json.loads(text)
+                complete = all(
+                    self.host.exists(self._blob(f"{entry['sha256']}.zst")) for entry in manifest["files"].values()
+                ) and all(self.host.exists(f"{self.cache}/layers/{layer}.tar.zst") for layer in manifest["layers"])
+            except (ValueError, KeyError, TypeError):
                 continue
-            if size == manifest["bundle"]["size_bytes"]:
-                built[image["definition_digest"]] = manifest
+            base = built.get(image.base.digest) if image.base else None
+            if image.base and (base is None or base["files"][_store.IMAGE]["sha256"] != manifest["base"]):
+                continue  # its base was built anew, and gave another image
+            if self._is_base(image) and not manifest["layers"]:
+                continue
+            if complete:
+                built[image.digest] = manifest
         return built
+
+    def _blob(self, name: str) -> str:
+        return f"{self.cache}/blobs/{name}"
+
+    def _is_base(self, image: Definition) -> bool:
+        return any(other.base is image for other in self.wanted)
 
     def plan(self, observed: t.Mapping[str, t.Any]) -> list[Step]:
         """One build for each definition that the cache does not hold."""
-        steps = []
+        self.warnings = []
+        steps: list[Step] = []
+        building: set[str] = set()
         for image in self.wanted:
-            if image["definition_digest"] in observed:
+            if self.refresh:
+                why = "refresh: the packages are taken anew"
+            elif image.digest not in observed:
+                why = "no image of this definition is in the cache"
+            elif image.base and image.base.digest in building:
+                why = f"its base {image.base.name} is built anew"
+            else:
                 continue
+            if image.digest in building:
+                continue  # two names of one definition
+            building.add(image.digest)
             if not self.predicting:
                 self._check_programs(image)
+                self._check_oci(image)
             if not self._mirror(image):
                 raise Refused(
-                    f"{image['option']}.mirror", None,
-                    f"this machine's apt configuration has no mirror of {image['family']}",
+                    f"{image.option}.mirror", None,
+                    f"this machine's apt configuration has no mirror of {image.family}",
                     "Give the mirror's URI",
                 )  # fmt: skip
-            steps.append(
-                Step(
-                    "build",
-                    f"image {image['name']}",
-                    after=image["definition"],
-                    why="no image of this definition is in the cache",
-                    data=image,
-                )
-            )
+            steps.append(Step("build", f"image {image.name}", after=image.content, why=why, data=image))
+        if steps and not self.predicting:
+            self._check_space([step.data for step in steps])
         return steps
 
-    def _mirror(self, image: t.Mapping[str, t.Any]) -> str | None:
-        return image["mirror"] or _apt.mirror_of(self.host, image["family"])
+    def _mirror(self, image: Definition) -> str | None:
+        return image.mirror or _apt.mirror_of(self.host, image.family)
 
-    def _check_programs(self, image: t.Mapping[str, t.Any]) -> None:
-        needed = dict(PROGRAMS)
+    def _check_programs(self, image: Definition) -> None:
+        needed = {**PROGRAMS, **MADE_BY[image.content["filesystem"]]}
+        files: dict[str, str] = {}
         if os.geteuid() != 0:
             needed["fakeroot"] = "fakeroot"
+        if image.content["verity"]:
+            needed["veritysetup"] = "cryptsetup-bin"
+        if "source" in image.kernel:
+            needed.update(_guest_kernel.SOURCE_PROGRAMS)
+            files = _guest_kernel.SOURCE_FILES
         for program, package in needed.items():
             if not any(self.host.exists(f"{where}/{program}") for where in ("/usr/bin", "/usr/sbin", "/bin", "/sbin")):
                 raise Refused(
-                    image["option"], image["name"], f"the builder has no {program}", f"Install the package {package}"
+                    image.option, image.name, f"the builder has no {program}", f"Install the package {package}"
                 )
+        for path, package in files.items():
+            if not self.host.exists(path):
+                raise Refused(image.option, image.name, f"the builder has no {path}", f"Install the package {package}")
+        if image.content["filesystem"] == "ext4":
+            told = self.host.run(["mke2fs", "-V"], check=False).text
+            match = re.search(r"mke2fs (\d+)\.(\d+)(?:\.(\d+))?", told)
+            if not match or tuple(int(number or 0) for number in match.groups()) < REPRODUCIBLE_E2FSPROGS:
+                raise Refused(
+                    f"{image.option}.filesystem", "ext4",
+                    f"the builder's mke2fs is {match.group(0)[7:] if match else 'of no known version'}, "
+                    "which writes the time of the build into the image",
+                    f"Install e2fsprogs {'.'.join(map(str, REPRODUCIBLE_E2FSPROGS))} or newer, or use erofs",
+                )  # fmt: skip
+        if image.sbom is not False and not _sbom.program():
+            if image.sbom:
+                raise Refused(
+                    f"{image.option}.sbom", True, f"the builder has no {_sbom.PROGRAM}",
+                    f"Install it beside Ansible: pip install '{_sbom.REQUIREMENT}'",
+                )  # fmt: skip
+            self.warnings.append(
+                f"image {image.name} gets no bill of materials: the builder has no {_sbom.PROGRAM} "
+                f"(pip install '{_sbom.REQUIREMENT}')"
+            )
+
+    def _check_oci(self, image: Definition) -> None:
+        """Read and verify all layers before anything is made of them."""
+        if image.oci is None:
+            return
+        try:
+            _oci.entries(image.oci)
+        except _oci.OciError as error:
+            raise Refused(
+                f"{image.option}.oci", image.oci.path, str(error), "Export the image again, or correct what made it"
+            ) from error
+
+    def _check_space(self, images: t.Sequence[Definition]) -> None:
+        """A build needs its input some four times: as tar, unpacked, as image, and compressed."""
+        need = RESERVE_BYTES
+        for image in images:
+            own = sum(os.path.getsize(item.source) for item in image.items.values() if item.source)
+            layers = sum(int(layer.get("size", 0)) for layer in image.oci.layers) if image.oci else 0
+            need = max(need, 4 * own + 8 * layers + (BOOTSTRAP_BYTES if image.packages or image.base else 0))
+        free = _free(self.host.path(self.cache))
+        if free < need:
+            raise Refused(
+                "cache", self.cache, f"has {free >> 20} MiB free, and a build may need {need >> 20} MiB",
+                "Free space there, or name a directory on a larger file system",
+            )  # fmt: skip
 
     def apply(self, step: Step) -> None:
         """Build one image in a temporary directory; it appears in the cache complete or not at all."""
-        image = step.data
-        os.makedirs(self.cache, exist_ok=True)
-        work = tempfile.mkdtemp(prefix=".build-", dir=self.cache)
+        image: Definition = step.data
+        os.makedirs(self.cache, mode=0o755, exist_ok=True)
+        with self._lock():
+            observed = self.observe()
+            if image.digest in observed and not self.refresh and image.digest not in self._built:
+                return  # another run built it meanwhile
+            for name in os.listdir(self.cache):
+                if name.startswith(".build-"):  # of a build that was killed
+                    shutil.rmtree(f"{self.cache}/{name}", ignore_errors=True)
+            work = tempfile.mkdtemp(prefix=".build-", dir=self.cache)
+            try:
+                self._build(image, work, observed)
+            except (HostError, OSError) as error:
+                self._explain(image, work, error)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+        self._built.add(image.digest)
+
+    def _build(self, image: Definition, work: str, observed: t.Mapping[str, t.Any]) -> None:
+        base = None
+        if image.base:
+            base = observed.get(image.base.digest)
+            if base is None:
+                raise HostError(f"the base {image.base.name} is not in the cache. Run again")
+        build = Build(self.cache, work, image, self._mirror(image), base, self._is_base(image), self.refresh)
+        manifest = manifest_text(build.run())
+        target = f"{self.cache}/{image.digest}"
+        os.makedirs(target, exist_ok=True)
+        for name in (LOG, SBOM):
+            if os.path.exists(f"{work}/{name}"):
+                os.replace(f"{work}/{name}", f"{target}/{name}")
+        host = Host("/")
+        host.write(f"{work}/{_store.MANIFEST}", manifest)
+        digest = sha256_of(f"{work}/{_store.MANIFEST}")
+        host.run(["zstd", "-q", "-f", f"{work}/{_store.MANIFEST}", "-o", f"{work}/manifest.zst"])
+        os.replace(f"{work}/manifest.zst", self._blob(f"{digest}.zst"))
+        host.write(f"{target}/{_store.MANIFEST}", manifest)  # last: from now on the image is there
+        host.write(f"{self.cache}/files.json", json.dumps({**self._remembered(), **self.digests.seen}))
+
+    def _explain(self, image: Definition, work: str, error: Exception) -> t.NoReturn:
+        """Keep the log of a failed build, and say it plainly when the file system is full."""
+        kept = f"{self.cache}/failed-{image.name}.log"
         try:
-            self._build(image, work)
-            shutil.rmtree(image["directory"], ignore_errors=True)
-            os.rename(f"{work}/done", image["directory"])
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+            os.replace(f"{work}/{LOG}", kept)
+        except OSError:
+            kept = "(not written)"
+        free = _free(self.cache)
+        if free < 64 << 20 or "No space left" in str(error) or "File too large" in str(error):
+            raise HostError(
+                f"the file system of {self.cache} is full ({format_size(free)} free). The images that were there are as they "
+                f"were. Free space, or set another cache ({str(error)[-300:]})"
+            ) from error
+        raise HostError(f"{error} (log: {kept})") from error
+
+    @contextmanager
+    def _lock(self) -> t.Iterator[None]:
+        with open(f"{self.cache}/.lock", "w", encoding="ascii") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    # -- result ----------------------------------------------------------------
 
     def result(self, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
-        """Per image: digests, where the bundle is, sizes, packages."""
-        digests = {digest: manifest["files"][IMAGE]["sha256"] for digest, manifest in observed.items()}
-        return {
-            "store": [{"name": i["name"], "digest": digests.get(i["definition_digest"], "")} for i in self.wanted],
-            "images": [
+        """Per image: digests, where its files are, sizes, packages; ``store`` for image_store."""
+        images, store = [], []
+        by_name = {image.name: image for image in self.wanted}
+        for name in self.asked:
+            image = by_name[name]
+            manifest = observed.get(image.digest)
+            directory = f"{self.cache}/{image.digest}"
+            files = dict(manifest["files"]) if manifest else {}
+            digest = files[_store.IMAGE]["sha256"] if manifest else ""
+            if manifest:
+                text = manifest_text(manifest).encode()
+                files[_store.MANIFEST] = {"sha256": _sha256(text), "size_bytes": len(text)}
+            store.append(
+                {"name": name, "digest": digest, "files": files, "deltas": manifest["deltas"] if manifest else []}
+            )
+            images.append(
                 {
-                    "name": image["name"],
-                    "definition_digest": image["definition_digest"],
-                    "image_digest": digests.get(image["definition_digest"], ""),
-                    "bundle": f"{image['directory']}/{BUNDLE}",
-                    "bundle_sha256": manifest["bundle"]["sha256"] if manifest else "",
-                    "bundle_bytes": manifest["bundle"]["size_bytes"] if manifest else 0,
-                    "size_bytes": manifest["files"][IMAGE]["size_bytes"] if manifest else 0,
+                    "name": name,
+                    "definition_digest": image.digest,
+                    "image_digest": digest,
+                    "size_bytes": files[_store.IMAGE]["size_bytes"] if manifest else 0,
+                    "filesystem": image.content["filesystem"],
                     "kernel_release": manifest["kernel_release"] if manifest else "",
                     "packages": manifest["packages"] if manifest else {},
+                    "python_packages": manifest["python_packages"] if manifest else {},
+                    "log": f"{directory}/{LOG}",
+                    "sbom": f"{directory}/{SBOM}" if self.host.exists(f"{directory}/{SBOM}") else "",
                 }
-                for image in self.wanted
-                for manifest in [observed.get(image["definition_digest"])]
-            ],
-        }
-
-    # -- the build -----------------------------------------------------------
-
-    def _build(self, image: t.Mapping[str, t.Any], work: str) -> None:
-        definition = image["definition"]
-        done = f"{work}/done"
-        for directory in (done, f"{work}/kernel", f"{work}/tree"):
-            os.mkdir(directory)
-        self._bootstrap(image, "extract", [definition["kernel_package"], "busybox-static"], f"{work}/kernel.tar")
-        self.host.run(
-            ["tar", "-C", f"{work}/kernel", "--exclude=./dev/*", "-xf", f"{work}/kernel.tar"], timeout_seconds=600
-        )
-        release = self._kernel(f"{work}/kernel", done, definition["kernel_package"])
-        self._bootstrap(image, "essential", definition["packages"], f"{work}/base.tar")
-        contents = {name: _describe(f"{done}/{name}") for name in (KERNEL, INITRD)}
-        self._overlay(image, work, canonical({"release": release, "files": contents}))
-        self._erofs(image, work, f"{done}/{IMAGE}")
-        contents[IMAGE] = _describe(f"{done}/{IMAGE}")
-        manifest = {
-            "format": FORMAT,
-            "definition": definition,
-            "definition_digest": image["definition_digest"],
-            "files": contents,
-            "kernel_release": release,
-            "packages": _packages(Host(f"{work}/tree").read("/var/lib/dpkg/status")),
-        }
-        self.host.write(f"{done}/{MANIFEST}", json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-        self.host.run(
-            ["tar", "-C", done, "--sort=name", f"--mtime=@{EPOCH}", "--owner=0", "--group=0", "--numeric-owner",
-             "--use-compress-program=zstd -T0 -6 -q", "-cf", f"{done}/{BUNDLE}", IMAGE, KERNEL, INITRD, MANIFEST],
-            timeout_seconds=900,
-        )  # fmt: skip
-        for name in (IMAGE, KERNEL, INITRD):  # the bundle holds them
-            os.unlink(f"{done}/{name}")
-        manifest["bundle"] = _describe(f"{done}/{BUNDLE}")
-        self.host.write(f"{done}/{MANIFEST}", json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-
-    def _bootstrap(self, image: t.Mapping[str, t.Any], variant: str, packages: t.Sequence[str], target: str) -> None:
-        definition = image["definition"]
-        self.host.run(
-            ["env", f"SOURCE_DATE_EPOCH={EPOCH}", "mmdebstrap", f"--variant={variant}", "--quiet",
-             f"--include={','.join(packages)}", f"--components={','.join(definition['components'])}",
-             '--aptopt=Acquire::Languages "none"', *(f"--dpkgopt=path-exclude={path}" for path in EXCLUDED),
-             definition["suite"], target, self._mirror(image) or ""],
-            timeout_seconds=3600,
-        )  # fmt: skip
-
-    def _kernel(self, tree: str, done: str, package: str) -> str:
-        """Kernel and initramfs from the unpacked packages; returns the kernel's release."""
-        kernels = glob.glob(f"{tree}/boot/vmlinuz-*")
-        if len(kernels) != 1:
-            raise HostError(f"{package} brought {len(kernels)} kernels instead of one. Choose a kernel package")
-        release = kernels[0].rpartition("/vmlinuz-")[2]
-        _initramfs.check_options(Host(tree).read(f"/boot/config-{release}"), package)
-        modules = next(path for path in (f"{tree}/usr/lib/modules", f"{tree}/lib/modules") if os.path.isdir(path))
-        busybox = next(path for path in (f"{tree}/usr/bin/busybox", f"{tree}/bin/busybox") if os.path.isfile(path))
-        with open(busybox, "rb") as file, open(f"{done}/{INITRD}", "wb") as initrd:
-            initrd.write(_initramfs.initramfs(f"{modules}/{release}", file.read()))
-        shutil.copyfile(kernels[0], f"{done}/{KERNEL}")
-        for name in (KERNEL, INITRD):
-            os.chmod(f"{done}/{name}", 0o444)
-        return release
-
-    def _overlay(self, image: t.Mapping[str, t.Any], work: str, kernel: bytes) -> None:
-        """What comes on top of the packages, as a tar owned by root."""
-        files = {**image["files"], "/usr/lib/agentfleet/kernel.json": {"mode": 0o444, "data": kernel}}
-        with tarfile.open(f"{work}/overlay.tar", "w") as tar:
-            for path, file in sorted(files.items()):
-                entry = tarfile.TarInfo("." + path)
-                entry.size, entry.mode, entry.mtime = len(file["data"]), file["mode"], EPOCH
-                tar.addfile(entry, io.BytesIO(file["data"]))
-            if image["definition"]["python_requirements"]:
-                tar.add(self._wheels(image, work), "./usr/lib/python3/dist-packages", filter=_as_root)
-
-    def _wheels(self, image: t.Mapping[str, t.Any], work: str) -> str:
-        """Python packages for the image's own Python, from wheels only (nothing is compiled here)."""
-        with tarfile.open(f"{work}/base.tar") as base:
-            versions = [
-                m.group(1) for name in base.getnames() if (m := re.fullmatch(r"\./usr/bin/python3\.(\d+)", name))
-            ]
-        if not versions:
-            raise HostError("python_requirements: the image has no Python. Add python3 to its packages")
-        target = f"{work}/wheels"
-        self.host.run(
-            [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--only-binary=:all:",
-             "--implementation=cp", f"--python-version=3.{versions[0]}",
-             *(f"--platform={tag}_x86_64" for tag in ("manylinux_2_28", "manylinux_2_17", "manylinux2014")),
-             f"--target={target}", *image["definition"]["python_requirements"]],
-            timeout_seconds=1800,
-        )  # fmt: skip
-        return target
-
-    def _erofs(self, image: t.Mapping[str, t.Any], work: str, target: str) -> None:
-        options = ["-E", "noinline_data", "-T", str(EPOCH), "-U", str(uuid.UUID(image["definition_digest"][:32]))]
-        if " -b" in self.host.run(["mkfs.erofs", "--help"], check=False).text:
-            options.append("-b4096")  # since erofs-utils 1.6; before it 4 KiB is the only size
-        script = (
-            'set -e; cd "$1"; tar -C tree --exclude="./dev/*" -xpf base.tar; tar -C tree -xpf overlay.tar; '
-            'shift; mkfs.erofs --quiet "$@" tree'
-        )
-        fakeroot = [] if os.geteuid() == 0 else ["fakeroot", "--"]
-        self.host.run([*fakeroot, "sh", "-c", script, "sh", work, *options, target], timeout_seconds=1800)
-        os.truncate(target, -(-os.path.getsize(target) // ALIGNMENT) * ALIGNMENT)
-        os.chmod(target, 0o444)
+            )
+        return {"images": images, "store": store, "blobs": f"{self.cache}/blobs", "warnings": self.warnings}
 
 
-def _as_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-    entry.uid = entry.gid = 0
-    entry.uname = entry.gname = "root"
-    entry.mtime = EPOCH
-    return entry
+def _sha256(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
 
 
-def _describe(path: str) -> dict[str, t.Any]:
-    return {"sha256": sha256_of(path), "size_bytes": os.path.getsize(path)}
+def _free(path: str) -> int:
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
 
 
-def _packages(status: str) -> dict[str, str]:
-    """Package -> version from dpkg's status file."""
-    found = {}
-    for stanza in status.split("\n\n"):
-        fields = dict(line.split(": ", 1) for line in stanza.splitlines() if ": " in line and line[0] != " ")
-        if fields.get("Status") == "install ok installed":
-            found[fields["Package"]] = fields["Version"]
-    return found
+__all__ = ["Images", "canonical"]

@@ -11,105 +11,33 @@ from __future__ import annotations
 
 import lzma
 import os
+import shlex
 import typing as t
 
+from ansible_collections.agentfleet.metal.plugins.module_utils._early_init import APPLETS, LIBRARY, SCRIPT, SETTINGS
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 
 # What a microVM needs; a feature that is built in needs no file.
 MODULES = (
-    "virtio_pci virtio_pmem nd_pmem virtio_blk virtio_net vmw_vsock_virtio_transport erofs overlay virtiofs "
-    "button evdev"
+    "virtio_pci virtio_pmem nd_pmem virtio_blk virtio_net vmw_vsock_virtio_transport overlay virtiofs button evdev"
 ).split()
-# Kernel options that must be y or m, with what breaks without them.
-KERNEL_OPTIONS = {
-    "CONFIG_PVH": "direct boot",
-    "CONFIG_VIRTIO_PCI": "every device",
-    "CONFIG_VIRTIO_PMEM": "the shared image",
-    "CONFIG_BLK_DEV_PMEM": "the shared image",
-    "CONFIG_FS_DAX": "mapping the shared image without a copy",
-    "CONFIG_EROFS_FS": "the shared image",
-    "CONFIG_OVERLAY_FS": "a writable root over the shared image",
-    "CONFIG_TMPFS": "a writable root over the shared image",
-    "CONFIG_VIRTIO_BLK": "the configuration disk",
-    "CONFIG_VIRTIO_NET": "networks",
-    "CONFIG_VIRTIO_FS": "shares",
-    "CONFIG_VIRTIO_VSOCKETS": "the readiness signal",
-    "CONFIG_SERIAL_8250_CONSOLE": "the console",
-    "CONFIG_DEVTMPFS": "devices",
+# Loaded where the kernel has them: the balloon, and entropy that differs in clones.
+OPTIONAL = "virtio_balloon vmgenid virtio_rng".split()
+# What a file system or device-mapper target needs; the checksums were modules of their own before Linux 6.14.
+NEEDS = {
+    "erofs": ([], ["erofs"]),
+    "ext4": (["crc32c_generic"], ["ext4"]),
+    "verity": (["sha256_generic"], ["dm_verity"]),
 }
-APPLETS = "sh cat echo grep insmod ip hostname ls mkdir mount poweroff sleep switch_root usleep".split()
-
-INIT = """\
-#!/bin/sh
-# First program of an agentfleet microVM: modules, shared image, writable layer, name, addresses.
-export PATH=/bin
-fail() {
-    echo "agentfleet: $*" >/dev/console
-    poweroff -f
-}
-mount -t devtmpfs dev /dev && mount -t proc proc /proc && mount -t sysfs sys /sys &&
-    mount -t tmpfs -o mode=755,nosuid,nodev run /run || fail "no kernel file systems"
-exec </dev/console >/dev/console 2>&1
-while read -r module; do
-    insmod "/modules/$module" || fail "module $module does not load"
-done </modules/order
-
-tries=0
-until [ -b /dev/pmem0 ]; do
-    tries=$((tries + 1))
-    [ $tries -lt 1000 ] || fail "no /dev/pmem0: the image is not attached"
-    usleep 10000
-done
-mkdir -p /run/agentfleet/image
-mount -t erofs -o ro,dax=always /dev/pmem0 /run/agentfleet/image || fail "the image does not mount with dax=always"
-grep -q ' /run/agentfleet/image erofs [^ ]*dax=always' /proc/mounts || fail "the image is mounted without DAX"
-mount -t tmpfs -o mode=755,size=50% upper /upper && mkdir /upper/data /upper/work &&
-    mount -t overlay -o lowerdir=/run/agentfleet/image,upperdir=/upper/data,workdir=/upper/work overlay /root ||
-    fail "no writable layer"
-
-agentfleet_init=/usr/lib/agentfleet/init
-for disk in /sys/block/vd*; do
-    [ "$(cat "$disk/serial" 2>/dev/null)" = agentfleet-config ] || continue
-    cat "/dev/${disk##*/}" >/run/agentfleet/config
-    . /run/agentfleet/config
-done
-[ -z "$agentfleet_hostname" ] || hostname "$agentfleet_hostname"
-ip link set lo up
-echo "$agentfleet_networks" | while read -r mac address gateway; do
-    for device in /sys/class/net/*; do
-        [ -n "$mac" ] && [ "$(cat "$device/address")" = "$mac" ] || continue
-        ip link set "${device##*/}" up && ip addr add "$address" dev "${device##*/}" || fail "address $address"
-        [ -z "$gateway" ] || ip route add default via "$gateway" || fail "gateway $gateway"
-    done
-done
-echo "$agentfleet_shares" | while read -r tag target options; do
-    [ -n "$tag" ] || continue
-    mkdir -p "/root$target" && mount -t virtiofs -o "$options" "$tag" "/root$target" &&
-        ls "/root$target" >/dev/null || fail "share $tag" # mounting alone does not ask the other end
-done
-for directory in proc sys dev run; do
-    mount -o move "/$directory" "/root/$directory" || fail "/$directory does not move to the image"
-done
-exec switch_root /root "$agentfleet_init"
-"""
+RECIPE = (MODULES, OPTIONAL, NEEDS, APPLETS)
 
 
-def check_options(config: str, package: str) -> None:
-    """Assert what a microVM needs of its kernel.
-
-    :param config: text of the kernel package's ``/boot/config-*``
-    """
-    have = {line.partition("=")[0] for line in config.splitlines() if line.endswith(("=y", "=m"))}
-    missing = [f"{option} ({use})" for option, use in KERNEL_OPTIONS.items() if option not in have]
-    if missing:
-        raise HostError(f"the kernel of {package} lacks {', '.join(missing)}. Choose a kernel package that has them")
-
-
-def module_order(tree: str, names: t.Sequence[str]) -> list[tuple[str, bytes]]:
+def module_order(tree: str, names: t.Sequence[str], optional: t.Sequence[str] = ()) -> list[tuple[str, bytes]]:
     """The decompressed modules in an order in which each can be loaded.
 
     :param tree: ``lib/modules/<release>`` of the unpacked kernel package
+    :param optional: come first, and may be missing
     """
     host = Host(tree)
     builtin = {_name(line) for line in host.read("modules.builtin").splitlines()}
@@ -136,7 +64,7 @@ def module_order(tree: str, names: t.Sequence[str]) -> list[tuple[str, bytes]]:
             add(_name(needed))
         order[name] = data
 
-    for name in names:
+    for name in (*(name for name in optional if name in files), *names):
         add(name)
     return [(f"{name}.ko", data) for name, data in order.items()]
 
@@ -172,15 +100,51 @@ def cpio(entries: t.Iterable[tuple[str, int, bytes]]) -> bytes:
     return bytes(archive)
 
 
-def initramfs(modules_tree: str, busybox: bytes) -> bytes:
-    """The complete initramfs, uncompressed: unpacking costs more than reading on a small guest."""
-    modules = module_order(modules_tree, MODULES)
-    entries: list[tuple[str, int, bytes]] = [
-        (name, 0o040755, b"") for name in ("bin", "dev", "modules", "proc", "root", "run", "sys", "upper")
+def initramfs(
+    modules_tree: str, busybox: bytes, needs: t.Sequence[str], extra: t.Sequence[str], programs: t.Mapping[str, bytes]
+) -> bytes:
+    """All of the initramfs but its settings, uncompressed: unpacking costs more than reading on a small guest.
+
+    :param modules_tree: ``lib/modules/<release>`` of the unpacked kernel package
+    :param needs: keys of NEEDS that the image itself has
+    :param extra: modules that the image's owner wants loaded
+    :param programs: path -> content of programs besides busybox, with their libraries
+    """
+    optional = [*OPTIONAL, *(name for need in needs for name in NEEDS[need][0])]
+    wanted = [*MODULES, *(name for need in needs for name in NEEDS[need][1]), *extra]
+    lists = {"boot": module_order(modules_tree, wanted, optional)}
+    loaded = {name for name, _data in lists["boot"]}
+    if "ext4" not in needs:  # for volumes; loaded when one is attached
+        order = module_order(modules_tree, NEEDS["ext4"][1], NEEDS["ext4"][0])
+        lists["ext4"] = [(name, data) for name, data in order if name not in loaded]
+    files = {f"modules/{name}": (0o100644, data) for order in lists.values() for name, data in order}
+    for name, order in lists.items():
+        files[f"modules/{name}"] = (0o100644, "".join(f"{module}\n" for module, _data in order).encode())
+    library = LIBRARY[1:]
+    files[f"{library}/bin/busybox"] = (0o100755, busybox)
+    files.update({f"{library}/bin/{applet}": (0o120777, b"busybox") for applet in APPLETS})
+    files.update({path.lstrip("/"): (0o100755, data) for path, data in programs.items()})
+    files["init"] = (0o100755, SCRIPT.encode())
+    return cpio(_with_directories(files, ("dev", "mnt", "proc", "run", "sys")))
+
+
+def shell(values: t.Mapping[str, str]) -> str:
+    """Lines that a shell sources."""
+    return "".join(f"{key}={shlex.quote(value)}\n" for key, value in values.items())
+
+
+def settings(values: t.Mapping[str, str]) -> bytes:
+    """The part of the initramfs that differs between images with one kernel; it comes last."""
+    return cpio(_with_directories({SETTINGS[1:]: (0o100644, shell(values).encode())}, ()))
+
+
+def _with_directories(
+    files: t.Mapping[str, tuple[int, bytes]], directories: t.Sequence[str]
+) -> list[tuple[str, int, bytes]]:
+    parents = {os.path.dirname(path) for path in files} | set(directories)
+    while more := {os.path.dirname(path) for path in parents} - parents:
+        parents |= more
+    return [
+        *((path, 0o040755, b"") for path in sorted(parents - {""})),
+        *((path, mode, data) for path, (mode, data) in files.items()),
     ]
-    entries.append(("bin/busybox", 0o100755, busybox))
-    entries += [(f"bin/{applet}", 0o120777, b"busybox") for applet in APPLETS]
-    entries += [(f"modules/{name}", 0o100644, data) for name, data in modules]
-    entries.append(("modules/order", 0o100644, "".join(f"{name}\n" for name, _data in modules).encode()))
-    entries.append(("init", 0o100755, INIT.encode()))
-    return cpio(entries)

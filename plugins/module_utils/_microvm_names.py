@@ -17,6 +17,7 @@ HOME = "/var/lib/agentfleet/microvms"
 SHARES = "/var/lib/agentfleet/shares"
 VOLUMES = "/var/lib/agentfleet/volumes"
 RUN = "/run/agentfleet"
+SLOTS = f"{RUN}/slots"
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?")
 WORD = re.compile(r"[a-z0-9][a-z0-9_]{0,31}")
 
@@ -34,6 +35,21 @@ def home(name: str) -> str:
 def run_directory(name: str) -> str:
     """Where a running microVM has its sockets."""
     return f"{RUN}/{name}"
+
+
+def running_spec(name: str) -> str:
+    """What a microVM was started with, and has been changed to since; not in its directory, which its VMM can write."""
+    return f"{RUN}/{name}.spec.json"
+
+
+def slot(name: str) -> str:
+    """There while a microVM boots: a host lets only so many boot at the same time."""
+    return f"{SLOTS}/{name}"
+
+
+def cgroup(tenant: str, name: str) -> str:
+    """The control group of a running microVM (version 2)."""
+    return f"/sys/fs/cgroup/agentfleet.slice/agentfleet-{tenant}.slice/{unit(name)}"
 
 
 def credentials(name: str) -> str:

@@ -9,6 +9,8 @@ systemd is the supervisor: everything here works without Ansible.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import typing as t
 
@@ -18,19 +20,32 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names im
     LIBRARY,
     RUN,
     SHARES,
+    SLOTS,
     SYSTEM,
+    VOLUMES,
     derived,
     unit,
 )
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_unit import RUNG_SECONDS, STOP_SECONDS
 from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import Spec
 
-STOP_SECONDS = 60
-
+LADDER_SECONDS = STOP_SECONDS + 2 * RUNG_SECONDS + 20
+RESTART = {"always": "always", "on-failure": "on-failure", "never": "no"}
+PACKAGE = "ansible_collections.agentfleet.metal.plugins.module_utils"
+# What _microvm_unit imports.
+CODE = (
+    "_audit", "_plan", "_host", "_units", "_microvm_names", "_network_host", "_network", "_vmm", "_qmp", "_qemu",
+    "_cloud_hypervisor_api", "_cloud_hypervisor_config", "_cloud_hypervisor", "_microvm_unit",
+)  # fmt: skip
+PARALLEL = f"{LIBRARY}/microvm-parallel"
 
 TARGET = """\
 # Written by agentfleet.metal. Starts every microVM that is declared running.
 [Unit]
 Description=agentfleet microVMs
+# Reached before they have booted, so that a host with many of them is up as soon as one without.
+DefaultDependencies=no
+Conflicts=shutdown.target
 After=network-pre.target agentfleet-restore.service systemd-modules-load.service
 
 [Install]
@@ -52,20 +67,23 @@ DynamicUser=yes
 SupplementaryGroups=kvm
 UMask=0077
 RuntimeDirectory=agentfleet/%i
-ExecStartPre=+{LIBRARY}/microvm-taps up %i
-ExecStop={LIBRARY}/microvm-stop {RUN}/%i
-ExecStopPost=+{LIBRARY}/microvm-taps down %i
-Restart=always
+ExecStartPre=+{LIBRARY}/microvm-start %i
+ExecStop=+{LIBRARY}/microvm-unit stop %i
+ExecStopPost=+{LIBRARY}/microvm-end %i
 RestartSec=2
-TimeoutStartSec=120
-TimeoutStopSec={STOP_SECONDS + 10}
+# microvm-start waits for a turn, and has bounds of its own.
+TimeoutStartSec=infinity
+TimeoutStopSec={LADDER_SECONDS}
 KillMode=mixed
 OOMPolicy=stop
 CapabilityBoundingSet=
+LimitMEMLOCK=infinity
+ReadWritePaths=-{VOLUMES}/%i
 DevicePolicy=closed
 DeviceAllow=/dev/kvm rw
 DeviceAllow=/dev/net/tun rw
 DeviceAllow=/dev/vhost-vsock rw
+DeviceAllow=char-vfio rw
 LockPersonality=yes
 PrivateTmp=yes
 ProtectClock=yes
@@ -82,6 +100,62 @@ SystemCallArchitectures=native
 
 [Install]
 WantedBy=agentfleet-microvms.target
+"""
+
+# A guest boots with all the CPU that it gets, and emulated hosts break when many do. Who waits holds the lock, so
+# that one process looks for free slots and the others sleep.
+START = f"""\
+#!/bin/sh
+# Written by agentfleet.metal. Before a microVM starts: its turn, what it is started with, its taps, volumes, devices.
+set -eu
+name=$1
+mkdir -p {SLOTS}
+exec 9>{RUN}/slots.lock
+flock 9
+read -r limit <{PARALLEL}
+[ "$limit" -gt 0 ] || limit=$(nproc)
+set -- {SLOTS}/*
+[ ! -e "$1" ] || [ "$#" -lt "$limit" ] || {LIBRARY}/microvm-unit wait "$limit" || :
+read -r uptime _idle </proc/uptime
+echo "${{uptime%.*}}" >"{SLOTS}/$name"
+exec 9>&-
+
+install -m 600 "{HOME}/$name/spec.json" "{RUN}/$name.spec.json"
+[ ! -s "{HOME}/$name/taps" ] || {LIBRARY}/microvm-taps up "$name"
+if [ -d "{VOLUMES}/$name" ]; then
+    chown --reference="{RUN}/$name" "{VOLUMES}/$name" "{VOLUMES}/$name"/*
+fi
+[ ! -s "{HOME}/$name/devices" ] || cp "{HOME}/$name/devices" "{RUN}/$name.devices"
+[ ! -e "{RUN}/$name.devices" ] || while read -r address; do
+    group=$(readlink -e "/sys/bus/pci/devices/$address/iommu_group")
+    chown "$(stat -c %u "{RUN}/$name")" "/dev/vfio/${{group##*/}}"
+done <"{RUN}/$name.devices"
+"""
+
+END = f"""\
+#!/bin/sh
+# Written by agentfleet.metal. After a microVM has ended, or did not start: nothing of it stays.
+set -u
+rm -f "{SLOTS}/$1" "{RUN}/$1.spec.json"
+[ ! -e "{RUN}/$1.taps" ] || {LIBRARY}/microvm-taps down "$1"
+if [ -e "{RUN}/$1.devices" ]; then
+    while read -r address; do
+        group=$(readlink -e "/sys/bus/pci/devices/$address/iommu_group") && chown 0 "/dev/vfio/${{group##*/}}"
+    done <"{RUN}/$1.devices"
+    rm -f "{RUN}/$1.devices"
+fi
+"""
+
+UNIT_CODE = f"""\
+#!/usr/bin/python3 -IS
+# Written by agentfleet.metal. What units of microVMs run: see _microvm_unit.py.
+import sys
+
+sys.path.insert(0, "{LIBRARY}")
+from {PACKAGE}._host import Host
+from {PACKAGE}._microvm_unit import main
+
+sys.exit(main(sys.argv[1:], Host()))
 """
 
 SHARE_SOCKET = f"""\
@@ -111,39 +185,18 @@ NoNewPrivileges=yes
 
 MODULES = ("vhost_vsock", "tun", "bridge")
 
-STOP = f"""\
-#!/usr/bin/python3 -IS
-# Written by agentfleet.metal. Presses a microVM's power button and waits for its end; systemd does the rest.
-import json
-import os
-import socket
-import sys
-
-qemu = os.path.exists(f"{{sys.argv[1]}}/qmp")
-monitor = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-monitor.settimeout({STOP_SECONDS})
-try:
-    monitor.connect(f"{{sys.argv[1]}}/{{'qmp' if qemu else 'api'}}")
-    if qemu:
-        lines = monitor.makefile("rw", encoding="utf-8")
-        lines.readline()
-        for command in ("qmp_capabilities", "system_powerdown"):
-            lines.write(json.dumps({{"execute": command}}) + "\\n")
-            lines.flush()
-            lines.readline()
-    else:
-        monitor.sendall(b"PUT /api/v1/vm.power-button HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n")
-    while monitor.recv(4096):  # until the VMM has ended
-        pass
-except OSError as error:
-    print(f"power button: {{error}}", file=sys.stderr)
-"""
+def code() -> dict[str, str]:
+    """Path -> text of what ``microvm-unit`` runs."""
+    modules = {name: importlib.import_module(f"{PACKAGE}.{name}") for name in CODE}
+    directory = f"{LIBRARY}/{PACKAGE.replace('.', '/')}"
+    return {f"{directory}/{name}.py": inspect.getsource(module) for name, module in modules.items()}
 
 
-def common(modules: t.Sequence[str]) -> dict[str, tuple[str, int]]:
+def common(modules: t.Sequence[str], parallel: int = 0) -> dict[str, tuple[str, int]]:
     """Path -> (text, mode): what every host with microVMs has.
 
     :param modules: what microVMs need of the host's kernel
+    :param parallel: how many may boot at the same time; 0 is the number of CPUs
     """
     return {
         f"{SYSTEM}/agentfleet-microvms.target": (TARGET, 0o644),
@@ -151,7 +204,11 @@ def common(modules: t.Sequence[str]) -> dict[str, tuple[str, int]]:
         f"{SYSTEM}/agentfleet-virtiofsd@.socket": (SHARE_SOCKET, 0o644),
         f"{SYSTEM}/agentfleet-virtiofsd@.service": (SHARE_SERVICE, 0o644),
         **_network.common(),
-        f"{LIBRARY}/microvm-stop": (STOP, 0o755),
+        f"{LIBRARY}/microvm-start": (START, 0o755),
+        f"{LIBRARY}/microvm-end": (END, 0o755),
+        f"{LIBRARY}/microvm-unit": (UNIT_CODE, 0o755),
+        PARALLEL: (f"{parallel}\n", 0o644),
+        **{path: (text, 0o644) for path, text in code().items()},
         "/etc/modules-load.d/60-agentfleet-microvm.conf": (
             "\n".join(["# Written by agentfleet.metal.", *modules]) + "\n", 0o644,
         ),
@@ -169,31 +226,45 @@ def quoted(words: t.Sequence[str]) -> str:
 
 
 def drop_in(spec: Spec, argv: t.Sequence[str], memory_max: int) -> str:
-    """What of a microVM's unit is its own."""
-    sockets = " ".join(f"agentfleet-virtiofsd@{spec['name']}:{share['tag']}.socket" for share in spec["shares"])
-    shares = f"[Unit]\nRequires={sockets}\nAfter={sockets}\n\n" if sockets else ""
-    return (
-        f"# Written by agentfleet.metal from {HOME}/{spec['name']}/spec.json\n{shares}[Service]\n"
-        f"ExecStart={quoted(argv)}\n"
-        f"LoadCredential={spec['config']}:{HOME}/{spec['name']}/{spec['config']}\n"
-        # By default all instances of a template share one dynamic user.
-        f"User=af{derived(spec['name'], 'user').hex()[:12]}\n"
-        f"Slice=agentfleet-{spec['tenant']}.slice\nMemoryMax={memory_max}\nMemorySwapMax=0\n"
-        f"{_snapshot.unit_lines(spec)}"
-    )
+    """What of a microVM's unit is its own.
+
+    :param memory_max: limit of all memory that its VMM may have, in bytes
+    """
+    name, resources = spec["name"], spec["resources"]
+    sockets = " ".join(f"agentfleet-virtiofsd@{name}:{share['tag']}.socket" for share in spec["shares"])
+    lines = [f"# Written by agentfleet.metal from {HOME}/{name}/spec.json"]
+    if sockets:
+        lines += ["[Unit]", f"Requires={sockets}", f"After={sockets}", ""]
+    lines += ["[Service]", f"ExecStart={quoted(argv)}"]
+    if spec["balloon_bytes"]:
+        lines.append(f"ExecStartPost=+{LIBRARY}/microvm-unit settle %i")
+    lines += [f"LoadCredential={disk}:{HOME}/{name}/{disk}" for disk in (spec["config"], spec["data"]) if disk]
+    # By default all instances of a template share one dynamic user.
+    lines += [f"User=af{derived(name, 'user').hex()[:12]}", f"Slice=agentfleet-{spec['tenant']}.slice"]
+    lines += [f"Restart={RESTART[spec['restart_policy']]}", f"MemoryMax={memory_max}", "MemorySwapMax=0"]
+    for key, setting, suffix in (
+        ("cpu_weight", "CPUWeight", ""), ("cpu_quota_percent", "CPUQuota", "%"), ("io_weight", "IOWeight", ""),
+        ("tasks_max", "TasksMax", ""),
+    ):  # fmt: skip
+        if key in resources:
+            lines.append(f"{setting}={resources[key]}{suffix}")
+    return "\n".join(lines) + "\n" + _snapshot.unit_lines(spec)
 
 
 def files_of(spec: Spec, texts: t.Mapping[str, str]) -> dict[str, tuple[str, int]]:
     """Path -> (text, mode): what one microVM has on the host.
 
-    :param texts: ``drop_in``, and ``config`` with its file name as key
+    :param texts: ``drop_in``, and the read-only disks with their file names as keys
     """
-    home, name = f"{HOME}/{spec['name']}", spec["name"]
+    name = spec["name"]
+    home = f"{HOME}/{name}"
     files = {
         f"{home}/spec.json": (json.dumps(spec, indent=2, sort_keys=True) + "\n", 0o600),
         **_network.files_of(name, spec["networks"]),
         f"{SYSTEM}/{unit(name)}.d/60-agentfleet.conf": (texts["drop_in"], 0o644),
     }
+    if spec["devices"]:
+        files[f"{home}/devices"] = ("".join(f"{address}\n" for address in spec["devices"]), 0o644)
     for file, text in texts.items():
         if file != "drop_in":
             files[f"{home}/{file}"] = (text, 0o600)

@@ -3,51 +3,59 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """KV-cache pools: a pool is an engine with tiers, declared in one file and run by systemd.
 
-``POOLS/<pool>.json`` is the declaration that units, probe and information read.
-A unit is stopped before its part of that file changes and started after, so that an
-interrupted run is finished by the next one.
+``POOLS/<pool>.json`` is the declaration that units, probe and information read. A unit is stopped before its part of
+that file changes and started after, so that an interrupted run is finished by the next one. What a store holds is
+moved to other stores before it stops, where there are any; otherwise stopping it has to be allowed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import time
 import typing as t
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _boot
+from ansible_collections.agentfleet.metal.plugins.module_utils import _boot, _connectors, _pooldecl, _poolfiles, _slab
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._mooncake import ENGINE, POOLS, tier_node
+from ansible_collections.agentfleet.metal.plugins.module_utils._mooncake import (
+    ENGINE,
+    POOLS,
+    USER,
+    devdax_of_memdevs,
+    offload_share,
+    tier_node,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._numa import observe_numa
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
-from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size, parse_size
+from ansible_collections.agentfleet.metal.plugins.module_utils._poolprobe import PROGRAM, agent, declared
+from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size
 
-MEDIA = {"mooncake": ("dram", "cxl"), "filesystem": ("ssd",)}
-NOT_YET = {"threefs": "3FS is not an engine of this version"}
-UNITS = "/etc/systemd/system"
-_NAME = re.compile(r"^[a-z0-9][a-z0-9_]{0,30}$")
-_PROGRAM = f"{ENGINE}/bin/python3 -m {_boot.PACKAGE}._mooncake"
+UNITS = _poolfiles.UNITS
+SYSUSERS = "/etc/sysusers.d/60-agentfleet-kv.conf"
+DRAIN_SECONDS = 600
 _SERVICE = f"""\
 Environment=PYTHONPATH={_boot.LIBRARY} PYTHONDONTWRITEBYTECODE=1
-DynamicUser=yes
+User={USER}
 Restart=always
 RestartSec=3
 NoNewPrivileges=yes
+ProtectSystem=full
 ProtectHome=yes
 PrivateTmp=yes
 """
 TEMPLATES = {
+    SYSUSERS: f'# Written by agentfleet.metal.\nu {USER} - "KV-cache pools"\n',
     f"{UNITS}/agentfleet-mooncake-master@.service": f"""\
 # Written by agentfleet.metal.
 [Unit]
 Description=Mooncake master of KV-cache pool %i
-After=network-online.target
+After=network-online.target etcd.service
 Wants=network-online.target
 StartLimitIntervalSec=0
 
 [Service]
-ExecStart={_PROGRAM} master %i
+ExecStartPre=+{PROGRAM} policy %i
+ExecStart={PROGRAM} master %i
+RuntimeDirectory=agentfleet-mooncake/%i
 {_SERVICE}
 [Install]
 WantedBy=multi-user.target
@@ -62,7 +70,9 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=notify
-ExecStart={_PROGRAM} store %i
+ExecStartPre=+{PROGRAM} guard %i
+ExecStart={PROGRAM} store %i
+ExecReload=/bin/kill -HUP $MAINPID
 RuntimeDirectory=agentfleet-mooncake/%i
 LimitMEMLOCK=infinity
 TimeoutStartSec=600
@@ -84,24 +94,34 @@ def store_unit(pool: str, tier: str) -> str:
     return f"agentfleet-mooncake-store@{pool}-{tier}.service"
 
 
-def declared(host: Host) -> dict[str, dict[str, t.Any]]:
-    """The pools declared on this host, by name."""
-    found = {}
-    for path in host.glob(f"{POOLS}/*.json"):
-        pool = json.loads(host.read(path))
-        found[pool["name"]] = pool
-    return found
-
-
 def parts(pool: t.Mapping[str, t.Any] | None) -> dict[str, t.Any]:
     """Unit -> what it depends on in the declaration; a change of that restarts the unit."""
-    if pool is None or pool["engine"] != "mooncake":
+    if pool is None:
         return {}
-    shared = {key: pool[key] for key in ("address", "protocol", "rdma_devices")}
-    where = {key: pool["master"][key] for key in ("address", "port")}
-    found: dict[str, t.Any] = {master_unit(pool["name"]): pool["master"]} if pool["master"]["run"] else {}
-    found.update({store_unit(pool["name"], tier["name"]): [shared, where, tier] for tier in pool["tiers"]})
+    found: dict[str, t.Any] = {}
+    if pool["engine"] == "mooncake":
+        get = pool.get  # a declaration of an older version lacks keys, and its units are then restarted
+        where = [get("etcd"), *([] if get("etcd") else [pool["master"]["address"], pool["master"]["port"]])]
+        shared = [where, *(get(key) for key in ("address", "protocol", "rdma_devices", "listen_all_addresses"))]
+        if pool["master"]["run"]:
+            policy = [get(key) for key in ("etcd", "eviction_high_watermark", "write_policy")]
+            disk = any(tier["medium"] == "ssd" for tier in pool["tiers"])
+            found[master_unit(pool["name"])] = [pool["master"], policy, disk, bool(get("tenants"))]
+        for tier in pool["tiers"]:
+            if tier["medium"] != "ssd":
+                share = offload_share(pool, tier)
+                offload = [*share, get("eviction_policy")] if share[0] else []
+                found[store_unit(pool["name"], tier["name"])] = [shared, tier, offload]
+    found.update(_poolfiles.metadata_units(pool))
     return found
+
+
+def _grows(old: t.Any, new: t.Any) -> bool:
+    """Whether a store only becomes larger, which it can do while it serves."""
+    if not (isinstance(old, list) and isinstance(new, list) and len(old) == len(new) == 3):
+        return False
+    sizes = [part[1].get("size_bytes", 0) if isinstance(part[1], dict) else 0 for part in (old, new)]
+    return 0 < sizes[0] < sizes[1] and [old[0], {**old[1], "size_bytes": sizes[1]}, old[2]] == new
 
 
 def listening(host: Host) -> set[int]:
@@ -118,12 +138,13 @@ class Pools:
     def __init__(self, host: Host, pools: t.Sequence[t.Mapping[str, t.Any]]) -> None:
         self.host = host
         self.lose_data = {str(pool["name"]): bool(pool.get("lose_data")) for pool in pools}
+        self.ids = {str(pool["name"]): _pooldecl.tenant_ids(pool) for pool in pools}
         self.wanted: dict[str, dict[str, t.Any] | None] = {}
         for index, pool in enumerate(pools):
             option = f"pools[{index}]"
-            name = _name(f"{option}.name", pool["name"], self.wanted)
+            name = _pooldecl.checked_name(f"{option}.name", pool["name"], self.wanted)
             absent = pool.get("state", "present") == "absent"
-            self.wanted[name] = None if absent else _pool(option, name, pool)
+            self.wanted[name] = None if absent else _pooldecl.declare(option, name, pool, host.read)
         ports: dict[int, str] = {}
         for index, (name, made) in enumerate(self.wanted.items()):
             if made is None or made["engine"] != "mooncake" or not made["master"]["run"]:
@@ -140,7 +161,7 @@ class Pools:
     # -- observe --------------------------------------------------------------
 
     def observe(self) -> dict[str, t.Any]:
-        """Declarations, units, memory and, for pools that would lose it, the amount of data."""
+        """Declarations, units, files, memory and, for pools that would lose it, the data."""
         now = declared(self.host)
         units = {
             *(unit for pool in now.values() for unit in parts(pool)),
@@ -150,24 +171,52 @@ class Pools:
             "declared": now,
             "units": self._units(sorted(units)),
             "files": {path: self.host.read(path) for path in self._program()},
+            "of_pools": {name: _poolfiles.on_host(self.host, name) for name in self.wanted},
             "engine": self.host.link_name(ENGINE),
             "listening": listening(self.host),
             "free": {node["id"]: node["free_bytes"] for node in observe_numa(self.host)["nodes"] if node["size_bytes"]},
+            "mounts": {line.split()[1]: line.split()[2] for line in self.host.read("/proc/self/mounts").splitlines()},
+            "users": {line.split(":")[0] for line in self.host.read("/etc/passwd").splitlines()},
+            "clients": {},
             "nodes": {},
+            "devdax": {name: {} for name in self.wanted},
             "paths": {},
+            "slabs": {},
             "data": {},
+            "quotas": {},
         }
         for name, pool in self.wanted.items():
-            for tier in pool["tiers"] if pool else ():
-                if tier["medium"] == "ssd":
-                    observed["paths"][tier["path"]] = self._space(tier["path"])
-                    continue
-                try:
-                    observed["nodes"][name, tier["name"]] = tier_node(self.host, tier)
-                except HostError as error:
-                    observed["nodes"][name, tier["name"]] = str(error)
-            observed["data"][name] = self._data(now.get(name), self._stops(name, observed))
+            if pool is not None:
+                self._observe_wish(name, pool, observed)
+            observed["data"][name] = self._data(name, observed)
         return observed
+
+    def _observe_wish(self, name: str, pool: dict[str, t.Any], observed: dict[str, t.Any]) -> None:
+        """What a pool refers to on this host."""
+        for tier in pool["tiers"]:
+            if tier.get("path"):
+                observed["paths"][tier["path"]] = self._space(tier["path"])
+                for path, _quota, _owner in _directories(pool, tier):
+                    observed["paths"].setdefault(path, self._space(path))
+                    observed["slabs"][path] = _slab.present(self.host.path(path))
+                continue
+            look = devdax_of_memdevs if tier.get("devdax") else None
+            try:
+                if look:
+                    observed["devdax"][name][tier["name"]] = look(self.host, tier["memdevs"])
+                else:
+                    observed["nodes"][name, tier["name"]] = tier_node(self.host, tier)
+            except HostError as error:
+                observed["nodes"][name, tier["name"]] = str(error)
+        for connector in pool["connectors"]:
+            if connector["backend"] == "hf3fs" and connector["python"]:
+                module = _connectors.CLIENT[connector["engine"]]
+                done = self.host.run([connector["python"], "-c", f"import {module}"], check=False)
+                observed["clients"][connector["python"]] = "" if done.rc == 0 else done.text[-200:]
+        asked = _serves_tenants(pool) and _serves_tenants(observed["declared"].get(name))
+        if asked and self._running(master_unit(name), observed):
+            done = self.host.run(agent("quotas", name), check=False)
+            observed["quotas"][name] = json.loads(done.stdout) if done.rc == 0 else None
 
     def _units(self, units: t.Sequence[str]) -> dict[str, dict[str, str]]:
         if not units:
@@ -195,20 +244,37 @@ class Pools:
             else 0,
         }
 
-    def _data(self, pool: t.Mapping[str, t.Any] | None, stops: t.Sequence[str]) -> str:
-        """What would be lost with a pool; empty when it holds nothing or nothing of it stops."""
+    def _data(self, name: str, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+        """What would be lost (``lost``, empty if nothing), and the tiers that can be drained before (``drain``)."""
+        pool, stops = observed["declared"].get(name), self._stops(name, observed)
+        nothing = {"lost": "", "drain": []}
         if pool is None:
-            return ""
-        if pool["engine"] == "filesystem":
-            found = [tier["path"] for tier in pool["tiers"] if self.host.names(tier["path"])]
-            return f"files below {', '.join(found)}" if found else ""
-        if not stops or not pool["master"]["run"]:
-            return "what its stores hold (the master runs elsewhere)" if stops else ""
-        done = self.host.run(agent("keys", pool["name"]), check=False)
+            return nothing
+        if pool["engine"] != "mooncake":
+            found = [tier["path"] for tier in pool["tiers"] if tier.get("path") and self.host.names(tier["path"])]
+            return {**nothing, "lost": f"files below {', '.join(found)}" if found else ""}
+        stores = {store_unit(name, tier["name"]): tier["name"] for tier in pool["tiers"]}
+        ending = [stores[unit] for unit in stops if unit in stores]
+        headless = master_unit(name) in stops and not pool.get("etcd")
+        if not ending and not headless:
+            return nothing
+        done = self.host.run(agent("holds", name), check=False)
         if done.rc != 0:
-            return ""  # the master does not answer: nothing can be read from this pool any more
-        count = int(done.stdout)
-        return f"{count} objects" if count else ""
+            # Silence is no emptiness: the stores may still hold what a master that comes back would find.
+            return {**nothing, "lost": f"an unknown amount of data (it cannot be asked: {done.text[-200:]})"}
+        state = json.loads(done.stdout)
+        used = {store["tier"]: store["used_bytes"] for store in state["stores"] if store["tier"] in ending}
+        full = {tier: bytes_ for tier, bytes_ in used.items() if bytes_}
+        free = sum(
+            store["capacity_bytes"] - store["used_bytes"]
+            for store in state["stores"]
+            if store["tier"] not in ending and store["status"] == "OK"
+        )
+        if headless and state["objects"]:
+            return {**nothing, "lost": f"{state['objects']} objects"}
+        if sum(full.values()) > free:
+            return {**nothing, "lost": f"{sum(full.values())} bytes for which its other stores have no room"}
+        return {**nothing, "drain": sorted(full)}
 
     # -- plan -----------------------------------------------------------------
 
@@ -225,46 +291,97 @@ class Pools:
     def _stops(self, name: str, observed: t.Mapping[str, t.Any]) -> list[str]:
         old, new = parts(observed["declared"].get(name)), parts(self.wanted[name])
         # Stores first: they take leave of a master that still answers.
-        return [unit for unit in reversed(list(old)) if new.get(unit) != old[unit] and self._running(unit, observed)]
+        return [
+            unit
+            for unit in reversed(list(old))
+            if new.get(unit) != old[unit] and not _grows(old[unit], new.get(unit)) and self._running(unit, observed)
+        ]
 
     def plan(self, observed: dict[str, t.Any]) -> list[Step]:
-        """Stop what changes, write declarations, start what should run."""
+        """Drain and stop what changes, write declaration and files, start what should run."""
         self._check(observed)
         steps: list[Step] = []
-        mooncake = any(pool and pool["engine"] == "mooncake" for pool in self.wanted.values())
+        units = any(parts(pool) for pool in self.wanted.values())
         stale = [path for path, text in self._program().items() if observed["files"][path] != text.strip()]
-        if mooncake and stale:
-            steps.append(Step("install", "program and units of Mooncake pools", after=stale, data=stale))
+        if units and stale:
+            steps.append(Step("install", "program and units of KV-cache pools", after=stale, data=stale))
         for name, pool in self.wanted.items():
-            old = observed["declared"].get(name)
-            stops = self._stops(name, observed)
-            data = observed["data"][name]
-            if data and (stops or pool is None) and not self.lose_data[name]:
-                raise Refused(
-                    self.options[name],
-                    name,
-                    f"the pool holds {data}, which are lost by {'removing it' if pool is None else 'this change'}",
-                    "Set lose_data: true, or let the data expire first",
-                )
-            gone = [unit for unit in parts(old) if unit not in parts(pool)]
-            lost = f"loses {data}" if data else "its declaration changes"
-            steps += [Step("stop", unit, before="active", why=lost, disruptive=True) for unit in stops]
-            steps += [
-                Step("disable", unit, before="enabled")
-                for unit in gone
-                if observed["units"].get(unit, {}).get("UnitFileState") == "enabled"
-            ]
-            for tier in pool["tiers"] if pool else ():
-                if tier["medium"] == "ssd" and not observed["paths"][tier["path"]]["exists"]:
-                    steps.append(Step("create", tier["path"], after="directory"))
-            if old != pool:
-                path = f"{POOLS}/{name}.json"
-                steps.append(Step("declare" if pool else "forget", path, before=old, after=pool, data=pool))
-            for unit in parts(pool):
-                enabled = observed["units"].get(unit, {}).get("UnitFileState") == "enabled"
-                if unit in stops or not enabled or not self._running(unit, observed):
-                    steps.append(Step("start", unit, after="active, enabled"))
+            steps += self._plan_pool(name, pool, observed)
         return steps
+
+    def _plan_pool(self, name: str, pool: dict[str, t.Any] | None, observed: dict[str, t.Any]) -> list[Step]:
+        steps: list[Step] = []
+        old = observed["declared"].get(name)
+        old_parts, new_parts = parts(old), parts(pool)
+        stops, data = self._stops(name, observed), observed["data"][name]
+        if data["lost"] and (stops or pool is None) and not self.lose_data[name]:
+            raise Refused(
+                self.options[name],
+                name,
+                f"the pool holds {data['lost']}, lost by {'removing it' if pool is None else 'this change'}",
+                "Set lose_data: true, or let the data expire first",
+            )
+        if data["drain"]:
+            stays = "so that what they hold stays in the pool"
+            steps.append(Step("drain", f"pool {name}, tiers {', '.join(data['drain'])}", why=stays, data=(name, data)))
+        why = f"loses {data['lost']}" if data["lost"] else "its declaration changes"
+        steps += [Step("stop", unit, before="active", why=why, disruptive=True) for unit in stops]
+        steps += [
+            Step("disable", unit, before="enabled")
+            for unit in old_parts
+            if unit not in new_parts and observed["units"].get(unit, {}).get("UnitFileState") == "enabled"
+        ]
+        steps += self._plan_directories(pool, observed)
+        # The record of the old state goes last when a pool goes, and first when it comes.
+        record = (
+            [Step("declare" if pool else "forget", f"{POOLS}/{name}.json", before=old, after=pool, data=pool)]
+            if old != pool
+            else []
+        )
+        files = self._plan_files(name, pool, observed)
+        steps += record + files if pool else files + record
+        for unit in new_parts:
+            enabled = observed["units"].get(unit, {}).get("UnitFileState") == "enabled"
+            if unit in stops or not enabled or not self._running(unit, observed):
+                steps.append(Step("start", unit, after="active, enabled"))
+            elif _grows(old_parts.get(unit), new_parts[unit]):
+                sizes = [part[unit][1]["size_bytes"] for part in (old_parts, new_parts)]
+                steps.append(Step("grow", unit, before=sizes[0], after=sizes[1], data=name))
+        if pool and _serves_tenants(pool):
+            wanted = {tenant["name"]: tenant["quota_bytes"] for tenant in pool["tenants"]}
+            present = {tenant: state["quota_bytes"] for tenant, state in (observed["quotas"].get(name) or {}).items()}
+            if present != wanted:
+                steps.append(Step("set", f"tenants' quotas of pool {name}", before=present, after=wanted, data=name))
+        return steps
+
+    def _plan_directories(self, pool: dict[str, t.Any] | None, observed: dict[str, t.Any]) -> list[Step]:
+        steps: list[Step] = []
+        if pool is None:
+            return steps
+        for tier in pool["tiers"]:
+            for path, size, owner in _directories(pool, tier) if tier.get("path") else ():
+                if not observed["paths"][path]["exists"]:
+                    steps.append(Step("create", path, after=f"directory of {owner or 'root'}", data=owner))
+                wanted = _slab.layout(size, tier["block_sizes"]) if tier["layout"] == "slab" else {}
+                if wanted and wanted != observed["slabs"][path]:
+                    before = {str(block): slots for block, slots in observed["slabs"][path].items()}
+                    after = {str(block): slots for block, slots in wanted.items()}
+                    steps.append(Step("lay out", path, before=before, after=after, data=(wanted, owner)))
+        return steps
+
+    def _plan_files(self, name: str, pool: dict[str, t.Any] | None, observed: dict[str, t.Any]) -> list[Step]:
+        wanted = _poolfiles.expected(pool, self.ids[name], observed["devdax"][name])
+        present, steps = observed["of_pools"][name], []
+        for path in sorted(set(present) | set(wanted)):
+            file, there = wanted.get(path), present.get(path)
+            if file is None:
+                steps.append(Step("remove", path, before="file"))
+            elif there != (file.text, file.mode):
+                shown = None if there is None else "(hidden)" if file.secret else there[0]
+                steps.append(Step("write", path, before=shown, after=file.shown(), data=file))
+        return steps
+
+    # -- what is refused -------------------------------------------------------
 
     def _check(self, observed: dict[str, t.Any]) -> None:
         need: dict[int, int] = {}
@@ -272,55 +389,91 @@ class Pools:
             if pool is None:
                 continue
             option = self.options[name]
-            running = [
-                unit
-                for unit, part in parts(pool).items()
-                if self._running(unit, observed) and parts(observed["declared"].get(name)).get(unit) == part
-            ]
             if pool["engine"] == "mooncake":
-                if not observed["engine"] and not self.predicting:
-                    raise Refused(
-                        f"{option}.engine", "mooncake", f"{ENGINE} is missing", "Install it first: role mooncake"
-                    )
-                if pool["master"]["run"] and not self._running(master_unit(name), observed):
-                    for key in ("port", "metrics_port"):
-                        if pool["master"][key] in observed["listening"]:
-                            port = pool["master"][key]
-                            raise Refused(
-                                f"{option}.master.{key}", port, "another program listens on it", "Choose a free port"
-                            )
+                self._check_engine(option, name, pool, observed)
             for index, tier in enumerate(pool["tiers"]):
                 where = f"{option}.tiers[{index}]"
-                if tier["medium"] == "ssd":
-                    self._check_path(where, tier, observed["paths"][tier["path"]])
-                    continue
-                node = observed["nodes"][name, tier["name"]]
-                if isinstance(node, str):
-                    if not self.predicting:
-                        raise Refused(f"{where}.memdevs", tier["memdevs"], node, "Correct the serials or run it later")
-                    continue
-                if node is not None and node not in observed["free"]:
-                    known = ", ".join(str(number) for number in sorted(observed["free"]))
+                if tier.get("path"):
+                    self._check_path(where, pool, tier, observed)
+                else:
+                    self._check_memory(where, name, tier, observed, need)
+            for index, tenant in enumerate(pool["tenants"]):
+                if tenant["owner"] and tenant["owner"] not in observed["users"] and not self.predicting:
                     raise Refused(
-                        f"{where}.numa_node", node, "no such NUMA node with memory", f"Nodes with memory: {known}"
+                        f"{option}.tenants[{index}].owner", tenant["owner"], "no such user here", "Make the user first"
                     )
-                if store_unit(name, tier["name"]) in running:
-                    continue
-                free = sum(observed["free"].values()) if node is None else observed["free"][node]
-                need[-1 if node is None else node] = need.get(-1 if node is None else node, 0) + tier["size_bytes"]
-                if need[-1 if node is None else node] > free:
-                    place = "this host" if node is None else f"NUMA node {node}"
+            for index, connector in enumerate(pool["connectors"]):
+                problem = observed["clients"].get(connector["python"])
+                if problem and connector["backend"] == "hf3fs" and not self.predicting:
                     raise Refused(
-                        f"{where}.size",
-                        format_size(tier["size_bytes"]),
-                        f"{place} has {free} bytes free for {need[-1 if node is None else node]} bytes of new tiers",
-                        "Make the tier smaller or free memory there",
+                        f"{option}.connectors[{index}].python",
+                        connector["python"],
+                        f"it cannot import the 3FS client, so that {connector['engine']} would write plain files "
+                        f"by a mock without a word ({problem})",
+                        "Install 3FS's Python client there",
                     )
 
-    @staticmethod
-    def _check_path(where: str, tier: t.Mapping[str, t.Any], space: t.Mapping[str, t.Any]) -> None:
+    def _check_engine(self, option: str, name: str, pool: dict[str, t.Any], observed: dict[str, t.Any]) -> None:
+        if not observed["engine"] and not self.predicting:
+            raise Refused(f"{option}.engine", "mooncake", f"{ENGINE} is missing", "Install it first: role mooncake")
+        if pool["master"]["run"] and not self._running(master_unit(name), observed):
+            for key in ("port", "metrics_port"):
+                port = pool["master"][key]
+                if port in observed["listening"]:
+                    raise Refused(f"{option}.master.{key}", port, "another program listens on it", "Choose a free port")
+
+    def _check_memory(
+        self, where: str, name: str, tier: dict[str, t.Any], observed: dict[str, t.Any], need: dict[int, int]
+    ) -> None:
+        node = observed["nodes"].get((name, tier["name"]))
+        if isinstance(node, str):
+            if not self.predicting:
+                raise Refused(f"{where}.memdevs", tier["memdevs"], node, "Correct the serials or run it later")
+            return
+        if tier.get("devdax"):
+            return
+        if node is not None and node not in observed["free"]:
+            known = ", ".join(str(number) for number in sorted(observed["free"]))
+            raise Refused(f"{where}.numa_node", node, "no such NUMA node with memory", f"Nodes with memory: {known}")
+        unit = store_unit(name, tier["name"])
+        old = parts(observed["declared"].get(name)).get(unit)
+        new = parts(self.wanted[name]).get(unit)
+        more = tier["size_bytes"]
+        if self._running(unit, observed) and old == new:
+            return
+        if old and self._running(unit, observed) and _grows(old, new):
+            more -= old[1]["size_bytes"]
+        place = -1 if node is None else node
+        free = sum(observed["free"].values()) if node is None else observed["free"][node]
+        need[place] = need.get(place, 0) + more
+        if need[place] > free:
+            host = "this host" if node is None else f"NUMA node {node}"
+            raise Refused(
+                f"{where}.size",
+                format_size(tier["size_bytes"]),
+                f"{host} has {free} bytes free for {need[place]} bytes of new tiers",
+                "Make the tier smaller or free memory there",
+            )
+
+    def _check_path(
+        self,
+        where: str,
+        pool: t.Mapping[str, t.Any],
+        tier: t.Mapping[str, t.Any],
+        observed: t.Mapping[str, t.Any],
+    ) -> None:
+        space = observed["paths"][tier["path"]]
         if not space["directory"]:
             raise Refused(f"{where}.path", tier["path"], "a file is in its place", "Name a directory")
+        if tier["medium"] == "threefs" and not self.predicting:
+            kind = observed["mounts"].get(tier["mount"], "")
+            if not kind.startswith("fuse"):
+                raise Refused(
+                    f"{where}.mount_point",
+                    tier["mount"],
+                    f"no 3FS is mounted there ({kind or 'nothing is'})",
+                    "Mount it first: role threefs",
+                )
         if tier["size_bytes"] > space["free"] + space["used"]:
             raise Refused(
                 f"{where}.size",
@@ -328,6 +481,16 @@ class Pools:
                 f"the file system of {tier['path']} has {space['free']} bytes free",
                 "Make the tier smaller or choose another file system",
             )
+        for path, size, _owner in _directories(pool, tier):
+            wanted = _slab.layout(size, tier["block_sizes"]) if tier["layout"] == "slab" else {}
+            fewer = {block: slots for block, slots in observed["slabs"][path].items() if slots > wanted.get(block, 0)}
+            if fewer and not self.lose_data[pool["name"]]:
+                raise Refused(
+                    f"{where}.size",
+                    format_size(tier["size_bytes"]),
+                    f"blocks in the last slots of {path} would be lost ({fewer} are there)",
+                    "Set lose_data: true, or keep the size",
+                )
 
     # -- apply ----------------------------------------------------------------
 
@@ -336,21 +499,59 @@ class Pools:
         if step.verb == "install":
             for path in step.data:
                 self.host.write(path, self._program()[path])
+            self.host.run(["systemd-sysusers", SYSUSERS])
             self.host.run(["systemctl", "daemon-reload"])
+        elif step.verb == "drain":
+            name, data = step.data
+            command = agent("drain", name, ",".join(data["drain"]), str(DRAIN_SECONDS))
+            self.host.run(command, timeout_seconds=DRAIN_SECONDS + 60)
         elif step.verb == "stop":
             self.host.run(["systemctl", "stop", step.object], timeout_seconds=120)
         elif step.verb == "disable":
             self.host.run(["systemctl", "disable", "--quiet", step.object])
         elif step.verb == "create":
-            os.makedirs(self.host.path(step.object), mode=0o750)
+            os.makedirs(self.host.path(step.object), mode=0o700 if step.data else 0o750)
+            if step.data:
+                self.host.run(["chown", f"{step.data}:", self.host.path(step.object)])
+        elif step.verb == "lay out":
+            wanted, owner = step.data
+            _slab.make(self.host.path(step.object), wanted)
+            if owner:
+                self.host.run(["chown", "--recursive", f"{owner}:", self.host.path(step.object)])
         elif step.verb == "declare":
             self.host.write(step.object, json.dumps(step.data, indent=2, sort_keys=True) + "\n")
-        elif step.verb == "forget":
+        elif step.verb in ("forget", "remove"):
             self.host.remove(step.object)
+            self._reload_for(step.object)
+        elif step.verb == "write":
+            self.host.write(step.object, step.data.text, step.data.mode)
+            self._reload_for(step.object)
+        elif step.verb == "set":
+            # A master that was started just now may not lead yet.
+            self.host.wait(lambda: self._set_quotas(step.data), "the master takes its tenants' quotas", 60, 1)
+        elif step.verb == "grow":
+            self._grow(step)
         elif step.verb == "start":
             self._start(step.object)
         else:
             raise HostError(f"no such step: {step.verb}")
+
+    def _set_quotas(self, name: str) -> bool:
+        return self.host.run(agent("set-quotas", name), timeout_seconds=120, check=False).rc == 0
+
+    def _reload_for(self, path: str) -> None:
+        if path.startswith(UNITS):
+            self.host.run(["systemctl", "daemon-reload"])
+
+    def _grow(self, step: Step) -> None:
+        self.host.run(["systemctl", "reload", step.object])
+        pool_tier = step.object.partition("@")[2].rpartition(".")[0]
+        path = f"/run/agentfleet-mooncake/{pool_tier}/status.json"
+
+        def grown() -> bool:
+            return bool(json.loads(self.host.read(path) or "{}").get("size_bytes") == step.after)
+
+        self.host.wait(grown, f"{step.object} serves {step.after} bytes", 300, 0.5)
 
     def _start(self, unit: str) -> None:
         done = self.host.run(["systemctl", "enable", "--quiet", "--now", unit], timeout_seconds=600, check=False)
@@ -367,6 +568,13 @@ class Pools:
             for (name, tier), node in observed["nodes"].items()
             if isinstance(node, str)
         ]
+        warnings = [f"Not there yet, a real run needs it: {text}" for text in pending]
+        for name, pool in self.wanted.items():
+            if pool and pool["engine"] == "mooncake" and pool["replicas"] > 1 and pool["connectors"]:
+                warnings.append(
+                    f"pool {name}: the engines' connectors of these versions ask for one replica of a block; only "
+                    "clients that set replica_num get more"
+                )
         return {
             "pools": [
                 {
@@ -377,194 +585,29 @@ class Pools:
                         unit: observed["units"].get(unit, {}).get("ActiveState", "inactive")
                         for unit in parts(observed["declared"].get(name))
                     },
+                    "connectors": sorted(
+                        path for path in observed["of_pools"][name] if path.startswith(_connectors.DIRECTORY)
+                    ),
                 }
                 for name in self.wanted
             ],
             "engine_version": observed["engine"].partition("-")[2],
-            "warnings": [f"Not there yet, a real run needs it: {text}" for text in pending],
+            "warnings": warnings,
         }
 
 
-class PoolInfo:
-    """What pools can do, as a resource that never changes anything.
-
-    :param names: pools to probe; all that are declared when None
-    """
-
-    predicting = False
-
-    def __init__(self, host: Host, names: t.Sequence[str] | None, probe_size: str) -> None:
-        self.host, self.names = host, names
-        self.probe_bytes = parse_size("probe_size", probe_size)
-
-    def observe(self) -> dict[str, t.Any]:
-        """Declarations, and the probe of each wanted pool."""
-        pools = declared(self.host)
-        for index, name in enumerate(self.names or ()):
-            if name not in pools:
-                known = ", ".join(pools) or "none"
-                raise Refused(f"names[{index}]", name, "no such pool on this host", f"Declared here: {known}")
-        return {
-            name: {"engine": pool["engine"], "tiers": probe(self.host, pool, self.probe_bytes)}
-            for name, pool in pools.items()
-            if self.names is None or name in self.names
-        }
-
-    def plan(self, observed: dict[str, t.Any]) -> list[Step]:
-        """Nothing to change."""
-        return []
-
-    def apply(self, step: Step) -> None:
-        """Never called: there are no steps."""
-
-    def result(self, observed: dict[str, t.Any]) -> dict[str, t.Any]:
-        """The pools as they were measured."""
-        return {"pools": observed, "engine_version": self.host.link_name(ENGINE).partition("-")[2]}
+def _serves_tenants(pool: t.Mapping[str, t.Any] | None) -> bool:
+    """Whether this host's master has the quotas of tenants to keep."""
+    return bool(pool and pool["engine"] == "mooncake" and pool.get("tenants") and pool["master"]["run"])
 
 
-# -- options ---------------------------------------------------------------------
-
-
-def _name(option: str, value: t.Any, taken: t.Container[str]) -> str:
-    name = str(value)
-    if not _NAME.match(name):
-        raise Refused(option, value, "not a name", "Use up to 31 of a-z, 0-9 and _, starting with a letter or digit")
-    if name in taken:
-        raise Refused(option, value, "the name is used twice", "Give each its own name")
-    return name
-
-
-def _pool(option: str, name: str, pool: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
-    engine = pool.get("engine") or "mooncake"
-    if engine not in MEDIA:
-        raise Refused(f"{option}.engine", engine, NOT_YET.get(engine, "no such engine"), f"Engines: {', '.join(MEDIA)}")
-    tiers: dict[str, dict[str, t.Any]] = {}
-    for index, tier in enumerate(pool.get("tiers") or []):
-        where = f"{option}.tiers[{index}]"
-        made = _tier(where, engine, tier)
-        made["name"] = _name(f"{where}.name", tier.get("name") or tier.get("medium"), tiers)
-        tiers[made["name"]] = made
-    if not tiers:
-        raise Refused(f"{option}.tiers", [], "a pool needs at least one tier", f"Media: {', '.join(MEDIA[engine])}")
-    found: dict[str, t.Any] = {"name": name, "engine": engine, "tiers": list(tiers.values())}
-    if engine == "mooncake":
-        found.update(_mooncake(option, pool))
-    return found
-
-
-def _mooncake(option: str, pool: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
-    master = pool.get("master") or {}
-    made = {
-        "address": master.get("address") or "127.0.0.1",
-        "port": 50051 if master.get("port") is None else master["port"],
-        "metrics_port": 9003 if master.get("metrics_port") is None else master["metrics_port"],
-        "run": True if master.get("run") is None else master["run"],
-    }
-    for key in ("port", "metrics_port"):
-        if not 1 <= int(made[key]) <= 65535:
-            raise Refused(f"{option}.master.{key}", made[key], "not a TCP port", "Use 1 to 65535")
-    protocol, devices = pool.get("protocol") or "tcp", list(pool.get("rdma_devices") or [])
-    if protocol == "tcp" and devices:
-        raise Refused(f"{option}.rdma_devices", devices, "TCP uses no RDMA device", "Set protocol: rdma")
-    return {
-        "address": pool.get("address") or "127.0.0.1",
-        "master": made,
-        "protocol": protocol,
-        "rdma_devices": devices,
-    }
-
-
-def _tier(where: str, engine: str, tier: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
-    medium = tier.get("medium")
-    if medium not in MEDIA[engine]:
-        raise Refused(
-            f"{where}.medium", medium, f"engine {engine} has no such tier", f"Media: {', '.join(MEDIA[engine])}"
-        )
-    made: dict[str, t.Any] = {"medium": medium, "size_bytes": parse_size(f"{where}.size", tier.get("size"), 1 << 20)}
-    if medium == "ssd":
-        made["path"] = os.path.normpath(tier.get("path") or "")
-        if not made["path"].startswith("/") or made["path"] == "/":
-            raise Refused(f"{where}.path", tier.get("path"), "not an absolute directory", "Write /srv/kvcache/POOL")
-        unused = ["numa_node", "memdevs"]
-    else:
-        made["memdevs"] = [_serial(f"{where}.memdevs", serial) for serial in tier.get("memdevs") or []]
-        made["numa_node"] = tier.get("numa_node")
-        if made["memdevs"] and made["numa_node"] is not None:
-            raise Refused(f"{where}.numa_node", made["numa_node"], "memdevs say the node already", "Give one of them")
-        if medium == "cxl" and not made["memdevs"] and made["numa_node"] is None:
-            raise Refused(
-                f"{where}.memdevs", [], "a cxl tier needs its memory named", "Give serials (memdevs) or numa_node"
-            )
-        unused = ["path"] if medium == "cxl" else ["path", "memdevs"]
-    for key in unused:
-        if tier.get(key) not in (None, []):
-            raise Refused(f"{where}.{key}", tier[key], f"a {medium} tier does not use it", "Leave it out")
-    return made
-
-
-def _serial(option: str, value: t.Any) -> str:
-    try:
-        return hex(int(str(value), 0))
-    except ValueError:
-        raise Refused(option, value, "not a serial number", "Write it as cxl list -M shows it, such as 0x1") from None
-
-
-# -- health ----------------------------------------------------------------------
-
-
-def agent(*arguments: str) -> list[str]:
-    """The command line of our program in the engine's Python."""
-    environment = [f"PYTHONPATH={_boot.LIBRARY}", "PYTHONDONTWRITEBYTECODE=1"]
-    return ["env", *environment, *_PROGRAM.split(), *arguments]
-
-
-def probe(host: Host, pool: t.Mapping[str, t.Any], probe_bytes: int) -> list[dict[str, t.Any]]:
-    """Each tier of a pool with what a real put, get and compare measured; never raises for a sick pool."""
-    base = [
-        {
-            "numa_node": None,
-            "pages_on_node": 0,
-            "pages_elsewhere": 0,
-            "put_bytes_per_second": 0,
-            "get_bytes_per_second": 0,
-            "verified": False,
-            **{key: tier[key] for key in ("name", "medium", "size_bytes")},
-        }
-        for tier in pool["tiers"]
-    ]
-    if pool["engine"] == "filesystem":
-        found = [_probe_directory(host, tier, probe_bytes) for tier in pool["tiers"]]
-    else:
-        done = host.run(agent("probe", pool["name"], str(probe_bytes)), timeout_seconds=300, check=False)
-        lines = done.stdout.strip().splitlines()
-        found = json.loads(lines[-1]) if done.rc == 0 and lines else [{"problem": done.text[-500:]}] * len(base)
-    return [{**tier, **measured} for tier, measured in zip(base, found)]
-
-
-def _probe_directory(host: Host, tier: t.Mapping[str, t.Any], probe_bytes: int) -> dict[str, t.Any]:
-    size = min(probe_bytes, tier["size_bytes"] // 4)
-    data = os.urandom(size)
-    path = host.path(f"{tier['path']}/.agentfleet-probe-{os.urandom(8).hex()}")
-    try:
-        start = time.perf_counter()
-        with open(path, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        put_seconds = time.perf_counter() - start
-        with open(path, "rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from the page cache
-            start = time.perf_counter()
-            same = file.read() == data
-            get_seconds = time.perf_counter() - start
-    except OSError as error:
-        return {"probe_bytes": size, "problem": f"{tier['path']}: {error.strerror}"}
-    finally:
-        if os.path.exists(path):
-            os.unlink(path)
-    return {
-        "probe_bytes": size,
-        "put_bytes_per_second": round(size / put_seconds),
-        "get_bytes_per_second": round(size / get_seconds),
-        "verified": same,
-    }
+def _directories(pool: t.Mapping[str, t.Any], tier: t.Mapping[str, t.Any]) -> list[tuple[str, int, str]]:
+    """Path, bytes and owner, of the directories of a file tier: one for each tenant, or for each store that offloads."""
+    if pool["engine"] == "mooncake":
+        stores = [other for other in pool["tiers"] if other["medium"] != "ssd"]
+        return [(*offload_share(pool, other), USER) for other in stores]
+    if pool["tenants"]:
+        return [
+            (f"{tier['path']}/{tenant['name']}", tenant["quota_bytes"], tenant["owner"]) for tenant in pool["tenants"]
+        ]
+    return [(tier["path"], tier["size_bytes"], "")]

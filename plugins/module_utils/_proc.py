@@ -8,31 +8,52 @@ This module is private to the collection and imports nothing of Ansible.
 
 from __future__ import annotations
 
+import typing as t
+
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 
+NOTHING = {
+    key: 0
+    for key in ("rss_bytes", "pss_bytes", "shared_bytes", "private_bytes", "guest_ram_bytes", "overhead_bytes")
+}
 
-def memory_of(host: Host, pid: int, image: str) -> dict[str, int]:
-    """Bytes of a process: proportional set, shared image pages, private memory.
 
-    ``shared_bytes`` are the image's pages that this process has mapped and that
-    the host holds once for all processes; ``private_bytes`` exist because of this process alone
-    (guest RAM that was touched, the VMM itself, image pages that the guest wrote).
+def memory_of(host: Host, pid: int, image: str, ram: t.Collection[int] = ()) -> dict[str, int]:
+    """Bytes of a process, split.
+
+    ``rss_bytes`` and ``pss_bytes`` are the kernel's resident and proportional sets. ``shared_bytes`` are the image's
+    pages that this process has mapped and that the host holds once for all processes; ``private_bytes`` exist because
+    of this process alone. Of these, ``guest_ram_bytes`` are guest RAM that was touched, ``overhead_bytes`` the VMM
+    itself; the rest are image pages that the guest wrote.
 
     :param image: path of the shared image file
+    :param ram: sizes of the mappings of guest RAM that have no name
     """
-    total = {"pss_bytes": 0, "shared_bytes": 0, "private_bytes": 0}
-    of_image = False
+    total = dict(NOTHING)
+    kind, named = "", ""
     for line in host.read(f"/proc/{pid}/smaps").splitlines():
         words = line.split()
         if not words[0].endswith(":"):
-            of_image = words[5:6] == [image]
+            first, last = (int(number, 16) for number in words[0].split("-"))
+            named = words[5] if words[5:] else ""
+            kind = "image" if named == image else "ram" if _is_ram(named, last - first, ram) else "other"
             continue
-        key, value = words[0], words[1]
-        if key == "Pss:":
-            total["pss_bytes"] += int(value) * 1024
-        # A private file mapping's anonymous pages are its copies on write; other mappings have them in Private_*.
-        elif key in (("Anonymous:",) if of_image else ("Private_Clean:", "Private_Dirty:")):
-            total["private_bytes"] += int(value) * 1024
-        if of_image and key in ("Rss:", "Anonymous:"):
-            total["shared_bytes"] += int(value) * (1024 if key == "Rss:" else -1024)
+        key, size = words[0], int(words[1]) * 1024 if words[1].isdigit() else 0
+        total["rss_bytes"] += size if key == "Rss:" else 0
+        total["pss_bytes"] += size if key == "Pss:" else 0
+        if kind == "image" and key in ("Rss:", "Anonymous:"):
+            total["shared_bytes"] += size if key == "Rss:" else -size
+        # A private file mapping's anonymous pages are its copies on write. What is in a memfd is of this microVM alone,
+        # though its virtiofsd may have mapped it, too. Other mappings have what is their own in Private_*.
+        memfd = kind == "ram" and named.startswith("/memfd:")
+        own = ("Anonymous:",) if kind == "image" else ("Rss:",) if memfd else ("Private_Clean:", "Private_Dirty:")
+        if key in own:
+            total["private_bytes"] += size
+            total["guest_ram_bytes"] += size if kind == "ram" else 0
+            total["overhead_bytes"] += size if kind == "other" else 0
     return total
+
+
+def _is_ram(name: str, size: int, sizes: t.Collection[int]) -> bool:
+    """Guest RAM is a memfd, a file of its own, or memory without a name that is as large as it was asked for."""
+    return name.startswith("/memfd:") or (size in sizes and (not name or name.endswith("/ram")))

@@ -8,12 +8,21 @@ This module is private to the collection and imports nothing of Ansible.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
+import time
+import typing as t
+from dataclasses import dataclass
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import run_directory, share_socket
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
+    run_directory,
+    share_socket,
+    volume_path,
+)
+from ansible_collections.agentfleet.metal.plugins.module_utils._network import Interface
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 from ansible_collections.agentfleet.metal.plugins.module_utils._qmp import Qmp
 from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import Change, Disk, Spec, Unsupported, disks
@@ -23,6 +32,9 @@ PACKAGE = "qemu-system-x86"
 # 8.2 brought rom=off: a read-only image file that a guest can map privately. Before it, a guest's
 # write to its image device kills the machine.
 MINIMUM = (8, 2)
+PLUG_BLOCK = 2 << 20  # of virtio-mem
+UNPLUG_SECONDS = 30
+PERIPHERAL = "/machine/peripheral"  # where devices with an id are
 IGNORE_SHARED = [{"capability": "x-ignore-shared", "state": True}]
 
 
@@ -70,7 +82,19 @@ def unsupported(spec: Spec) -> list[Unsupported]:
                 "QEMU has no rate limit for network devices", "Leave it out, or use the driver cloud_hypervisor",
             )
         )  # fmt: skip
+    if spec["devices"] and spec["accelerator"] != "kvm":
+        found.append(Unsupported("devices", spec["devices"], "PCI devices need KVM", "Leave them out, or use KVM"))
+    for key, value, why in (
+        ("balloon", spec["balloon_bytes"], "the memory of a microVM with PCI devices is pinned for their DMA"),
+        ("memory_zones", spec["memory_file"] and spec["memory_zones"][1:], "memory that clones share is one file"),
+        ("shares", spec["memory_file"] and spec["shares"], "virtiofsd cannot map memory that clones share"),
+    ):
+        if value and (key != "balloon" or spec["devices"]):
+            found.append(Unsupported(key, value, why, f"Leave {key} out"))
     return found
+
+
+# -- the command line ------------------------------------------------------------
 
 
 def command(spec: Spec) -> list[str]:
@@ -79,18 +103,23 @@ def command(spec: Spec) -> list[str]:
     # Room for the image in the guest's device memory, in whole GiB so that images can grow.
     maximum = spec["memory_max_bytes"] + (-(-spec["image_bytes"] >> 30) + 1 << 30)
     machine = "q35,smm=off,sata=off,smbus=off,hpet=off,vmport=off,i8042=off,usb=off,graphics=off,dump-guest-core=off"
+    words = ["console=hvc0", "quiet", "panic=-1", "swiotlb=noforce"]
+    if spec["memory_max_bytes"] > spec["memory_bytes"]:
+        words.append("memhp_default_state=online_movable")  # what is plugged is used at once, and can be unplugged
+    cpus = f"cpus={spec['vcpus']},maxcpus={spec['vcpus_max']},sockets=1,cores={spec['vcpus_max']},threads=1"
     argv = [
         spec["program"],
         "-name", f"{spec['name']},debug-threads=on",
         "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-        "-machine", machine + (",memory-backend=ram" if spec["shares"] or spec["memory_file"] else ""),
+        "-machine", machine + ("" if spec["memory_zones"][1:] else ",memory-backend=ram0"),
         "-accel", "kvm" if kvm else "tcg,thread=multi",
         "-cpu", "host" if kvm else "max",
-        "-smp", str(spec["vcpus"]),
+        "-smp", cpus,
         "-m", f"size={spec['memory_bytes']}B,maxmem={maximum}B",
+        *_memory(spec),
         "-kernel", spec["kernel"],
         *(["-initrd", spec["initrd"]] if spec["initrd"] else []),
-        "-append", " ".join(["console=hvc0", "quiet", "panic=-1", "swiotlb=noforce", *spec["kernel_arguments"]]),
+        "-append", " ".join([*words, *spec["kernel_arguments"]]),
         "-chardev", "ringbuf,id=console,size=65536",
         "-device", "virtio-serial-pci", "-device", "virtconsole,chardev=console",
         "-object", f"memory-backend-file,id=image,mem-path={spec['image_path']},size={spec['image_bytes']}"
@@ -99,23 +128,54 @@ def command(spec: Spec) -> list[str]:
         "-device", f"vhost-vsock-pci,guest-cid={spec['cid']}",
         "-qmp", f"unix:{run_directory(spec['name'])}/qmp,server=on,wait=off",
     ]  # fmt: skip
-    for number, disk in enumerate(disks(spec)):
-        argv += _disk(number, disk)
-    if spec["shares"]:  # virtiofsd maps the guest's memory, so it must be shareable
-        argv += ["-object", f"memory-backend-memfd,id=ram,size={spec['memory_bytes']},share=on"]
-    elif spec["memory_file"]:
-        mapping = "share=off,readonly=on,rom=off" if spec["restore_from"] else "share=on"
-        ram = f"memory-backend-file,id=ram,mem-path={spec['memory_file']},size={spec['memory_bytes']},{mapping}"
-        argv += ["-object", f"{ram},dump=off"]
     if spec["restore_from"]:  # waits for load(), and is paused after it
         argv += ["-incoming", "defer", "-S"]
-    for number, share in enumerate(spec["shares"]):
-        argv += ["-chardev", f"socket,id=share{number},path={share_socket(spec['name'], share['tag'])}"]
-        argv += ["-device", f"vhost-user-fs-pci,chardev=share{number},tag={share['tag']}"]
-    for number, network in enumerate(spec["networks"]):
-        argv += ["-netdev", f"tap,id=net{number},ifname={network['tap']},script=no,downscript=no"]
-        argv += ["-device", f"virtio-net-pci,netdev=net{number},mac={network['mac']},romfile="]
+    if _has_balloon(spec):
+        reporting = "on" if spec["free_page_reporting"] else "off"
+        argv += ["-device", f"virtio-balloon-pci,id=balloon,deflate-on-oom=on,free-page-reporting={reporting}"]
+    return argv + _attached(spec)
+
+
+def _memory(spec: Spec) -> list[str]:
+    """The guest's RAM, and what can be plugged."""
+    zones = spec["memory_zones"]
+    argv = []
+    for number, zone in enumerate(zones):
+        argv += ["-object", _backend(spec, f"ram{number}", zone["size_bytes"], zone["numa_node"])]
+        if zones[1:]:
+            cpus = f",cpus=0-{spec['vcpus_max'] - 1}" if number == 0 else ""
+            argv += ["-numa", f"node,nodeid={number},memdev=ram{number}{cpus}"]
+    for number in range(len(zones)):
+        argv += [
+            word
+            for other in range(len(zones))
+            if other != number
+            for word in ("-numa", f"dist,src={number},dst={other},val=20")
+        ]
+    pluggable = spec["memory_max_bytes"] - spec["memory_bytes"]
+    if pluggable:
+        argv += ["-object", _backend(spec, "pluggable", pluggable, zones[0]["numa_node"]) + ",reserve=off"]
+        argv += ["-device", "virtio-mem-pci,id=plugged,memdev=pluggable,requested-size=0"]
     return argv
+
+
+def _backend(spec: Spec, name: str, size: int, node: int | None) -> str:
+    """A part of guest RAM.
+
+    QEMU asks for transparent huge pages wherever it can, and a small guest then has nearly all its RAM touched soon.
+    Memory of a memfd has them only where the host was told so for shmem, which is off unless somebody turned it on.
+    """
+    shared = "share=on"
+    if spec["memory_file"]:
+        shared = "share=off,readonly=on,rom=off" if spec["restore_from"] else shared
+        backend = f"memory-backend-file,id={name},mem-path={spec['memory_file']},size={size},{shared}"
+    elif spec["hugepage_bytes"]:
+        backend = f"memory-backend-memfd,id={name},size={size},{shared},hugetlb=on,hugetlbsize={spec['hugepage_bytes']}"
+    elif spec["shares"] or not spec["thp"]:  # virtiofsd maps the guest's memory, so it must be shareable
+        backend = f"memory-backend-memfd,id={name},size={size},{shared}"
+    else:
+        backend = f"memory-backend-ram,id={name},size={size}"
+    return backend + ",dump=off" + ("" if node is None else f",host-nodes={node},policy=bind")
 
 
 def _image_mapping(spec: Spec) -> str:
@@ -132,17 +192,194 @@ def _image_mapping(spec: Spec) -> str:
     return "share=off,readonly=on,rom=off"
 
 
-def _disk(number: int, disk: Disk) -> list[str]:
-    readonly = "on" if disk.readonly else "off"
-    return [
-        "-drive", f"if=none,id=disk{number},format=raw,readonly={readonly},file={disk.path}",
-        "-device", f"virtio-blk-pci,drive=disk{number},serial={disk.serial}",
-    ]  # fmt: skip
+def _has_balloon(spec: Spec) -> bool:
+    """A device's DMA goes on to pages that a balloon gave back, so there is none beside PCI devices."""
+    return bool(spec["free_page_reporting"] or spec["balloon_bytes"]) and not spec["devices"]
+
+
+def _attached(spec: Spec) -> list[str]:
+    """Disks, shares, networks, PCI devices: each as it would also be attached while the machine runs."""
+    volumes = {volume["name"] for volume in spec["volumes"]}
+    parts = [(_disk(disk, spec), disk.serial in volumes) for disk in disks(spec)]
+    parts += [(_share(spec["name"], share["tag"]), True) for share in spec["shares"]]
+    parts += [(_network(network), True) for network in spec["networks"]]
+    parts += [(_passed_through(address), True) for address in spec["devices"]]
+    argv: list[str] = []
+    # Only a device behind a port can be taken away from a running machine. A port makes booting slower.
+    removable = [part for part, movable in parts if movable] if spec["hotplug_slots"] else []
+    for number in range(len(removable) + spec["hotplug_slots"]):
+        argv += ["-device", f"pcie-root-port,id=port{number},chassis={number + 1},slot={number + 1}"]
+    for part, _movable in parts:
+        for option, properties in part.backends:
+            argv += [f"-{option}", properties if isinstance(properties, str) else json.dumps(properties)]
+        device = dict(part.device)
+        if part in removable:
+            device["bus"] = f"port{removable.index(part)}"
+        argv += ["-device", json.dumps(device)]
+    return argv
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A device and what is behind it: as command line options, and as QMP commands.
+
+    :param backends: (option of the command line, its properties)
+    :param device: properties of ``-device`` and ``device_add``
+    :param add: QMP commands that make what is behind it
+    :param remove: QMP commands that take that away again
+    """
+
+    backends: list[tuple[str, t.Any]]
+    device: dict[str, t.Any]
+    add: list[tuple[str, dict[str, t.Any]]]
+    remove: list[tuple[str, dict[str, t.Any]]]
+
+
+def _disk(disk: Disk, spec: Spec) -> _Part:
+    node = f"disk-{disk.serial}"
+    block: dict[str, t.Any] = {
+        "driver": "raw",
+        "node-name": node,
+        "read-only": disk.readonly,
+        "discard": "unmap",
+        "file": {"driver": "file", "filename": disk.path},
+    }
+    backends: list[tuple[str, t.Any]] = [("blockdev", block)]
+    add: list[tuple[str, dict[str, t.Any]]] = [("blockdev-add", block)]
+    remove: list[tuple[str, dict[str, t.Any]]] = [("blockdev-del", {"node-name": node})]
+    limits = _throttle(spec)
+    if limits and not disk.serial.startswith("agentfleet-"):
+        group = {"qom-type": "throttle-group", "id": f"limits-{disk.serial}", "limits": limits}
+        filtered = {
+            "driver": "throttle",
+            "node-name": f"limited-{disk.serial}",
+            "throttle-group": group["id"],
+            "file": node,
+        }
+        backends = [("object", group), *backends, ("blockdev", filtered)]
+        add = [("object-add", group), *add, ("blockdev-add", filtered)]
+        remove = [("blockdev-del", {"node-name": filtered["node-name"]}), *remove, ("object-del", {"id": group["id"]})]
+        node = str(filtered["node-name"])
+    device = {"driver": "virtio-blk-pci", "id": f"disk-{disk.serial}", "drive": node, "serial": disk.serial}
+    return _Part(backends, device, add, remove)
+
+
+def _throttle(spec: Spec) -> dict[str, int]:
+    limits = {
+        "bps-total": spec["rate_limits"]["disk_bytes_per_second"],
+        "iops-total": spec["rate_limits"]["disk_operations_per_second"],
+    }
+    return limits if any(limits.values()) else {}
+
+
+def _share(name: str, tag: str) -> _Part:
+    chardev, path = f"share-{tag}", share_socket(name, tag)
+    address = {"type": "unix", "data": {"path": path}}
+    return _Part(
+        [("chardev", f"socket,id={chardev},path={path}")],
+        {"driver": "vhost-user-fs-pci", "id": f"share-{tag}", "chardev": chardev, "tag": tag},
+        [
+            (
+                "chardev-add",
+                {"id": chardev, "backend": {"type": "socket", "data": {"addr": address, "server": False}}},
+            )
+        ],
+        [("chardev-remove", {"id": chardev})],
+    )
+
+
+def _network(network: Interface) -> _Part:
+    netdev = {"type": "tap", "id": network["tap"], "ifname": network["tap"], "script": "no", "downscript": "no"}
+    device = {
+        "driver": "virtio-net-pci",
+        "id": f"net-{network['network']}",
+        "netdev": network["tap"],
+        "mac": network["mac"],
+        "romfile": "",
+    }
+    return _Part([("netdev", netdev)], device, [("netdev_add", netdev)], [("netdev_del", {"id": network["tap"]})])
+
+
+def _passed_through(address: str) -> _Part:
+    return _Part([], {"driver": "vfio-pci", "id": f"device-{address.replace(':', '.')}", "host": address}, [], [])
+
+
+# -- changes of a running machine --------------------------------------------------
 
 
 def restart_reason(change: Change, running: Spec) -> str:
     """Why a change needs a restart, or empty when it can be applied live."""
-    return f"QEMU reads {change.key} when it starts"
+    reason = _REASONS.get(change.key)
+    return reason(change, running) if reason else f"QEMU reads {change.key} when it starts"
+
+
+def _vcpus(change: Change, running: Spec) -> str:
+    if change.after > running["vcpus_max"]:
+        return f"it was started for at most {running['vcpus_max']} virtual CPUs"
+    return ""
+
+
+def _memory_size(change: Change, running: Spec) -> str:
+    booted = sum(zone["size_bytes"] for zone in running["memory_zones"])
+    if change.after > running["memory_max_bytes"]:
+        return f"it was started for at most {running['memory_max_bytes'] >> 20} MiB"
+    if change.after < booted:
+        return f"the {booted >> 20} MiB that it was started with cannot be unplugged; a balloon can take of them"
+    if (change.after - booted) % PLUG_BLOCK:
+        return "memory is plugged in blocks of 2 MiB"
+    return ""
+
+
+def _balloon(_change: Change, running: Spec) -> str:
+    return "" if _has_balloon(running) else "it was started without a balloon"
+
+
+def _new_or_gone(change: Change, running: Spec) -> str:
+    if change.before is not None and change.after is not None:
+        return f"one of its {change.key} that is attached cannot change"
+    return "" if running["hotplug_slots"] else "it was started without hotplug_slots"
+
+
+def _volume(change: Change, running: Spec) -> str:
+    before, after = change.before, change.after
+    if before is None or after is None:
+        layer = (before or after)["writable_layer"]
+        return "the guest's root is on it" if layer else _new_or_gone(change, running)
+    grown = {**before, "size_bytes": after["size_bytes"]} == after and after["size_bytes"] > before["size_bytes"]
+    return "" if grown else "a volume that is attached can only grow"
+
+
+def _share_change(change: Change, running: Spec) -> str:
+    if change.before is None and not running["shares"]:
+        return "it was started without shares, with an image that virtiofsd cannot map"
+    return _new_or_gone(change, running)
+
+
+def _device_change(change: Change, running: Spec) -> str:
+    if change.before is None and _has_balloon(running):
+        return "it was started with a balloon, which PCI devices do not bear"
+    return _new_or_gone(change, running)
+
+
+def _limits_change(change: Change, running: Spec) -> str:
+    if not _throttle(running) or not any(change.after[key] for key in change.after if key.startswith("disk")):
+        return "it was started without limits, or is to have none"
+    return ""
+
+
+_REASONS: dict[str, t.Callable[[Change, Spec], str]] = {
+    "vcpus": _vcpus,
+    "memory_bytes": _memory_size,
+    "balloon_bytes": _balloon,
+    "volumes": _volume,
+    "networks": _new_or_gone,
+    "shares": _share_change,
+    "devices": _device_change,
+    "rate_limits": _limits_change,
+}
+
+
+# -- the running machine -----------------------------------------------------------
 
 
 def connect(_host: Host, spec: Spec, port: int, timeout_seconds: float) -> socket.socket:
@@ -225,7 +462,70 @@ class QemuMachine:
 
     def change(self, change: Change, spec: Spec) -> None:
         """Apply one change."""
-        raise HostError(restart_reason(change, spec))
+        if change.key == "vcpus":
+            self._resize_cpus(change.after)
+        elif change.key == "memory_bytes":
+            booted = sum(zone["size_bytes"] for zone in spec["memory_zones"])
+            self.qmp.ask("qom-set", path="plugged", property="requested-size", value=change.after - booted)
+        elif change.key == "balloon_bytes":
+            self.qmp.ask("balloon", value=spec["memory_bytes"] - change.after)
+        elif change.key == "rate_limits":
+            for volume in spec["volumes"]:
+                path = f"/objects/limits-{volume['name']}"
+                self.qmp.ask("qom-set", path=path, property="limits", value=_throttle(spec))
+        elif change.key == "volumes" and change.before is not None and change.after is not None:
+            self.qmp.ask("block_resize", **{"node-name": f"disk-{change.item}", "size": change.after["size_bytes"]})
+        elif change.after is None:
+            self._remove(_part(change, spec))
+        else:
+            self._add(_part(change, spec))
+
+    def _resize_cpus(self, wanted: int) -> None:
+        cpus = self.qmp.ask("query-hotpluggable-cpus")
+        free = [cpu for cpu in reversed(cpus) if "qom-path" not in cpu]
+        for cpu in free[: max(0, wanted - len(cpus) + len(free))]:
+            number = "-".join(str(value) for _key, value in sorted(cpu["props"].items()))
+            self.qmp.ask("device_add", driver=cpu["type"], id=f"cpu-{number}", **cpu["props"])
+        plugged = [cpu["qom-path"] for cpu in cpus if cpu.get("qom-path", "").startswith(PERIPHERAL)]
+        surplus = len(cpus) - len(free) - wanted
+        if surplus > len(plugged):
+            raise HostError(f"{len(cpus) - len(free) - len(plugged)} virtual CPUs were there at boot and stay")
+        for path in plugged[: max(0, surplus)]:
+            self._unplug(path.rpartition("/")[2])
+
+    def _add(self, part: _Part) -> None:
+        done: list[tuple[str, dict[str, t.Any]]] = []
+        try:
+            for verb, arguments in part.add:
+                self.qmp.ask(verb, **arguments)
+                done.append((verb, arguments))
+            self.qmp.ask("device_add", bus=self._free_port(), **part.device)
+        except HostError:
+            for verb, arguments in part.remove[len(part.remove) - len(done) :]:  # their order is the reverse
+                self.qmp.ask(verb, **arguments)
+            raise
+
+    def _free_port(self) -> str:
+        """The first port that nothing is behind."""
+        for bus in self.qmp.ask("query-pci"):
+            for device in bus["devices"]:
+                if device["qdev_id"].startswith("port") and not device.get("pci_bridge", {}).get("devices"):
+                    return str(device["qdev_id"])
+        raise HostError("all its hotplug_slots are taken. Declare more of them, which needs a restart")
+
+    def _remove(self, part: _Part) -> None:
+        self._unplug(part.device["id"])
+        for verb, arguments in part.remove:
+            self.qmp.ask(verb, **arguments)
+
+    def _unplug(self, device: str) -> None:
+        """Ask the guest to let a device go, and wait until it has."""
+        self.qmp.ask("device_del", id=device)
+        end = time.monotonic() + UNPLUG_SECONDS
+        while device in [one["name"] for one in self.qmp.ask("qom-list", path=PERIPHERAL)]:
+            if time.monotonic() > end:
+                raise HostError(f"{device}: the guest did not let it go within {UNPLUG_SECONDS} seconds")
+            time.sleep(0.1)
 
     def save(self, directory: str) -> None:
         """Write the paused machine's state to ``state`` in a directory; not what is mapped shared: RAM and image."""
@@ -238,3 +538,15 @@ class QemuMachine:
         self.qmp.ask("migrate-set-capabilities", capabilities=IGNORE_SHARED)
         self.qmp.ask("migrate-incoming", uri=f"file:{os.path.join(directory, 'state')}")
         self.qmp.wait_migration()
+
+
+def _part(change: Change, spec: Spec) -> _Part:
+    """The device that a change is about."""
+    if change.key == "volumes":
+        volume = change.after or change.before
+        return _disk(Disk(change.item, volume_path(spec["name"], change.item), volume["readonly"]), spec)
+    if change.key == "shares":
+        return _share(spec["name"], change.item)
+    if change.key == "networks":
+        return _network(change.after or change.before)
+    return _passed_through(change.item)

@@ -62,6 +62,7 @@ INHERITED = (
     "driver", "program", "accelerator", "image", "image_digest", "image_path", "image_bytes", "kernel", "initrd",
     "kernel_arguments", "vcpus", "vcpus_max", "memory_bytes", "memory_max_bytes", "memory_zones", "hugepage_bytes",
     "thp", "balloon_bytes", "free_page_reporting", "volumes", "shares", "devices", "rate_limits",
+    "hotplug_slots",
 )  # fmt: skip
 
 

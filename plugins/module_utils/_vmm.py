@@ -90,6 +90,7 @@ class Spec(t.TypedDict):
     cid: int
     config: str  # file name of the configuration disk, below the credentials' directory
     data: str  # the same of the first-boot data's disk, or empty
+    hotplug_slots: int  # for devices that are attached while it runs; a driver that needs none takes any number
     volumes: list[Volume]
     shares: list[Share]
     networks: list[Interface]
@@ -161,7 +162,7 @@ def _item(key: str, item: t.Any) -> str:
 
 def _nodes(spec: Spec) -> list[int | None]:
     """Where the zones are; their sizes follow memory_bytes."""
-    return [zone["numa_node"] for zone in spec["memory_zones"]]
+    return [zone["numa_node"] for zone in spec.get("memory_zones", [])]
 
 
 @dataclass(frozen=True)

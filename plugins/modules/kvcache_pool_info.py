@@ -12,7 +12,9 @@ short_description: Prove and measure the KV-cache pools of a host
 version_added: 0.1.0
 author: agentfleet.metal contributors (@agentfleet)
 description:
-  - Puts one object on each tier of each pool, gets it back, compares it and removes it.
+  - Puts objects on each tier of each pool, gets them back, compares and removes them, and times each.
+  - A Mooncake pool with more than one replica is verified only if each object had as many. Its V(ssd) tier is looked at
+    as a directory, since the engine alone decides what goes there.
   - For a memory tier it also asks the engine at which address the object lies, and the kernel to which memory and
     NUMA node that address belongs (C(/proc/PID/numa_maps) of the store).
 extends_documentation_fragment:
@@ -23,9 +25,14 @@ options:
     type: list
     elements: str
   probe_size:
-    description: Size of the object. Never more than a quarter of the tier.
+    description:
+      - Size of an object. Never more than a quarter of the tier.
+      - The block of the pool's model, if left out, or 1MiB where none is known.
     type: str
-    default: 1MiB
+  samples:
+    description: Objects that are put and got on each tier, one after the other.
+    type: int
+    default: 8
 """
 
 EXAMPLES = r"""
@@ -47,10 +54,15 @@ pools:
     tiers:
       description:
         - Each tier's C(name), C(medium), C(numa_node), C(size_bytes), C(put_bytes_per_second), C(get_bytes_per_second),
-          C(verified), C(pages_on_node), C(pages_elsewhere), C(probe_bytes) and, if it is not verified, C(problem).
+          C(verified), C(pages_on_node), C(pages_elsewhere), C(probe_bytes), C(samples), C(put_microseconds) and
+          C(get_microseconds) with C(p50) and C(p99), C(replicas) and, if it is not verified, C(problem).
       returned: always
       type: list
       elements: dict
+    tenants:
+      description: Each tenant's C(quota_bytes) and C(used_bytes), on the host of a Mooncake pool's master.
+      returned: for a pool with tenants
+      type: dict
 engine_version:
   description: Version of the installed Mooncake; empty without one.
   returned: always
@@ -63,12 +75,12 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
-from ansible_collections.agentfleet.metal.plugins.module_utils._pool import PoolInfo
+from ansible_collections.agentfleet.metal.plugins.module_utils._poolprobe import PoolInfo
 
 
 def build(params: t.Mapping[str, t.Any], host: Host) -> PoolInfo:
     """The resource of these parameters."""
-    return PoolInfo(host, params.get("names"), params.get("probe_size") or "1MiB")
+    return PoolInfo(host, params.get("names"), params.get("probe_size"), params["samples"])
 
 
 def main() -> None:
@@ -76,7 +88,8 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "names": {"type": "list", "elements": "str"},
-            "probe_size": {"type": "str", "default": "1MiB"},
+            "probe_size": {"type": "str"},
+            "samples": {"type": "int", "default": 8},
         },
         supports_check_mode=True,
     )

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import typing as t
 
 import pytest
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _pool
+from ansible_collections.agentfleet.metal.plugins.module_utils import _mooncake, _pool, _poolprobe, _slab
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused
 
 MASTER, DRAM, SECOND = (
@@ -30,17 +31,49 @@ def wish(**changes: t.Any) -> list[dict[str, t.Any]]:
 
 
 class Machine:
-    """A host with systemd as far as pools use it, and Mooncake answering how many objects it has."""
+    """A host with systemd as far as pools use it, and Mooncake answering what its stores have.
+
+    ``used`` is in bytes by tier; the stores of other hosts have ``elsewhere`` bytes free.
+    """
 
     def __init__(self, host: t.Any) -> None:
-        self.host, self.active, self.enabled, self.objects = host, set(), set(), 0
+        self.host, self.active, self.enabled = host, set(), set()
+        self.used: dict[str, int] = {}
+        self.elsewhere = 0
+        self.answering = True
+        self.quotas: dict[str, dict[str, int]] = {}
+        self.agents: list[str] = []
         host.files(
             {
                 "/sys/devices/system/node/node0/meminfo": "Node 0 MemTotal: 65536 kB\nNode 0 MemFree: 32768 kB\n",
                 "/opt/agentfleet/mooncake": "-> mooncake-0.3.13.post1",
             }
         )
-        host.answers = {"systemctl": self.systemctl, "env": lambda _host: f"{self.objects}\n", "journalctl": "why\n"}
+        host.answers = {
+            "systemctl": self.systemctl,
+            "systemd-run": self.agent,
+            "journalctl": "why\n",
+            "systemd-sysusers": "",
+            "chown": "",
+        }
+
+    def agent(self, host: t.Any) -> t.Any:
+        words = host.calls[-1].partition("_mooncake ")[2].split()
+        self.agents.append(" ".join(words))
+        if not self.answering:
+            return (1, "", f"{words[0]} {words[1]}: the master does not answer")
+        if words[0] == "holds":
+            stores = [(tier, used, 1 << 30) for tier, used in self.used.items()] + [(None, 0, self.elsewhere)]
+            keys = ("tier", "used_bytes", "capacity_bytes")
+            found = [{**dict(zip(keys, store)), "segment": "s", "status": "OK"} for store in stores]
+            return json.dumps({"objects": sum(map(bool, self.used.values())), "stores": found})
+        if words[0] == "drain":
+            for tier in words[2].split(","):
+                self.used[tier] = 0
+        if words[0] == "set-quotas":
+            pool = json.loads(host.read(f"/etc/agentfleet/pools/{words[1]}.json"))
+            self.quotas = {x["name"]: {"quota_bytes": x["quota_bytes"], "used_bytes": 0} for x in pool["tenants"]}
+        return json.dumps(self.quotas) if words[0] == "quotas" else ""
 
     def systemctl(self, host: t.Any) -> t.Any:
         words = [word for word in host.calls[-1].split()[1:] if not word.startswith("--")]
@@ -51,6 +84,11 @@ class Machine:
                 f"UnitFileState={'enabled' if unit in self.enabled else 'disabled'}"
                 for unit in units
             )
+        if verb == "reload":
+            tier = units[0].partition("@")[2].rpartition(".")[0]
+            pool = json.loads(host.read(f"/etc/agentfleet/pools/{tier.partition('-')[0]}.json"))
+            size = next(x["size_bytes"] for x in pool["tiers"] if x["name"] == tier.partition("-")[2])
+            host.files({f"/run/agentfleet-mooncake/{tier}/status.json": json.dumps({"size_bytes": size})})
         if verb == "enable":
             self.enabled.update(units)
             self.active.update(units)
@@ -75,7 +113,7 @@ def machine(fake_host: t.Any) -> Machine:
 
 def test_from_nothing_and_again(machine: Machine) -> None:
     assert machine.run(wish()) == [
-        "install program and units of Mooncake pools",
+        "install program and units of KV-cache pools",
         "declare /etc/agentfleet/pools/a.json",
         f"start {MASTER}",
         f"start {DRAM}",
@@ -84,7 +122,7 @@ def test_from_nothing_and_again(machine: Machine) -> None:
     assert machine.run(wish()) == []
     assert machine.active == machine.enabled == {MASTER, DRAM, SECOND}
     unit = machine.host.read("/etc/systemd/system/agentfleet-mooncake-store@.service")
-    assert "DynamicUser=yes" in unit and "LimitMEMLOCK=infinity" in unit
+    assert "User=agentfleet-kv" in unit and "LimitMEMLOCK=infinity" in unit and "ExecStartPre=+" in unit
     assert json.loads(machine.host.read("/etc/agentfleet/pools/a.json"))["tiers"][1] == {
         "name": "second",
         "medium": "dram",
@@ -94,13 +132,63 @@ def test_from_nothing_and_again(machine: Machine) -> None:
     }
 
 
-def test_a_change_touches_only_its_own_store(machine: Machine) -> None:
+def test_a_tier_grows_while_it_serves(machine: Machine) -> None:
     machine.run(wish())
+    machine.used = {"second": 5}
     other = wish()
     other[0]["tiers"][1]["size"] = "12MiB"
 
-    assert machine.run(other) == [f"stop {SECOND}", "declare /etc/agentfleet/pools/a.json", f"start {SECOND}"]
+    assert machine.run(other) == ["declare /etc/agentfleet/pools/a.json", f"grow {SECOND}"]
     assert machine.run(other) == []
+
+
+def test_a_tier_that_shrinks_is_drained_and_only_its_own_store_stops(machine: Machine) -> None:
+    machine.run(wish())
+    machine.used = {"second": 5}
+    machine.elsewhere = 5
+    other = wish()
+    other[0]["tiers"][1]["size"] = "4MiB"
+
+    assert machine.run(other) == [
+        "drain pool a, tiers second",
+        f"stop {SECOND}",
+        "declare /etc/agentfleet/pools/a.json",
+        f"start {SECOND}",
+    ]
+    assert "drain a second 600" in machine.agents
+    assert machine.run(other) == []
+
+
+def test_a_tier_that_cannot_be_drained_is_not_touched(machine: Machine) -> None:
+    machine.run(wish())
+    machine.used = {"second": 5}
+    machine.elsewhere = 4
+    other = wish()
+    other[0]["tiers"][1]["size"] = "4MiB"
+
+    with pytest.raises(Refused, match="5 bytes for which its other stores have no room, lost by this change"):
+        machine.run(other)
+    assert machine.active == {MASTER, DRAM, SECOND}
+
+
+def test_a_master_that_does_not_answer_is_not_taken_for_an_empty_pool(machine: Machine) -> None:
+    machine.run(wish())
+    machine.answering = False
+
+    with pytest.raises(Refused, match="an unknown amount of data .*the master does not answer"):
+        machine.run([{"name": "a", "state": "absent"}])
+    assert machine.active == {MASTER, DRAM, SECOND}
+    machine.run([{"name": "a", "state": "absent", "lose_data": True}])
+    assert machine.active == set()
+
+
+def test_a_master_recorded_in_etcd_stops_without_losing_objects(machine: Machine) -> None:
+    with_etcd = wish(etcd=["127.0.0.1:2379"])
+    machine.run(with_etcd)
+    machine.used = {"dram": 5}
+    other = wish(etcd=["127.0.0.1:2379"], eviction_high_watermark=0.8)
+
+    assert machine.run(other) == [f"stop {MASTER}", "declare /etc/agentfleet/pools/a.json", f"start {MASTER}"]
 
 
 def test_a_tier_that_is_taken_off_the_list(machine: Machine) -> None:
@@ -130,10 +218,10 @@ def test_an_interrupted_change_is_finished_by_the_next_run(machine: Machine, don
 
 def test_data_are_not_lost_unless_told(machine: Machine) -> None:
     machine.run(wish())
-    machine.objects = 5
-    assert machine.run(wish()) == []  # nothing stops, so nobody asks
+    machine.used = {"dram": 5, "second": 5}
+    assert machine.run(wish()) == [] and machine.agents == []  # nothing stops, so nobody asks
 
-    with pytest.raises(Refused, match="the pool holds 5 objects, which are lost by removing it"):
+    with pytest.raises(Refused, match="the pool holds 2 objects, lost by removing it"):
         machine.run([{"name": "a", "state": "absent"}])
     assert machine.run([{"name": "a", "state": "absent", "lose_data": True}]) == [
         f"stop {SECOND}",
@@ -184,10 +272,11 @@ def test_a_directory_is_proven_and_left_clean(fake_host: t.Any) -> None:
     for step in steps:
         resource.apply(step)
 
-    info = _pool.PoolInfo(fake_host, None, "1MiB")
+    info = _poolprobe.PoolInfo(fake_host, None, "1MiB", 4)
     tier = info.result(info.observe())["pools"]["f"]["tiers"][0]
 
-    assert tier["verified"] and tier["probe_bytes"] == 1 << 20
+    assert tier["verified"] and tier["probe_bytes"] == 1 << 20 and tier["samples"] == 4
+    assert 0 < tier["get_microseconds"]["p50"] <= tier["get_microseconds"]["p99"]
     assert tier["put_bytes_per_second"] > 0 and tier["get_bytes_per_second"] > 0
     assert fake_host.names("/srv/f") == []
     assert resource.plan(resource.observe()) == []
@@ -195,8 +284,141 @@ def test_a_directory_is_proven_and_left_clean(fake_host: t.Any) -> None:
 
 def test_a_pool_that_cannot_answer_is_not_verified(machine: Machine) -> None:
     machine.run(wish())
-    machine.host.answers["env"] = (1, "", "probe a: no master")
+    machine.host.answers["systemd-run"] = (1, "", "probe a: no master")
 
-    tiers = _pool.probe(machine.host, _pool.declared(machine.host)["a"], 1 << 20)
+    tiers = _poolprobe.probe(machine.host, _poolprobe.declared(machine.host)["a"], 1 << 20, 1)
 
     assert [(tier["verified"], tier["problem"]) for tier in tiers] == [(False, "probe a: no master")] * 2
+
+
+TENANTS = [{"name": "red", "quota": "2MiB", "token": "0123456789abcdef"}, {"name": "blue", "quota": "1MiB"}]
+
+
+def test_tenants_get_quotas_and_secret_names(machine: Machine) -> None:
+    steps = machine.run(wish(tenants=TENANTS))
+
+    assert steps[-1] == "set tenants' quotas of pool a" and "write /etc/agentfleet/pools/a.tenants" in steps
+    path = machine.host.path("/etc/agentfleet/pools/a.tenants")
+    assert os.stat(path).st_mode & 0o777 == 0o600
+    ids = json.loads(machine.host.read("/etc/agentfleet/pools/a.tenants"))
+    assert ids["blue"] == "blue" and ids["red"].startswith("red-") and len(ids["red"]) == 4 + 32
+    assert "0123456789abcdef" not in json.dumps(ids)
+    declaration = machine.host.read("/etc/agentfleet/pools/a.json")
+    assert ids["red"] not in declaration and "0123456789abcdef" not in declaration
+    assert machine.run(wish(tenants=TENANTS)) == []
+
+    more = [{**TENANTS[0], "quota": "3MiB"}, TENANTS[1]]
+    assert machine.run(wish(tenants=more)) == ["declare /etc/agentfleet/pools/a.json", "set tenants' quotas of pool a"]
+    assert machine.quotas["red"]["quota_bytes"] == 3 << 20
+
+
+def test_nothing_secret_is_in_a_plan_or_a_command(machine: Machine) -> None:
+    connectors = [{"engine": "sglang", "backend": "mooncake", "tenant": "red"}]
+    pools = wish(tenants=TENANTS, connectors=connectors)
+    resource = _pool.Pools(machine.host, pools)
+    steps = resource.plan(resource.observe())
+    secret = resource.ids["a"]["red"]
+    assert secret not in json.dumps([step.public() for step in steps])
+    for step in steps:
+        resource.apply(step)
+    assert not [call for call in machine.host.calls if secret in call or TENANTS[0]["token"] in call]
+    path = "/etc/agentfleet/connectors/a/sglang-mooncake-red/mooncake.json"
+    assert json.loads(machine.host.read(path))["tenant_id"] == secret
+    assert os.stat(machine.host.path(path)).st_mode & 0o777 == 0o600
+    assert secret not in json.dumps(resource.result(resource.observe()))
+
+
+def test_a_token_that_changes_rewrites_what_depends_on_it(machine: Machine) -> None:
+    connectors = [{"engine": "sglang", "backend": "mooncake", "tenant": "red"}]
+    machine.run(wish(tenants=TENANTS, connectors=connectors))
+    other = [{**TENANTS[0], "token": "fedcba9876543210"}, TENANTS[1]]
+    machine.quotas = {**machine.quotas, "(undeclared)": machine.quotas.pop("red")}  # what the master then answers
+
+    assert machine.run(wish(tenants=other, connectors=connectors)) == [
+        "write /etc/agentfleet/connectors/a/sglang-mooncake-red/mooncake.json",
+        "write /etc/agentfleet/pools/a.tenants",
+        "set tenants' quotas of pool a",
+    ]
+
+
+def test_a_connector_that_is_taken_off_the_list_leaves_no_file(machine: Machine) -> None:
+    machine.run(wish(connectors=[{"engine": "vllm", "backend": "mooncake"}]))
+    base = "/etc/agentfleet/connectors/a/vllm-mooncake"
+    assert machine.host.names(base) == ["arguments", "environment", "mooncake.json"]
+
+    assert machine.run(wish()) == [
+        "declare /etc/agentfleet/pools/a.json",
+        *(f"remove {base}/{name}" for name in ("arguments", "environment", "mooncake.json")),
+    ]
+    assert machine.run(wish()) == []
+
+
+def test_ssd_offload_gives_each_store_its_share(machine: Machine) -> None:
+    tiers = [*wish()[0]["tiers"], {"medium": "ssd", "size": "48MiB", "path": "/srv/kv"}]
+    steps = machine.run(wish(tiers=tiers))
+
+    assert [step for step in steps if "create" in step] == ["create /srv/kv/dram", "create /srv/kv/second"]
+    pool = _poolprobe.declared(machine.host)["a"]
+    shares = [_mooncake.offload_share(pool, tier) for tier in pool["tiers"][:2]]
+    assert shares == [("/srv/kv/dram", 16 << 20), ("/srv/kv/second", 32 << 20)]
+    assert _mooncake.master_flags(pool)["enable_offload"] == "true"
+    environment = _mooncake.offload_environment(pool, *shares[0], 4 << 20)
+    assert environment["MOONCAKE_OFFLOAD_BUCKET_MAX_TOTAL_SIZE"] == str(16 << 20)
+    assert environment["MOONCAKE_OFFLOAD_BUCKET_EVICTION_POLICY"] == "lru"
+    assert machine.run(wish(tiers=tiers)) == []
+
+
+def test_a_masters_command_line(machine: Machine) -> None:
+    machine.run(wish(tenants=TENANTS, etcd=["h:2379"], write_policy="write_back"))
+    flags = _mooncake.master_flags(_poolprobe.declared(machine.host)["a"])
+    assert flags["enable_oplog"] == "true" and flags["cluster_id"] == "a"
+    assert flags["tenant_quota_connector_type"] == "etcd" and flags["metrics_host"] == "127.0.0.1"
+    assert "red" not in json.dumps(flags)
+
+
+@pytest.mark.parametrize("tenants", [[], [{"name": "red", "quota": "2MiB", "owner": "svc"}]])
+def test_slabs_of_a_directory_pool(machine: Machine, tenants: list[dict[str, str]]) -> None:
+    machine.host.files({"/etc/passwd": "svc:x:1:1::/:/bin/sh\n"})
+    tier = {"medium": "ssd", "size": "8MiB", "path": "/srv/f", "layout": "slab", "block_sizes": ["64KiB", "128KiB"]}
+    pools = [{"name": "f", "engine": "filesystem", "tiers": [tier], "tenants": tenants}]
+    path = "/srv/f/red" if tenants else "/srv/f"
+
+    assert machine.run(pools) == [f"create {path}", f"lay out {path}", "declare /etc/agentfleet/pools/f.json"]
+    assert machine.run(pools) == []
+    size = 2 << 20 if tenants else 8 << 20
+    assert _slab.present(machine.host.path(path)) == _slab.layout(size, [65536, 131072])
+    found = _poolprobe.probe(machine.host, _poolprobe.declared(machine.host)["f"], 1 << 20, 3)
+    assert found[0]["verified"] and found[0]["probe_bytes"] == 131072
+    smaller = [{**pools[0], "tiers": [{**tier, "size": "4MiB"}], "tenants": [{**x, "quota": "1MiB"} for x in tenants]}]
+    with pytest.raises(Refused, match="blocks in the last slots"):
+        machine.run(smaller)
+    assert machine.run([{**smaller[0], "lose_data": True}])[0] == f"lay out {path}"
+
+
+def test_a_3fs_pool_with_its_metadata_service(machine: Machine) -> None:
+    machine.host.files({"/proc/self/mounts": "hf3fs.stage /3fs/stage fuse.hf3fs rw 0 0\n", "/3fs/stage": None})
+    machine.host.answers["/opt/sglang/bin/python"] = ""
+    tier = {"medium": "threefs", "size": "64MiB", "path": "/3fs/stage/kv", "mount_point": "/3fs/stage"}
+    connector = {"engine": "sglang", "backend": "hf3fs", "python": "/opt/sglang/bin/python", "metadata_run": True}
+    pools = [{"name": "t", "engine": "threefs", "model": "DeepSeek-V3", "tiers": [tier], "connectors": [connector]}]
+    unit = "agentfleet-kv-metadata-t-sglang.service"
+
+    steps = machine.run(pools)
+
+    assert f"write /etc/systemd/system/{unit}" in steps and steps[-1] == f"start {unit}"
+    assert machine.run(pools) == []
+    connector["metadata_port"] = 18005
+    assert machine.run(pools)[0] == f"stop {unit}"
+    assert machine.run([{"name": "t", "state": "absent"}]) == [
+        f"stop {unit}",
+        f"disable {unit}",
+        *(
+            f"remove /etc/agentfleet/connectors/t/sglang-hf3fs/{name}"
+            for name in ("arguments", "check", "environment", "hf3fs.json")
+        ),
+        f"remove /etc/systemd/system/{unit}",
+        "forget /etc/agentfleet/pools/t.json",
+    ]
+    machine.host.answers["/opt/sglang/bin/python"] = (1, "", "No module named 'hf3fs_fuse'")
+    with pytest.raises(Refused, match="would write plain files by a mock without a word"):
+        machine.run(pools)

@@ -1,0 +1,333 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""From a pool's options to its declaration: complete, checked, and without any secret.
+
+The declaration is what is written to the host, what units and probe read, and what connectors are rendered from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import os
+import re
+import typing as t
+
+from ansible_collections.agentfleet.metal.plugins.module_utils import _connectors, _kvsize
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
+from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size, parse_size
+
+MEDIA = {"mooncake": ("dram", "cxl", "ssd"), "threefs": ("threefs",), "filesystem": ("ssd", "cxl")}
+MEMORY = ("dram", "cxl")
+# What a tier of each medium may say besides name, medium and size.
+_OF_MEDIUM = {
+    "dram": ("numa_node",),
+    "cxl": ("memdevs", "numa_node"),
+    "ssd": ("path", "layout", "block_sizes"),
+    "threefs": ("path", "mount_point", "layout", "block_sizes"),
+}
+_NAME = re.compile(r"^[a-z0-9][a-z0-9_]{0,30}$")
+_TOKEN_BYTES = 16
+
+
+def declare(option: str, name: str, pool: t.Mapping[str, t.Any], read: t.Callable[[str], str]) -> dict[str, t.Any]:
+    """A pool's declaration.
+
+    :param read: reads a file of the host, for a model's config.json
+    """
+    engine = pool.get("engine") or "mooncake"
+    if engine not in MEDIA:
+        raise Refused(f"{option}.engine", engine, "no such engine", f"Engines: {', '.join(MEDIA)}")
+    made: dict[str, t.Any] = {
+        "name": name,
+        "engine": engine,
+        **_policy(option, engine, pool),
+        **_sizes(option, pool, read),
+    }
+    tiers: dict[str, dict[str, t.Any]] = {}
+    for index, tier in enumerate(pool.get("tiers") or []):
+        where = f"{option}.tiers[{index}]"
+        one = _tier(where, engine, made, tier)
+        one["name"] = checked_name(f"{where}.name", tier.get("name") or tier.get("medium"), tiers)
+        tiers[one["name"]] = one
+    made["tiers"] = list(tiers.values())
+    _tiers(option, engine, made["tiers"])
+    if engine == "mooncake":
+        made.update(_mooncake(option, pool))
+    else:
+        made["address"] = pool.get("address") or "127.0.0.1"
+        for key in ("etcd", "rdma_devices"):
+            if pool.get(key):
+                raise Refused(f"{option}.{key}", pool[key], f"a {engine} pool has no master", "Leave it out")
+    made["tenants"] = _tenants(option, pool, made)
+    made["connectors"] = _made_connectors(option, pool, made)
+    return made
+
+
+def checked_name(option: str, value: t.Any, taken: t.Container[str]) -> str:
+    """A name that a unit, a file and a directory can carry."""
+    name = str(value)
+    if not _NAME.match(name):
+        raise Refused(option, value, "not a name", "Use up to 31 of a-z, 0-9 and _, starting with a letter or digit")
+    if name in taken:
+        raise Refused(option, value, "the name is used twice", "Give each its own name")
+    return name
+
+
+def tenant_ids(pool: t.Mapping[str, t.Any]) -> dict[str, str]:
+    """Tenant -> its name inside the engine, made of its token. As secret as the token.
+
+    Mooncake knows tenants and quotas but no passwords: who names a tenant is that tenant. A name that nobody can
+    guess is what keeps others out.
+    """
+    found = {}
+    for tenant in pool.get("tenants") or []:
+        name, token = str(tenant["name"]), tenant.get("token")
+        digest = hashlib.sha256(f"{pool['name']}:{name}:{token}".encode()).hexdigest()
+        found[name] = f"{name}-{digest[: 2 * _TOKEN_BYTES]}" if token else name
+    return found
+
+
+def _policy(option: str, engine: str, pool: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+    watermark = float(pool.get("eviction_high_watermark") or _kvsize.USABLE[engine])
+    if not 0 < watermark <= 1:
+        raise Refused(f"{option}.eviction_high_watermark", watermark, "not a share", "Use such as 0.95")
+    replicas = int(pool.get("replicas") or 1)
+    if replicas < 1:
+        raise Refused(f"{option}.replicas", replicas, "not a number of copies", "Use 1 or more")
+    if replicas > 1 and engine != "mooncake":
+        keeps = "3FS replicates by its chain table" if engine == "threefs" else "a directory has one copy"
+        raise Refused(f"{option}.replicas", replicas, f"the pool does not replicate: {keeps}", "Leave it out")
+    return {
+        "eviction_policy": pool.get("eviction_policy") or "lru",
+        "eviction_high_watermark": watermark,
+        "write_policy": pool.get("write_policy") or "write_through",
+        "replicas": replicas,
+    }
+
+
+def _sizes(option: str, pool: t.Mapping[str, t.Any], read: t.Callable[[str], str]) -> dict[str, t.Any]:
+    """Bytes of a token and of a block; 0 where nothing was said of the model."""
+    tokens = int(pool.get("page_tokens") or 64)
+    if tokens < 1 or tokens & (tokens - 1):
+        raise Refused(f"{option}.page_tokens", tokens, "not a power of two", "Use such as 16, 32 or 64")
+    gpus = int(pool.get("tensor_parallel") or 1)
+    found: dict[str, t.Any] = {"page_tokens": tokens, "tensor_parallel": gpus, "model": "", "latent": False}
+    if pool.get("model") and pool.get("bytes_per_token"):
+        raise Refused(f"{option}.bytes_per_token", pool["bytes_per_token"], "the model says it", "Give one of them")
+    per_token = 0
+    if pool.get("model"):
+        model = _kvsize.load(f"{option}.model", pool["model"], read)
+        form = _kvsize.dtype(f"{option}.dtype", pool.get("dtype") or "bf16")
+        try:
+            size = _kvsize.size(model, form, gpus)
+        except Refused as refusal:
+            raise Refused(f"{option}.{refusal.option}", refusal.value, refusal.problem, refusal.remedy) from refusal
+        per_token = size["stored_bytes_per_token"]
+        found.update(model=model.name, latent=model.latent)
+    elif pool.get("bytes_per_token"):
+        per_token = _kvsize.positive(f"{option}.bytes_per_token", pool["bytes_per_token"])
+    # What a rank stores at a time is its own share of a block; a latent is stored whole, by one rank.
+    ranks = 1 if found["latent"] else gpus
+    return {**found, "bytes_per_token": per_token, "block_bytes": per_token * tokens // ranks}
+
+
+def _tier(where: str, engine: str, pool: t.Mapping[str, t.Any], tier: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+    medium = tier.get("medium")
+    if medium not in MEDIA[engine]:
+        raise Refused(
+            f"{where}.medium", medium, f"engine {engine} has no such tier", f"Media: {', '.join(MEDIA[engine])}"
+        )
+    devdax = bool(tier.get("devdax"))
+    allowed = (*_OF_MEDIUM[medium], *(("devdax",) if medium == "cxl" else ()))
+    for key in ("memdevs", "numa_node", "devdax", "path", "mount_point", "layout", "block_sizes"):
+        if key not in allowed and tier.get(key) not in (None, [], False, "directory"):
+            raise Refused(f"{where}.{key}", tier[key], f"a {medium} tier does not use it", "Leave it out")
+    made: dict[str, t.Any] = {"medium": medium, "size_bytes": parse_size(f"{where}.size", tier.get("size"), 1 << 20)}
+    if medium in MEMORY:
+        made.update(_memory(where, medium, tier))
+        if devdax and engine == "mooncake":
+            raise Refused(
+                f"{where}.devdax",
+                True,
+                "the engine's packages are built without CXL devices",
+                "Bring the region online as system-ram, where the tier is bound to its node",
+            )
+        if medium == "cxl" and engine == "filesystem" and not devdax:
+            raise Refused(f"{where}.devdax", False, "a filesystem pool has no memory of its own", "Set devdax: true")
+        if devdax and not made["memdevs"]:
+            raise Refused(f"{where}.memdevs", [], "a devdax needs its devices named", "Give serials (memdevs)")
+        return {**made, "devdax": True} if devdax else made
+    made["path"] = os.path.normpath(tier.get("path") or "")
+    if not made["path"].startswith("/") or made["path"] == "/":
+        raise Refused(f"{where}.path", tier.get("path"), "not an absolute directory", "Write /srv/kvcache/POOL")
+    if medium == "threefs":
+        made["mount"] = os.path.normpath(tier.get("mount_point") or "")
+        if not made["path"].startswith(made["mount"] + "/") or made["mount"] in ("/", "."):
+            raise Refused(
+                f"{where}.mount_point",
+                tier.get("mount_point"),
+                f"{made['path']} is not below it",
+                "Name the directory where 3FS is mounted, such as /3fs/stage",
+            )
+    made["layout"] = tier.get("layout") or "directory"
+    if made["layout"] == "slab":
+        if engine == "mooncake":
+            raise Refused(f"{where}.layout", "slab", "the engine lays out its own files", "Leave it out")
+        sizes = [parse_size(f"{where}.block_sizes", value) for value in tier.get("block_sizes") or []]
+        if not sizes and not pool["block_bytes"]:
+            raise Refused(f"{where}.block_sizes", [], "no block size is known", "Give block_sizes, or the pool's model")
+        made["block_sizes"] = sorted(set(sizes or [pool["block_bytes"]]))
+        if made["block_sizes"][-1] * 2 > made["size_bytes"]:
+            raise Refused(
+                f"{where}.size",
+                format_size(made["size_bytes"]),
+                f"it holds fewer than two blocks of {made['block_sizes'][-1]} bytes",
+                "Make the tier larger",
+            )
+    elif tier.get("block_sizes"):
+        raise Refused(f"{where}.block_sizes", tier["block_sizes"], "a directory has no slabs", "Set layout: slab")
+    return made
+
+
+def _memory(where: str, medium: str, tier: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+    made = {
+        "memdevs": [_serial(f"{where}.memdevs", serial) for serial in tier.get("memdevs") or []],
+        "numa_node": tier.get("numa_node"),
+    }
+    if made["memdevs"] and made["numa_node"] is not None:
+        raise Refused(f"{where}.numa_node", made["numa_node"], "memdevs say the node already", "Give one of them")
+    if medium == "cxl" and not made["memdevs"] and made["numa_node"] is None:
+        raise Refused(
+            f"{where}.memdevs", [], "a cxl tier needs its memory named", "Give serials (memdevs) or numa_node"
+        )
+    return made
+
+
+def _serial(option: str, value: t.Any) -> str:
+    try:
+        return hex(int(str(value), 0))
+    except ValueError:
+        raise Refused(option, value, "not a serial number", "Write it as cxl list -M shows it, such as 0x1") from None
+
+
+def _tiers(option: str, engine: str, tiers: t.Sequence[t.Mapping[str, t.Any]]) -> None:
+    if not tiers:
+        raise Refused(f"{option}.tiers", [], "a pool needs at least one tier", f"Media: {', '.join(MEDIA[engine])}")
+    if engine != "mooncake":
+        if not any(tier.get("path") for tier in tiers):
+            raise Refused(f"{option}.tiers", "cxl", "the pool has no directory", f"Add a {MEDIA[engine][0]} tier")
+        return
+    if not any(tier["medium"] in MEMORY for tier in tiers):
+        raise Refused(f"{option}.tiers", "ssd", "objects are written to memory first", "Add a dram or cxl tier")
+    files = [index for index, tier in enumerate(tiers) if tier["medium"] == "ssd"]
+    if len(files) > 1:
+        raise Refused(f"{option}.tiers[{files[1]}].medium", "ssd", "the engine offloads to one directory", "Keep one")
+    for index in files:
+        if index != len(tiers) - 1:
+            raise Refused(f"{option}.tiers[{index}].medium", "ssd", "slower than the tier after it", "Put it last")
+
+
+def _mooncake(option: str, pool: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+    given, address = pool.get("master") or {}, pool.get("address") or "127.0.0.1"
+    master = {
+        "address": given.get("address") or "127.0.0.1",
+        "port": 50051 if given.get("port") is None else given["port"],
+        "metrics_port": 9003 if given.get("metrics_port") is None else given["metrics_port"],
+        "run": True if given.get("run") is None else given["run"],
+    }
+    # The port of the metrics also gives tenants' names away, deletes objects and sets quotas.
+    open_to = "127.0.0.1" if pool.get("tenants") else master["address"]
+    master["metrics_address"] = given.get("metrics_address") or open_to
+    for key in ("port", "metrics_port"):
+        if not 1 <= int(master[key]) <= 65535:
+            raise Refused(f"{option}.master.{key}", master[key], "not a TCP port", "Use 1 to 65535")
+    if not pool.get("listen_all_addresses"):
+        for key, value in (("address", str(address)), ("master.address", str(master["address"]))):
+            if not _is_one_address(value):
+                raise Refused(
+                    f"{option}.{key}", value, "not one IPv4 address", "Name one, or set listen_all_addresses: true"
+                )
+    protocol, devices = pool.get("protocol") or "tcp", list(pool.get("rdma_devices") or [])
+    if protocol == "tcp" and devices:
+        raise Refused(f"{option}.rdma_devices", devices, "TCP uses no RDMA device", "Set protocol: rdma")
+    endpoints = [str(endpoint) for endpoint in pool.get("etcd") or []]
+    for index, endpoint in enumerate(endpoints):
+        host, _colon, port = endpoint.rpartition(":")
+        if not host or "/" in host or not port.isdigit():
+            raise Refused(
+                f"{option}.etcd[{index}]", endpoint, "not an endpoint", "Write HOST:PORT, such as 10.0.0.1:2379"
+            )
+    if endpoints and len(endpoints) % 2 == 0:
+        raise Refused(
+            f"{option}.etcd", endpoints, "an even number of members survives no more than one fewer", "Use 1, 3 or 5"
+        )
+    return {
+        "address": address,
+        "listen_all_addresses": bool(pool.get("listen_all_addresses")),
+        "master": master,
+        "etcd": endpoints,
+        "protocol": protocol,
+        "rdma_devices": devices,
+    }
+
+
+def _is_one_address(value: str) -> bool:
+    try:
+        return not ipaddress.IPv4Address(value).is_unspecified
+    except ValueError:
+        return False
+
+
+def _tenants(option: str, pool: t.Mapping[str, t.Any], made: t.Mapping[str, t.Any]) -> list[dict[str, t.Any]]:
+    own = sum(tier["size_bytes"] for tier in made["tiers"] if made["engine"] != "mooncake" or tier["medium"] in MEMORY)
+    capacity = parse_size(f"{option}.capacity", pool["capacity"]) if pool.get("capacity") else own
+    found: dict[str, dict[str, t.Any]] = {}
+    for index, tenant in enumerate(pool.get("tenants") or []):
+        where = f"{option}.tenants[{index}]"
+        name = checked_name(f"{where}.name", tenant.get("name"), found)
+        quota = parse_size(f"{where}.quota", tenant.get("quota"))
+        used = sum(other["quota_bytes"] for other in found.values())
+        if used + quota > capacity:
+            raise Refused(
+                f"{where}.quota",
+                tenant.get("quota"),
+                f"with the tenants before it more than the pool's {format_size(capacity)}",
+                f"At most {format_size(capacity - used)} is left; for a pool over several hosts set capacity",
+            )
+        if tenant.get("token") is not None and made["engine"] != "mooncake":
+            raise Refused(f"{where}.token", "(hidden)", "a directory knows owners, not tokens", "Set owner")
+        if tenant.get("token") is not None and len(str(tenant["token"])) < _TOKEN_BYTES:
+            raise Refused(
+                f"{where}.token",
+                "(hidden)",
+                f"shorter than {_TOKEN_BYTES} characters",
+                "Use a random one from the vault",
+            )
+        if tenant.get("owner") and made["engine"] == "mooncake":
+            raise Refused(f"{where}.owner", tenant["owner"], "Mooncake knows tokens, not owners", "Set token")
+        found[name] = {"name": name, "quota_bytes": quota, "owner": tenant.get("owner") or ""}
+    return list(found.values())
+
+
+def _made_connectors(option: str, pool: t.Mapping[str, t.Any], made: t.Mapping[str, t.Any]) -> list[dict[str, t.Any]]:
+    found: dict[str, dict[str, t.Any]] = {}
+    for index, connector in enumerate(pool.get("connectors") or []):
+        where = f"{option}.connectors[{index}]"
+        memory = parse_size(f"{where}.host_memory", connector.get("host_memory") or "4GiB")
+        wish = {"tensor_parallel": made["tensor_parallel"], **{k: v for k, v in connector.items() if v is not None}}
+        one = _connectors.check(where, made, {**wish, "host_memory_bytes": memory})
+        name = _connectors.name_of(one)
+        if name in found:
+            raise Refused(f"{where}.backend", connector.get("backend"), f"{name} is there twice", "Keep one")
+        used = next((tier for tier in made["tiers"] if tier.get("path")), None)
+        if used and used["layout"] == "slab" and one["backend"] not in ("cpu", "dax"):
+            raise Refused(
+                f"{where}.backend",
+                one["backend"],
+                "its engine lays out its own files",
+                "Set the tier's layout: directory",
+            )
+        found[name] = one
+    return list(found.values())
