@@ -14,7 +14,7 @@ import inspect
 import json
 import typing as t
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _network, _snapshot
+from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_exec, _network, _snapshot
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
     HOME,
     LIBRARY,
@@ -206,6 +206,7 @@ def common(modules: t.Sequence[str], parallel: int = 0) -> dict[str, tuple[str, 
         **_network.common(),
         f"{LIBRARY}/microvm-start": (START, 0o755),
         f"{LIBRARY}/microvm-end": (END, 0o755),
+        f"{LIBRARY}/microvm-exec": (f"#!/usr/bin/python3 -IS\n{inspect.getsource(_microvm_exec)}", 0o755),
         f"{LIBRARY}/microvm-unit": (UNIT_CODE, 0o755),
         PARALLEL: (f"{parallel}\n", 0o644),
         **{path: (text, 0o644) for path, text in code().items()},
