@@ -42,6 +42,7 @@ MADE_BY = {"erofs": {"mkfs.erofs": "erofs-utils"}, "ext4": {"mke2fs": "e2fsprogs
 REPRODUCIBLE_E2FSPROGS = (1, 47, 1)
 BOOTSTRAP_BYTES = 2 << 30  # what a build with packages needs besides what is known of its size
 RESERVE_BYTES = 256 << 20
+FULL_BYTES = 4 << 20  # a failure with less than this free is the disk's
 
 
 class Images:
@@ -245,7 +246,7 @@ class Images:
         except OSError:
             kept = "(not written)"
         free = _free(self.cache)
-        if free < 64 << 20 or "No space left" in str(error) or "File too large" in str(error):
+        if free < FULL_BYTES or "No space left" in str(error):
             raise HostError(
                 f"the file system of {self.cache} is full ({format_size(free)} free). The images that were there are as they "
                 f"were. Free space, or set another cache ({str(error)[-300:]})"

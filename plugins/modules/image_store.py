@@ -12,14 +12,22 @@ short_description: Keep a host's content-addressed store of microVM images
 version_added: 0.1.0
 author: agentfleet.metal contributors (@agentfleet)
 description:
-  - Registers bundles that M(agentfleet.metal.rootfs_image) built and that were copied to the host, and points names
+  - Registers images that M(agentfleet.metal.rootfs_image) built and whose files were copied to the host, and points names
     to digests.
   - Every file is verified against its SHA-256 before the image appears in the store; names are switched atomically.
     A failure leaves the store as it was.
-  - Call it first without O(incoming) and transfer only what is returned in RV(missing), so that no host gets
-    the same bytes twice.
+  - Files are stored by content, so that images share their kernel. Call it first without O(incoming) and transfer only
+    what is returned in RV(blobs), so that no host gets the same bytes twice. An image that is made of another one which
+    the host has is sent as the difference to it.
 extends_documentation_fragment: agentfleet.metal.attributes
 options:
+  state:
+    description:
+      - V(present) registers images and points names to them.
+      - V(absent) removes the names of O(images). The images themselves go with O(gc) once nobody uses them.
+    type: str
+    choices: [present, absent]
+    default: present
   images:
     description: The images that names of this host shall point to.
     type: list
@@ -32,15 +40,44 @@ options:
         required: true
       digest:
         description:
-          - SHA-256 of the image, as RV(agentfleet.metal.rootfs_image#module:images[].image_digest).
+          - SHA-256 of the image, as RV(agentfleet.metal.rootfs_image#module:images[].image_digest). Needed with
+            O(state=present).
           - May be empty in check mode, when the builder has not built the image yet.
         type: str
-        required: true
+      files:
+        description: Its files, as RV(agentfleet.metal.rootfs_image#module:store) has them. Not needed for images that are there.
+        type: dict
+        default: {}
+      deltas:
+        description: Images to which the builder has the difference, as RV(agentfleet.metal.rootfs_image#module:store) has them.
+        type: list
+        elements: str
+        default: []
   incoming:
     description:
-      - Directory of the host where bundles were copied to as C(agentfleet-DIGEST.tar.zst). Missing images are registered from
-        there and their bundles removed.
+      - Directory of the host where the files named in RV(blobs) were copied to, each with C(agentfleet-) before its name.
+        Missing images are registered from there and their files removed.
     type: path
+  verify:
+    description:
+      - Hash all images of the store again. A damaged file of an image in O(images) counts as missing, so that sending it
+        repairs the image; any other damage is an error that names image and file.
+    type: bool
+    default: false
+  gc:
+    description:
+      - Remove images that nobody uses, with the files that no other image has. An image is in use while a name points to it,
+        the definition of a microVM or a snapshot mentions it, or a process has it open or mapped.
+    type: bool
+    default: false
+  keep:
+    description: How many of the unused images O(gc) keeps, the latest that arrived.
+    type: int
+    default: 0
+  keep_seconds:
+    description: Unused images that arrived within this time are kept by O(gc).
+    type: int
+    default: 0
 """
 
 EXAMPLES = r"""
@@ -51,16 +88,25 @@ EXAMPLES = r"""
 
 - name: Send what is missing
   ansible.builtin.copy:
-    src: "{{ item.bundle }}"
-    dest: /var/tmp/agentfleet-{{ item.image_digest }}.tar.zst
+    src: "{{ built.blobs }}/{{ item }}"
+    dest: /var/tmp/agentfleet-{{ item }}
     mode: "0600"
-  loop: "{{ built.images | selectattr('name', 'in', store.missing) }}"
+  loop: "{{ store.blobs }}"
 
 - name: Register it
   agentfleet.metal.image_store:
     images: "{{ built.store }}"
     incoming: /var/tmp
   when: store.missing | length > 0
+
+- name: Remove what no microVM and no name uses, but for the last two
+  agentfleet.metal.image_store:
+    gc: true
+    keep: 2
+
+- name: Look for damaged images
+  agentfleet.metal.image_store:
+    verify: true
 """
 
 RETURN = r"""
@@ -70,10 +116,33 @@ plan:
   type: list
   elements: dict
 missing:
-  description: Names of wanted images whose digest the store does not hold.
+  description: Names of wanted images that the store does not hold, or holds damaged.
   returned: always
   type: list
   elements: str
+blobs:
+  description: File names, in the builder's directory of blobs, of what must be sent for the missing images.
+  returned: always
+  type: list
+  elements: str
+damaged:
+  description: With O(verify), the damaged files.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    digest:
+      description: SHA-256 of the image.
+      type: str
+    file:
+      description: Name of its file.
+      type: str
+    expected:
+      description: SHA-256 that the file should have.
+      type: str
+    found:
+      description: SHA-256 that it has. Empty when it cannot be read.
+      type: str
 images:
   description: All images in the store.
   returned: always
@@ -102,16 +171,23 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import conv
 from ansible_collections.agentfleet.metal.plugins.module_utils._store import Store
 
 ARGUMENTS = {
+    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
     "images": {
         "type": "list",
         "elements": "dict",
         "default": [],
         "options": {
             "name": {"type": "str", "required": True},
-            "digest": {"type": "str", "required": True},
+            "digest": {"type": "str"},
+            "files": {"type": "dict", "default": {}},
+            "deltas": {"type": "list", "elements": "str", "default": []},
         },
     },
     "incoming": {"type": "path"},
+    "verify": {"type": "bool", "default": False},
+    "gc": {"type": "bool", "default": False},
+    "keep": {"type": "int", "default": 0},
+    "keep_seconds": {"type": "int", "default": 0},
 }
 
 

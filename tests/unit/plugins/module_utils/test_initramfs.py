@@ -1,0 +1,112 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The guest kernel's options, the generated initramfs, and the first program."""
+
+from __future__ import annotations
+
+import lzma
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ansible_collections.agentfleet.metal.plugins.module_utils import _early_init, _guest_kernel, _initramfs
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
+
+
+def modules(tree: Path, **needs: str) -> str:
+    (tree / "kernel").mkdir(parents=True)
+    (tree / "modules.builtin").write_text("kernel/drivers/virtio/virtio_pci.ko\n")
+    for name, depends in needs.items():
+        data = b"\x7fELF\0license=GPL\0depends=" + depends.encode() + b"\0name=x\0"
+        (tree / "kernel" / f"{name.replace('_', '-')}.ko.xz").write_bytes(lzma.compress(data))
+    return str(tree)
+
+
+def test_modules_come_after_what_they_need(tmp_path: Path) -> None:
+    tree = modules(tmp_path / "m", nd_pmem="libnvdimm,nd-btt", nd_btt="libnvdimm", libnvdimm="", vmgenid="")
+    order = _initramfs.module_order(tree, ["virtio_pci", "nd_pmem"], ["vmgenid", "absent"])
+    assert [name for name, _data in order] == ["vmgenid.ko", "libnvdimm.ko", "nd_btt.ko", "nd_pmem.ko"]
+    assert order[0][1].startswith(b"\x7fELF")
+
+
+def test_a_module_that_is_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="has no module erofs"):
+        _initramfs.module_order(modules(tmp_path / "m"), ["erofs"])
+
+
+def test_kernel_options_are_asserted() -> None:
+    config = "".join(f"{option}=m\n" for option in _guest_kernel.OPTIONS)
+    _guest_kernel.check_options(config, "linux")
+    with pytest.raises(HostError, match=r"the kernel of linux lacks CONFIG_FS_DAX \(mapping the shared image"):
+        _guest_kernel.check_options(config.replace("CONFIG_FS_DAX=m", "# CONFIG_FS_DAX is not set"), "linux")
+    with pytest.raises(HostError, match="lacks CONFIG_PVH"):  # a module is of no use without an initramfs
+        _guest_kernel.check_options(config, "linux", "y")
+
+
+def test_a_fragment_is_compared_with_what_became_of_it() -> None:
+    fragment = "CONFIG_A=y\nCONFIG_B=n\n# CONFIG_C is not set\nCONFIG_D=4\n# a comment\nCONFIG_E=y\nCONFIG_E=n\n"
+    assert _guest_kernel.unmet(fragment, "CONFIG_A=y\nCONFIG_D=4\n# CONFIG_C is not set") == []
+    assert _guest_kernel.unmet(fragment, "CONFIG_B=y\nCONFIG_C=y\nCONFIG_D=5\n# CONFIG_A is not set") == [
+        "CONFIG_A=y", "CONFIG_B=n", "# CONFIG_C is not set", "CONFIG_D=4",
+    ]  # fmt: skip
+
+
+def test_a_package_without_a_kernel(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="linux-doc brought 0 kernels instead of one"):
+        _guest_kernel.from_package(Host("/"), str(tmp_path), str(tmp_path), "linux-doc", False)
+    with pytest.raises(HostError, match="linux-doc brought 0 kernel sources instead of one"):
+        _guest_kernel.from_source(Host("/"), str(tmp_path), str(tmp_path), "linux-doc", "", 0)
+
+
+def complete_tree(tree: Path) -> str:
+    needed = [*_initramfs.MODULES, "erofs", "ext4", "dm_verity", "nvme"]
+    return modules(tree, **{name: "" for name in needed if name != "virtio_pci"})
+
+
+@pytest.mark.skipif(not shutil.which("cpio"), reason="cpio is needed to read the archive")
+def test_archive_is_read_by_cpio(tmp_path: Path) -> None:
+    tree = complete_tree(tmp_path / "m")
+    data = _initramfs.initramfs(tree, b"busybox", ["erofs"], ["nvme"], {"/lib/x": b"lib"})
+    data += _initramfs.settings({"image_filesystem": "erofs", "image_options": "ro,dax=always"})
+    out = tmp_path / "out"
+    out.mkdir()
+    # What is concatenated is read as the kernel does: one archive after the other.
+    end = data.rindex(b"070701", 0, data.index(b"TRAILER!!!")) + 124
+    for part in (data[:end], data[end:]):
+        subprocess.run(["cpio", "-idu", "--quiet"], input=part, cwd=out, check=True)
+    assert (out / "init").read_text() == _early_init.SCRIPT and (out / "init").stat().st_mode & 0o111
+    assert (out / "usr/lib/agentfleet/bin/mount").readlink() == Path("busybox")
+    assert (out / "usr/lib/agentfleet/boot").read_text().splitlines() == [
+        "image_filesystem=erofs",
+        "image_options=ro,dax=always",
+    ]
+    boot = (out / "modules/boot").read_text().split()
+    assert "erofs.ko" in boot and "nvme.ko" in boot and "ext4.ko" not in boot
+    assert (out / "modules/ext4").read_text() == "ext4.ko\n"
+    assert (out / "lib/x").read_bytes() == b"lib"
+    assert all((out / directory).is_dir() for directory in ("dev", "proc", "sys", "run", "mnt"))
+
+
+def test_only_what_an_image_needs_is_loaded_at_boot(tmp_path: Path) -> None:
+    tree = complete_tree(tmp_path / "m")
+    plain, verified = (_initramfs.initramfs(tree, b"", needs, [], {}) for needs in (["erofs"], ["ext4", "verity"]))
+    assert b"modules/dm_verity.ko" not in plain and b"modules/dm_verity.ko" in verified
+    assert b"modules/erofs.ko" not in verified and b"modules/ext4\0" not in verified
+    assert _initramfs.initramfs(tree, b"", ["erofs"], [], {}) == plain
+
+
+def test_first_program_is_a_shell_script_that_busybox_can_run() -> None:
+    subprocess.run(["sh", "-n"], input=_early_init.SCRIPT, text=True, check=True)
+    used = set(re.findall(r"[a-z0-9_]+", _early_init.SCRIPT))
+    assert set(_early_init.APPLETS) <= used
+
+
+def test_settings_survive_the_shell() -> None:
+    text = _initramfs.shell({"image_verity": "0 8 verity 1 /dev/pmem0", "other": "it's"})
+    out = subprocess.run(["sh", "-c", text + 'echo "$image_verity/$other"'], capture_output=True, text=True, check=True)
+    assert out.stdout == "0 8 verity 1 /dev/pmem0/it's\n"
