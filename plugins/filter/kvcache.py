@@ -9,7 +9,7 @@ import functools
 
 from ansible.errors import AnsibleFilterError
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _kvsize
+from ansible_collections.agentfleet.metal.plugins.module_utils import _connectors, _kvsize, _pooldecl
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import parse_size
@@ -72,9 +72,38 @@ def kv_pool_plan(
     return {**sizes, **plan, "explanation": sizes["explanation"] + plan["explanation"]}
 
 
+@refusing
+def kv_connectors(pool, host_memory="64GiB"):
+    """Every connector that a pool can serve, as it would be written to its host. Tenants' tokens are not needed."""
+    open_pool = {**pool, "connectors": [], "tenants": []}
+    declaration = _pooldecl.declare(
+        "pool", _pooldecl.checked_name("pool.name", pool.get("name"), ()), open_pool, Host().read
+    )
+    memory = parse_size("host_memory", host_memory)
+    found = []
+    for connector in _connectors.examples(declaration, memory, declaration["tensor_parallel"]):
+        made = _connectors.render(declaration, connector)
+        found.append(
+            {
+                "name": made.name,
+                "directory": made.directory,
+                "files": made.texts(),
+                "environment": made.environment,
+                "arguments": made.arguments,
+                "notes": made.notes,
+            }
+        )
+    return found
+
+
 class FilterModule:
     """Filters of this file."""
 
     def filters(self):
         """Name to function."""
-        return {"kv_size": kv_size, "kv_bytes_per_token": kv_bytes_per_token, "kv_pool_plan": kv_pool_plan}
+        return {
+            "kv_size": kv_size,
+            "kv_bytes_per_token": kv_bytes_per_token,
+            "kv_pool_plan": kv_pool_plan,
+            "kv_connectors": kv_connectors,
+        }

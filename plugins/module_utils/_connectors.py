@@ -73,7 +73,7 @@ class Rendered:
         found = dict(self.files)
         found["environment"] = "".join(f"{key}={_quoted(value)}\n" for key, value in sorted(self.environment.items()))
         if self.arguments:
-            found["arguments"] = "".join(f"{shlex.quote(argument)}\n" for argument in self.arguments)
+            found["arguments"] = _lines(self.arguments)
         return found
 
 
@@ -264,8 +264,8 @@ def _vllm(made: Rendered, pool: t.Mapping[str, t.Any], connector: t.Mapping[str,
         made.arguments += _transfer("MooncakeStoreConnector", {})
     elif backend == "mooncake_transfer":
         # Straight from a prefill to a decode instance; the pool is not involved, its network is.
-        made.files["producer"] = " ".join(_transfer("MooncakeConnector", _protocol(pool), "kv_producer")) + "\n"
-        made.files["consumer"] = " ".join(_transfer("MooncakeConnector", _protocol(pool), "kv_consumer")) + "\n"
+        made.files["producer"] = _lines(_transfer("MooncakeConnector", _protocol(pool), "kv_producer"))
+        made.files["consumer"] = _lines(_transfer("MooncakeConnector", _protocol(pool), "kv_consumer"))
     elif backend == "offloading":
         made.arguments += _transfer(
             "OffloadingConnector",
@@ -416,6 +416,11 @@ def _gigabytes(size: int) -> int:
     if size < 10**9:
         raise Refused("host_memory", format_size(size), "less than SGLang's unit of 1 GB", "Give at least 1GiB")
     return size // 10**9
+
+
+def _lines(arguments: t.Iterable[str]) -> str:
+    """Arguments as a shell reads them, one on a line."""
+    return "".join(f"{shlex.quote(argument)}\n" for argument in arguments)
 
 
 def _json(value: t.Any) -> str:
