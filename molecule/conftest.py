@@ -97,18 +97,16 @@ class Lab:
 
     def start(self, playbook: str, *arguments: str, **variables: t.Any) -> subprocess.Popen[str]:
         """Start a playbook of this collection; its tasks' outcome comes as JSON on its standard output."""
+        return self._open("ansible-playbook", f"playbooks/{playbook}.yml", *arguments, **variables)
+
+    def _open(self, *command: str, **variables: t.Any) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [
-                "ansible-playbook",
-                "--inventory=inventories/lab",
-                f"playbooks/{playbook}.yml",
-                *arguments,
-                f"--extra-vars={json.dumps({**VARIABLES, **variables})}",
-            ],
+            [*command, "--inventory=inventories/lab", f"--extra-vars={json.dumps({**VARIABLES, **variables})}"],
             cwd=ROOT,
             env={
                 **os.environ,
                 "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+                "ANSIBLE_LOAD_CALLBACK_PLUGINS": "true",
                 "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
                 "ANSIBLE_NOCOLOR": "1",
             },
@@ -117,6 +115,21 @@ class Lab:
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    def module(self, name: str, **arguments: t.Any) -> dict[str, t.Any]:
+        """Call a module of this collection on metal1; it must succeed."""
+        wish = f"--args={json.dumps(arguments)}"
+        played = self.finish(self._open("ansible", "metal1", f"--module-name=agentfleet.metal.{name}", wish))
+        assert played.rc == 0, played.failures()
+        return played.tasks[-1].result
+
+    def role(self, name: str, **variables: t.Any) -> None:
+        """Run a role of this collection on metal1; it must succeed."""
+        wish = json.dumps({"name": f"agentfleet.metal.{name}"})
+        played = self.finish(
+            self._open("ansible", "metal1", "--module-name=include_role", f"--args={wish}", **variables)
+        )
+        assert played.rc == 0, played.failures()
 
     def finish(self, running: subprocess.Popen[str]) -> Played:
         """Wait for a started playbook and parse what its tasks did."""

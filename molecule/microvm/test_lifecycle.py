@@ -1,0 +1,218 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The life of a microVM, the same on every driver: ready, paused, changed while it runs, killed, stopped, gone.
+
+On Cloud Hypervisor when AGENTFLEET_CLOUD_HYPERVISOR names its program on the controller, which the role then installs.
+The tests build on each other: each starts from the state that the one before left, and the last leaves nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import time
+import typing as t
+from pathlib import Path
+
+import pytest
+
+MIB = 1 << 20
+PROGRAM = "AGENTFLEET_CLOUD_HYPERVISOR"
+NETWORKS = [{"name": "life", "prefix": "10.87.0.0/24", "bridge": "aflife"}]
+DATA = {"name": "data", "size": "64MiB"}
+MORE = {"name": "more", "size": "32MiB"}
+BACK_SECONDS = 600
+UNPLUGGED_SECONDS = 60
+
+# What microVMs have on a host.
+LEFT = r"""
+pgrep -fl 'qemu-system|cloud-hypervisor|virtiofsd' | sed 's/^[0-9]* /process /'
+ls /sys/class/net | sed 's/^/device /'
+systemctl list-units --all --no-legend --plain 'agentfleet-*' | awk '{print "unit", $1}'
+find /sys/fs/cgroup -name 'agentfleet*' -printf 'cgroup %p\n'
+awk '/agentfleet/ {print "mount", $2}' /proc/mounts
+find /run/agentfleet /var/lib/agentfleet/microvms /var/lib/agentfleet/volumes -mindepth 1 2>/dev/null
+nft list tables 2>/dev/null
+"""
+
+
+class Life:
+    """One microVM of one driver on the lab's host.
+
+    :param driver: name of the driver
+    """
+
+    def __init__(self, lab: t.Any, host: t.Any, driver: str) -> None:
+        self.lab, self.host = lab, host
+        self.name = f"life-{driver.replace('_', '-')}"
+        self.wish: dict[str, t.Any] = {
+            "name": self.name,
+            "driver": driver,
+            "image": "agent",
+            "memory": "192MiB",
+            "memory_max": "320MiB",
+            "vcpus": 1,
+            "vcpus_max": 2,
+            "hotplug_slots": 2,
+            "volumes": [DATA],
+            "networks": [{"network": "life"}],
+        }
+
+    def bring(self, state: str = "running", allow_restart: bool = False, **changes: t.Any) -> dict[str, t.Any]:
+        """Declare it, with changes that stay, in a state."""
+        self.wish.update(changes)
+        return t.cast(
+            "dict[str, t.Any]",
+            self.lab.module(
+                "microvm",
+                state=state,
+                instances=[self.wish],
+                networks=NETWORKS,
+                allow_restart=allow_restart,
+                memory_overcommit=2.0,
+                ready_timeout_seconds=BACK_SECONDS,
+            ),
+        )
+
+    def look(self) -> dict[str, t.Any]:
+        """It, as microvm_info sees it."""
+        found = self.lab.module("microvm_info", names=[self.name], agent_timeout_seconds=60)["instances"]
+        return t.cast("dict[str, t.Any]", found[0])
+
+    def until(self, what: str, predicate: t.Callable[[dict[str, t.Any]], bool], seconds: float = BACK_SECONDS) -> t.Any:
+        """Look until it is so, within bounds."""
+        end = time.monotonic() + seconds
+        while not predicate(seen := self.look()):
+            assert time.monotonic() < end, f"{what}: {seen}"
+        return seen
+
+    def left(self) -> set[str]:
+        """What microVMs have on the host now."""
+        return set(self.host.run(LEFT).stdout.splitlines())
+
+
+def install(lab: t.Any, program: str) -> None:
+    """Bring a program of the controller to the host, by the role."""
+    told = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    version = re.search(r"v(\d+\.\d+(?:\.\d+)?)", told)
+    assert version, told
+    lab.role(
+        "cloud_hypervisor",
+        cloud_hypervisor_version=version.group(1),
+        cloud_hypervisor_file=program,
+        cloud_hypervisor_sha256=hashlib.sha256(Path(program).read_bytes()).hexdigest(),
+    )
+
+
+BEFORE: dict[str, set[str]] = {}
+
+
+@pytest.fixture(scope="module", params=["qemu", "cloud_hypervisor"])
+def life(request: t.Any, lab: t.Any, host: t.Any) -> Life:
+    """The microVM of one driver."""
+    program = os.environ.get(PROGRAM)
+    if request.param == "cloud_hypervisor":
+        if not program:
+            pytest.skip(f"{PROGRAM} names no program: Cloud Hypervisor is in no package registry of the lab")
+        install(lab, program)
+    return Life(lab, host, request.param)
+
+
+def test_it_is_ready_and_the_second_run_changes_nothing(life: Life) -> None:
+    life.lab.succeed("images")
+    BEFORE[life.name] = life.left()
+    (made,) = life.bring()["instances"]
+    assert made["state"] == "running"
+    seen = life.look()
+    assert seen["ready"] and seen["agent"]["hostname"] == life.name and seen["agent"]["dax"]
+    assert not life.bring()["changed"]
+
+
+def test_paused_it_stands_still_and_goes_on(life: Life) -> None:
+    before = life.look()
+    assert life.bring("paused")["changed"]
+    seen = life.look()
+    assert seen["state"] == "paused" and not seen["ready"]
+    assert not life.bring("paused")["changed"]
+    assert life.bring()["changed"]
+    after = life.until("it goes on", lambda one: one["ready"])
+    assert after["pid"] == before["pid"] and after["agent"]["uptime_seconds"] > before["agent"]["uptime_seconds"]
+
+
+def test_cpus_and_memory_are_plugged_while_it_runs(life: Life) -> None:
+    before = life.look()
+    (made,) = life.bring(vcpus=2, memory="320MiB")["instances"]
+    assert not made["restart_required"]
+    grown = before["agent"]["memory_total_bytes"] + 100 * MIB
+    after = life.until(
+        "the guest uses them",
+        lambda one: one["ready"] and one["agent"]["cpus"] == 2 and one["agent"]["memory_total_bytes"] > grown,
+    )
+    assert after["pid"] == before["pid"]
+    assert not life.bring()["changed"]
+
+
+def test_a_volume_comes_and_goes_while_it_runs(life: Life) -> None:
+    before = life.look()
+    (made,) = life.bring(volumes=[DATA, MORE])["instances"]
+    assert not made["restart_required"]
+    (made,) = life.bring(volumes=[DATA])["instances"]
+    assert not made["restart_required"]
+    after = life.look()
+    assert after["ready"] and after["pid"] == before["pid"]
+    assert not life.bring()["changed"]
+
+
+def test_what_cannot_be_changed_while_it_runs_is_said_and_done_when_allowed(life: Life) -> None:
+    before = life.look()
+    (made,) = life.bring(kernel_arguments=["agentfleet.test=1"])["instances"]
+    assert made["restart_required"] and life.look()["pid"] == before["pid"]
+    (made,) = life.bring(allow_restart=True)["instances"]
+    assert not made["restart_required"]
+    after = life.look()
+    assert after["ready"] and after["pid"] != before["pid"]
+
+
+def test_a_killed_vmm_comes_back_by_itself(life: Life) -> None:
+    before = life.look()
+    life.host.run(f"kill -9 {before['pid']}")
+    life.until("it comes back", lambda one: one["ready"] and one["pid"] != before["pid"])
+    assert not life.bring()["changed"]
+
+
+def test_it_stops_by_its_power_button_and_starts_again(life: Life) -> None:
+    assert life.bring("stopped")["changed"]
+    assert life.look()["state"] == "stopped"
+    journal = life.host.run(f"journalctl -u agentfleet-microvm@{life.name} -n 50 -o cat").stdout
+    assert "power_button" in journal, journal
+    assert not life.bring("stopped")["changed"]
+    assert life.bring()["changed"] and life.look()["ready"]
+
+
+def test_a_restart_is_a_new_machine(life: Life) -> None:
+    before = life.look()
+    assert life.bring("restarted")["changed"]
+    after = life.look()
+    assert after["ready"] and after["pid"] != before["pid"]
+
+
+def test_a_guest_that_panics_again_and_again_ends_in_a_clear_state(life: Life) -> None:
+    life.bring("stopped")
+    life.bring("present", kernel_arguments=["rdinit=/nonexistent"])
+    unit = f"agentfleet-microvm@{life.name}"
+    life.host.run(f"systemctl start --no-block {unit}")
+    end = time.monotonic() + BACK_SECONDS
+    while life.host.run(f"systemctl is-failed {unit}").stdout.strip() != "failed":
+        assert time.monotonic() < end
+        time.sleep(2)
+    assert life.look()["state"] == "failed"
+    assert life.bring(kernel_arguments=[])["changed"] and life.look()["ready"]
+
+
+def test_nothing_is_left(life: Life) -> None:
+    assert life.lab.module("microvm", state="absent", instances=[{"name": life.name}])["changed"]
+    assert life.left() - BEFORE[life.name] == set()
+    assert not life.lab.module("microvm", state="absent", instances=[{"name": life.name}])["changed"]
