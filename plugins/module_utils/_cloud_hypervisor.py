@@ -114,7 +114,10 @@ def problem(host: Host, path: str) -> tuple[str, str] | None:
         return f"{path} does not tell its version", "Install it again with the role agentfleet.metal.cloud_hypervisor"
     reasons = refusals(numbers)
     if reasons:
-        return f"Cloud Hypervisor {found} is refused: {'; '.join(reasons)}", f"Install version {RECOMMENDED}"
+        return (
+            f"Cloud Hypervisor {found} is refused: {'; '.join(reasons)}",
+            f"Install version {RECOMMENDED} with the role agentfleet.metal.cloud_hypervisor, and make the microVM anew",
+        )
     if not host.exists("/dev/kvm"):
         return "the host has no /dev/kvm, and Cloud Hypervisor runs on nothing else", "Use the driver qemu"
     return None
@@ -174,6 +177,18 @@ def command(spec: Spec) -> list[str]:
     """Cloud Hypervisor's argv for one microVM; with ``restore_from`` it waits for a snapshot."""
     argv = [spec["program"], "--api-socket", f"path={_api_socket(spec)}", "--seccomp", "true"]
     return argv if spec["restore_from"] else argv + machine_config(spec).arguments()
+
+
+def unit_lines(spec: Spec) -> list[str]:
+    """What the ``[Service]`` section of a unit has besides what all microVMs have; after all other lines."""
+    run = run_directory(spec["name"])
+    lines = ["LogRateLimitIntervalSec=30", "LogRateLimitBurst=1000"]  # the console is the guest's
+    if spec["memory_file"] and not spec["restore_from"]:  # it opens the file and does not make it
+        lines.append(f"ExecStartPre=/usr/bin/truncate --size={spec['memory_bytes']} {spec['memory_file']}")
+    # It would boot a guest that resets (a kernel panic, say) again by itself and for ever. When it can make no new
+    # socket then, it ends instead, and the unit's restart policy and start limit rule.
+    closed = f"until [ -S {_vsock_socket(spec)} ]; do sleep 0.05; done; chmod 0555 {run}"
+    return [*lines, f'ExecStartPost=+/bin/sh -c "{closed}"']
 
 
 def machine_config(spec: Spec, credentials: str = "%d") -> config.VmConfig:
