@@ -39,6 +39,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names im
     derived,
     home,
     run_directory,
+    running_spec,
     unit,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._network import guest_lines
@@ -61,7 +62,7 @@ IDENTITY_SECONDS = 60
 INHERITED = (
     "driver", "program", "accelerator", "image", "image_digest", "image_path", "image_bytes", "kernel", "initrd",
     "kernel_arguments", "vcpus", "vcpus_max", "memory_bytes", "memory_max_bytes", "memory_zones", "hugepage_bytes",
-    "thp", "balloon_bytes", "free_page_reporting", "volumes", "shares", "devices", "rate_limits",
+    "thp", "balloon_bytes", "free_page_reporting", "hotplug_slots", "volumes", "shares", "devices", "rate_limits",
     "hotplug_slots",
 )  # fmt: skip
 
@@ -90,6 +91,13 @@ def stored(host: Host) -> dict[str, dict[str, t.Any]]:
         except ValueError:
             found[name] = {}
     return found
+
+
+def _read(host: Host, path: str) -> _vmm.Spec | None:
+    try:
+        return t.cast("_vmm.Spec | None", json.loads(host.read(path) or "null"))
+    except ValueError:
+        return None
 
 
 def name_of(spec: _vmm.Spec) -> str:
@@ -166,12 +174,15 @@ def unsuitable(spec: _vmm.Spec) -> tuple[str, str] | None:
     for key, why in (
         ("shares", "virtiofsd maps its RAM and has state of its own"),
         ("devices", "the state of a passed-through device cannot be saved"),
+        ("hotplug_slots", "what was attached while it ran would be elsewhere in a clone"),
         ("hugepage_bytes", "hugepages cannot be shared copy-on-write"),
         ("balloon_bytes", "pages that it gave back cannot be told from its RAM"),
         ("free_page_reporting", "pages that it gave back cannot be told from its RAM"),
     ):
         if t.cast("dict[str, t.Any]", spec)[key]:
             return f"it has {key}: {why}", f"Declare it without {key} and restart it"
+    if spec["memory_max_bytes"] != spec["memory_bytes"]:
+        return "it has memory that can be plugged, which is in no file", "Declare it without memory_max and restart it"
     if any(not volume["readonly"] for volume in spec["volumes"]):
         return (
             "it has a writable volume, which would not go back with its RAM when a clone starts again",
@@ -214,8 +225,28 @@ class Sources:
         """Complete a resolved spec by the options ``snapshots`` and ``from_snapshot`` of its instance."""
         if item["snapshots"]:
             spec["memory_file"], spec["free_page_reporting"] = memory_file(spec["name"]), False
+            self._check_ram(item["option"], spec)
         if item["from_snapshot"]:
             self._inherit(f"{item['option']}.from_snapshot", item["from_snapshot"], spec)
+
+    def _check_ram(self, option: str, spec: _vmm.Spec) -> None:
+        """A guest whose RAM does not fit into its file system is killed when it touches too much of it."""
+        zones = len(spec["memory_zones"])
+        if zones > 1:
+            raise Refused(
+                f"{option}.snapshots", True, f"its RAM is one file, and it has {zones} zones",
+                "Leave out one of snapshots and memory_zones",
+            )  # fmt: skip
+        if not self.host.exists("/run"):
+            return
+        state = os.statvfs(self.host.path("/run"))
+        if state.f_blocks * state.f_frsize < spec["memory_bytes"]:
+            raise Refused(
+                f"{option}.snapshots", True,
+                f"its RAM of {spec['memory_bytes'] >> 20} MiB is kept in /run, which has "
+                f"{state.f_blocks * state.f_frsize >> 20} MiB",
+                "Make /run larger (mount -o remount,size=50% /run, and so in /etc/fstab), or give it less memory",
+            )  # fmt: skip
 
     def _inherit(self, option: str, name: str, spec: _vmm.Spec) -> None:
         if self._manifests is None:
@@ -309,12 +340,7 @@ class Snapshots:
     def observe(self) -> dict[str, t.Any]:
         """Snapshots with what is wrong with them, what an interrupted call left, microVMs."""
         manifests = stored(self.host)
-        specs = {}
-        for name in self.host.names(HOME):
-            try:
-                specs[name] = json.loads(self.host.read(f"{home(name)}/spec.json"))
-            except ValueError:
-                continue
+        specs = {name: spec for name in self.host.names(HOME) if (spec := _read(self.host, f"{home(name)}/spec.json"))}
         return {
             "manifests": manifests,
             "problems": {name: problem(self.host, name, found, self.verify) for name, found in manifests.items()},
@@ -323,14 +349,15 @@ class Snapshots:
             "running": self._running(sorted({item["microvm"] for item in self.wanted.values() if item["microvm"]})),
         }
 
-    def _running(self, names: t.Sequence[str]) -> set[str]:
-        """Those that have a VMM."""
+    def _running(self, names: t.Sequence[str]) -> dict[str, _vmm.Spec]:
+        """Name -> what it runs with, of those that have a VMM."""
         if not names:
-            return set()
+            return {}
         done = self.host.run(["systemctl", "show", "--property=Id,MainPID", *map(unit, names)], timeout_seconds=180)
         pids = [dict(line.split("=", 1) for line in part.splitlines()) for part in done.stdout.split("\n\n") if part]
         up = {one["Id"] for one in pids if one.get("MainPID", "0") != "0"}
-        return {name for name in names if unit(name) in up}
+        found = {name: _read(self.host, running_spec(name)) for name in names if unit(name) in up}
+        return {name: spec for name, spec in found.items() if spec}
 
     # -- plan ------------------------------------------------------------------
 
@@ -362,10 +389,10 @@ class Snapshots:
                 )  # fmt: skip
             return []
         steps = self._plan_absent(item, observed, f"{why}; it is made anew") if there else []
-        spec = observed["specs"].get(item["microvm"])
+        spec = observed["running"].get(item["microvm"])
         option = f"{item['option']}.microvm"
-        if (spec is None or item["microvm"] not in observed["running"]) and not self.predicting:
-            what = "not on this host" if spec is None else "not running"
+        if spec is None and not self.predicting:
+            what = "not running" if item["microvm"] in observed["specs"] else "not on this host"
             raise Refused(option, item["microvm"], what, "Start it with the module microvm, and let it warm up")
         found = unsuitable(spec) if spec else None
         if found:
@@ -429,10 +456,7 @@ class Snapshots:
 
     def _apply_clear(self, left: str) -> None:
         """Undo what an interrupted call did: its files, and a microVM that it paused and could not resume."""
-        try:
-            spec = json.loads(self.host.read(f"{STORE}/{left}/paused.json") or "null")
-        except ValueError:
-            spec = None
+        spec = _read(self.host, f"{STORE}/{left}/paused.json")
         if spec and self._running([spec["name"]]):
             with _vmm.driver(spec["driver"]).machine(self.host, spec) as machine:
                 machine.resume()

@@ -23,13 +23,14 @@ PARENT: dict[str, t.Any] = {
     "name": "parent", "driver": "qemu", "program": "/usr/bin/qemu-system-x86_64", "accelerator": "kvm",
     "tenant": "default", "image": "agent", "image_digest": "ab", "image_path": IMAGE, "image_bytes": 64 * MIB,
     "kernel": "/k", "initrd": "/i", "kernel_arguments": ["quiet"], "vcpus": 2, "vcpus_max": 2,
-    "memory_bytes": 8 * MIB, "memory_max_bytes": 8 * MIB, "memory_zones": [], "memory_file": "/run/agentfleet/parent/ram",
+    "memory_bytes": 8 * MIB, "memory_max_bytes": 8 * MIB, "memory_zones": [{"size_bytes": 8 * MIB, "numa_node": None}],
+    "memory_file": "/run/agentfleet/parent/ram",
     "hugepage_bytes": 0, "thp": False, "balloon_bytes": 0, "free_page_reporting": False, "cid": 5, "config": "config-1",
-    "data": "", "volumes": [], "shares": [], "devices": [],
+    "data": "", "hotplug_slots": 0, "volumes": [], "shares": [], "devices": [],
     "networks": [{"network": "agents", "mac": "02:00:00:00:00:01", "address": "10.88.0.2", "gateway": "10.88.0.1/24",
                   "tap": "af1", "bridge": "agentfleet0"}],
-    "rate_limits": {}, "environment": {}, "resources": {}, "autostart": True, "restart_policy": "always",
-    "restore_from": "",
+    "rate_limits": {"disk_bytes_per_second": 0, "disk_operations_per_second": 0, "network_bytes_per_second": 0},
+    "environment": {}, "resources": {}, "autostart": True, "restart_policy": "always", "restore_from": "",
 }  # fmt: skip
 CPUINFO = "processor: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t: 1\nmodel name\t: EPYC\nstepping\t: 1\nflags\t: {}\n\n"
 
@@ -74,6 +75,7 @@ def metal(fake_host: t.Any, monkeypatch: t.Any) -> t.Any:
     fake_host.files(
         {
             "/var/lib/agentfleet/microvms/parent/spec.json": json.dumps(PARENT),
+            "/run/agentfleet/parent.spec.json": json.dumps(PARENT),
             IMAGE: "image",
             "/run/agentfleet/parent/qmp": "",
             "/proc/cpuinfo": CPUINFO.format("sse svm"),
@@ -131,7 +133,7 @@ def clone(**changes: t.Any) -> dict[str, t.Any]:
     other = json.loads(json.dumps(PARENT))
     network = {**other["networks"][0], "mac": "02:00:00:00:00:02", "address": "10.88.0.3", "tap": "af2"}
     return {
-        **other, "name": "worker", "memory_bytes": 1, "vcpus": 1, "memory_file": "", "networks": [network],
+        **other, "name": "worker", "memory_bytes": 1, "memory_max_bytes": 1, "vcpus": 1, "memory_file": "", "networks": [network],
         "environment": {"ROLE": "reviewer"}, **changes,
     }  # fmt: skip
 
@@ -225,7 +227,7 @@ def test_another_version_another_cpu_other_features_are_named(metal: t.Any) -> N
 
 
 def test_emulation_does_not_ask_for_the_cpu(metal: t.Any) -> None:
-    metal.files({"/var/lib/agentfleet/microvms/parent/spec.json": json.dumps({**PARENT, "accelerator": "tcg"})})
+    metal.files({"/run/agentfleet/parent.spec.json": json.dumps({**PARENT, "accelerator": "tcg"})})
     run(metal, call(WARM))
     metal.files({"/proc/cpuinfo": CPUINFO.format("sse svm").replace("EPYC", "Xeon")})
     assert listed(metal)[0]["usable"]
@@ -351,6 +353,37 @@ def test_a_parent_has_its_ram_in_a_file_and_reports_no_free_pages(metal: t.Any) 
     assert _snapshot.unsuitable(spec) is None
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"restore_from": "/run/agentfleet/snapshots/old"}, "itself started from snapshot old"),
+        ({"memory_file": ""}, "its RAM is in no file"),
+        ({"shares": [{}]}, "virtiofsd maps its RAM"),
+        ({"devices": ["0000:01:00.0"]}, "passed-through device"),
+        ({"hotplug_slots": 2}, "elsewhere in a clone"),
+        ({"memory_max_bytes": 16 * MIB}, "memory that can be plugged"),
+        ({"volumes": [{"readonly": False}]}, "a writable volume"),
+    ],
+)
+def test_of_what_no_snapshot_can_be_made(change: dict[str, t.Any], problem: str) -> None:
+    assert _snapshot.unsuitable(t.cast(_vmm.Spec, PARENT)) is None
+    found = _snapshot.unsuitable(t.cast(_vmm.Spec, {**PARENT, **change}))
+    assert found and problem in found[0] and found[1]
+
+
+def test_ram_that_does_not_fit_into_run_or_is_in_zones_is_refused(metal: t.Any) -> None:
+    two = [{"size_bytes": 4 * MIB, "numa_node": None}] * 2
+    with pytest.raises(Refused, match="its RAM is one file, and it has 2 zones"):
+        Sources(metal, False, []).settle(
+            item(from_snapshot="", snapshots=True), t.cast(_vmm.Spec, clone(memory_zones=two))
+        )
+    spec = t.cast(_vmm.Spec, clone(memory_bytes=1 << 60))
+    with pytest.raises(Refused) as refused:
+        Sources(metal, False, []).settle(item(from_snapshot="", snapshots=True), spec)
+    assert refused.value.option == "instances[0].snapshots"
+    assert "remount" in refused.value.remedy
+
+
 def test_clones_of_another_shape_are_refused(metal: t.Any) -> None:
     run(metal, call(WARM))
     with pytest.raises(Refused, match="the snapshot's machine has 1 networks and this one 0"):
@@ -381,13 +414,13 @@ def test_bad_wishes(change: dict[str, t.Any], option: str) -> None:
 
 def test_qemu_maps_ram_shared_in_the_parent_and_privately_in_clones() -> None:
     parent = " ".join(_qemu.command(t.cast(_vmm.Spec, PARENT)))
-    assert "memory-backend-file,id=ram,mem-path=/run/agentfleet/parent/ram,size=8388608,share=on" in parent
+    assert "mem-path=/run/agentfleet/parent/ram,size=8388608,share=on," in parent
     assert f"mem-path={IMAGE},size=67108864,share=on,readonly=on,rom=on" in parent
     assert "-incoming" not in parent
     there = "/run/agentfleet/snapshots/warm"
     spec = {**PARENT, "restore_from": there, "memory_file": f"{there}/ram"}
     copy = " ".join(_qemu.command(t.cast(_vmm.Spec, spec)))
-    assert f"id=ram,mem-path={there}/ram,size=8388608,share=off,readonly=on,rom=off" in copy
+    assert f"mem-path={there}/ram,size=8388608,share=off,readonly=on,rom=off," in copy
     assert f"mem-path={IMAGE},size=67108864,share=off,readonly=on,rom=off" in copy
     assert "-incoming defer -S" in copy
 
