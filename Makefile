@@ -60,6 +60,10 @@ lint: setup
 unit: setup
 	@pytest -q
 
+## contract: what is sent to other programs, held against their own descriptions
+contract: setup
+	@pytest -q --junitxml=build/test/contract.xml tests/contract
+
 ## sanity: ansible-test sanity; units-sandboxed: ansible-test units (both on a copy of the tree, without Docker)
 sanity units-sandboxed: setup
 	@.ci/ansible-test $@
@@ -97,4 +101,4 @@ clean:
 	@if [ -e $(COLLECTIONS)/.ready ]; then $(MAKE) lab-down; fi
 	rm -rf build $(VENV) .ansible
 
-.PHONY: help demo test setup lint unit sanity units-sandboxed build molecule bench lab-up lab-down docs lock clean
+.PHONY: help demo test setup lint unit contract sanity units-sandboxed build molecule bench lab-up lab-down docs lock clean

@@ -106,7 +106,9 @@ def main(scenarios: list[str]) -> int:
     os.environ.update([MARK.split("=")], ANSIBLE_FORCE_COLOR="0", NO_COLOR="1")
     problems = []
     with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
-        steps = {"checks": pool.submit(run, "checks", "make", "-k", "lint", "sanity", "units-sandboxed", "build")}
+        steps = {
+            "checks": pool.submit(run, "checks", "make", "-k", "lint", "sanity", "units-sandboxed", "contract", "build")
+        }
         for number, name in enumerate(scenarios):
             steps[name] = pool.submit(scenario, name, FIRST_PORT + 10 * number)
         try:
