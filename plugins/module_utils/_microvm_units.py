@@ -185,6 +185,7 @@ NoNewPrivileges=yes
 
 MODULES = ("vhost_vsock", "tun", "bridge")
 
+
 def code() -> dict[str, str]:
     """Path -> text of what ``microvm-unit`` runs."""
     modules = {name: importlib.import_module(f"{PACKAGE}.{name}") for name in CODE}

@@ -12,10 +12,9 @@ import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 
-NOTHING = {
-    key: 0
-    for key in ("rss_bytes", "pss_bytes", "shared_bytes", "private_bytes", "guest_ram_bytes", "overhead_bytes")
-}
+NOTHING = dict.fromkeys(
+    ("rss_bytes", "pss_bytes", "shared_bytes", "private_bytes", "guest_ram_bytes", "overhead_bytes"), 0
+)
 
 
 def memory_of(host: Host, pid: int, image: str, ram: t.Collection[int] = ()) -> dict[str, int]:

@@ -405,17 +405,18 @@ def console(host: Host, spec: Spec) -> str:
 
 def machine(host: Host, spec: Spec) -> QemuMachine:
     """The running machine."""
-    return QemuMachine(host.path(f"{run_directory(spec['name'])}/qmp"))
+    return QemuMachine(host.path(f"{run_directory(spec['name'])}/qmp"), spec)
 
 
 class QemuMachine:
     """A running QEMU.
 
     :param path: real path of its QMP socket
+    :param spec: what runs
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, path: str, spec: Spec) -> None:
+        self._path, self._spec = path, spec
 
     def __enter__(self) -> QemuMachine:
         self.qmp = Qmp(self._path)
@@ -465,20 +466,20 @@ class QemuMachine:
         if change.key == "vcpus":
             self._resize_cpus(change.after)
         elif change.key == "memory_bytes":
-            booted = sum(zone["size_bytes"] for zone in spec["memory_zones"])
+            booted = sum(zone["size_bytes"] for zone in self._spec["memory_zones"])
             self.qmp.ask("qom-set", path="plugged", property="requested-size", value=change.after - booted)
         elif change.key == "balloon_bytes":
-            self.qmp.ask("balloon", value=spec["memory_bytes"] - change.after)
+            self.qmp.ask("balloon", value=self._spec["memory_bytes"] - change.after)
         elif change.key == "rate_limits":
-            for volume in spec["volumes"]:
+            for volume in self._spec["volumes"]:
                 path = f"/objects/limits-{volume['name']}"
                 self.qmp.ask("qom-set", path=path, property="limits", value=_throttle(spec))
         elif change.key == "volumes" and change.before is not None and change.after is not None:
             self.qmp.ask("block_resize", **{"node-name": f"disk-{change.item}", "size": change.after["size_bytes"]})
         elif change.after is None:
-            self._remove(_part(change, spec))
+            self._remove(_part(change, self._spec))
         else:
-            self._add(_part(change, spec))
+            self._add(_part(change, self._spec))
 
     def _resize_cpus(self, wanted: int) -> None:
         cpus = self.qmp.ask("query-hotpluggable-cpus")

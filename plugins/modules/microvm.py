@@ -26,10 +26,14 @@ options:
   state:
     description:
       - V(present) defines, and leaves running or not as it is.
-      - V(running) also starts and waits until each is ready. V(stopped) defines and stops by the power button.
-      - V(absent) stops and removes everything that a microVM has on the host; only O(instances[].name) matters then.
+      - V(running) also starts and waits until each is ready. V(paused) is V(running) with its CPUs standing still.
+      - V(stopped) defines and stops by the power button. V(restarted) stops what runs, too, and starts all.
+      - V(absent) stops and removes everything that a microVM has on the host but its volumes; only O(instances[].name) and
+        O(instances[].count) matter then.
+      - What can be changed while a microVM runs (CPUs and memory up to their maximum, balloon, volumes, shares, networks,
+        devices, disk limits) is.
     type: str
-    choices: [present, running, stopped, absent]
+    choices: [present, running, paused, stopped, restarted, absent]
     default: running
   instances:
     description: The microVMs.
@@ -38,9 +42,16 @@ options:
     required: true
     suboptions:
       name:
-        description: Name, also the guest's host name. Of V(a-z), V(0-9) and hyphen.
+        description:
+          - Name, also the guest's host name. Of V(a-z), V(0-9) and hyphen.
+          - With O(instances[].count) it has the number in it, as in V(agent-{index}) or V(agent-{index:03d}).
         type: str
         required: true
+      count:
+        description:
+          - How many microVMs this item declares, alike but for their names and what is derived from them.
+          - Their numbers begin with 1. A smaller number than before removes none; use O(state=absent) with their names.
+        type: int
       driver:
         description:
           - Virtual machine monitor. V(qemu) is the distribution's QEMU, 8.2 or newer.
@@ -52,6 +63,12 @@ options:
       image:
         description:
           - Name or digest in the host's image store. Needed unless O(state=absent) or O(instances[].from_snapshot) is given.
+        type: str
+        default: ""
+      kernel:
+        description:
+          - Kernel instead of the image's own. The name or digest of another image of the store, whose kernel and initramfs are
+            used, or the path of a kernel on the host that has everything built in and needs no initramfs.
         type: str
         default: ""
       snapshots:
@@ -71,10 +88,49 @@ options:
         description: Virtual CPUs.
         type: int
         default: 1
+      vcpus_max:
+        description: How many O(instances[].vcpus) it can be given while it runs. By default no more.
+        type: int
       memory:
-        description: Guest memory in whole MiB, such as V(256MiB); at least V(96MiB).
+        description: Guest memory in whole MiB, such as V(512MiB); at least V(96MiB). By default V(256MiB).
         type: str
-        default: 256MiB
+      memory_max:
+        description:
+          - How much O(instances[].memory) it can be given while it runs, in steps of V(128MiB) above it. By default no more.
+        type: str
+      memory_zones:
+        description:
+          - Guest memory in parts, instead of O(instances[].memory). Each is a NUMA node of the guest; its CPUs are on the first.
+        type: list
+        elements: dict
+        default: []
+        suboptions:
+          size:
+            description: Size of the zone.
+            type: str
+            required: true
+          numa_node:
+            description: NUMA node of the host that it is bound to, such as one of CXL memory. By default where the kernel likes.
+            type: int
+      numa_node:
+        description: NUMA node of the host that all guest memory is bound to. It never comes from another node.
+        type: int
+      hugepages:
+        description: Size of the reserved huge pages of the host that guest memory is made of, V(2MiB) or V(1GiB).
+        type: str
+      thp:
+        description:
+          - Whether the host may use transparent huge pages for guest memory. They make a busy guest faster, and let a small one
+            take nearly all its memory at once.
+        type: bool
+        default: false
+      balloon:
+        description: Part of O(instances[].memory) that the guest leaves to the host. It gets it back rather than run out.
+        type: str
+      free_page_reporting:
+        description: Whether the guest's free memory goes back to the host.
+        type: bool
+        default: true
       cid:
         description: Vsock address, unique on the host. By default derived from the name.
         type: int
@@ -86,17 +142,93 @@ options:
         description: Whether a running microVM is started again when the host boots.
         type: bool
         default: true
+      restart_policy:
+        description:
+          - What systemd does when the VMM ends, also by the guest's own power off. After five starts in five minutes the
+            microVM is V(failed).
+        type: str
+        choices: [always, on-failure, never]
+        default: always
       environment:
         description:
           - Environment of the agent, on a read-only disk of the microVM.
           - Not for secrets, since plans and diffs show it.
         type: dict
         default: {}
+      user_data:
+        description:
+          - First-boot data, on a second read-only disk of the microVM. The guest applies it once for each content.
+          - It is never shown; plans and diffs have a digest of it.
+        type: dict
+        suboptions:
+          files:
+            description: Files that the guest gets.
+            type: list
+            elements: dict
+            default: []
+            suboptions:
+              path:
+                description: Path in the guest.
+                type: str
+                required: true
+              content:
+                description: Text of the file.
+                type: str
+                required: true
+              mode:
+                description: Mode in octal digits.
+                type: str
+                default: "0600"
+          run:
+            description: Shell commands that the guest runs once, after the files are there and before its services start.
+            type: list
+            elements: str
+            default: []
       kernel_arguments:
         description: Words added to the guest kernel's command line.
         type: list
         elements: str
         default: []
+      hotplug_slots:
+        description:
+          - How many more volumes, shares, networks and devices can be attached while it runs. Without any, attaching and
+            removing them needs a restart. Each makes booting a little slower. V(cloud_hypervisor) needs none.
+        type: int
+        default: 0
+      volumes:
+        description:
+          - Disks of the microVM's own, kept as files below C(/var/lib/agentfleet/volumes). They stay when it is stopped, made
+            anew or removed, unless O(delete_volumes) is true.
+        type: list
+        elements: dict
+        default: []
+        suboptions:
+          name:
+            description: Name, also the disk's serial number in the guest. At most 20 characters.
+            type: str
+            required: true
+          size:
+            description: Size. A larger one than before makes the volume grow; it never shrinks.
+            type: str
+            required: true
+          template:
+            description: File on the host that a new volume begins as. Where the file system can, they share blocks.
+            type: str
+          readonly:
+            description: Whether the guest cannot write it.
+            type: bool
+            default: false
+          mount:
+            description: Mount point in the guest. Without one, the guest sees a disk.
+            type: str
+          filesystem:
+            description: File system that the guest makes on a blank volume, and lets grow with it. V(ext4) where it is mounted.
+            type: str
+            choices: [ext4, xfs]
+          writable_layer:
+            description: Whether the guest's root keeps what it writes on this volume, instead of in its memory.
+            type: bool
+            default: false
       shares:
         description: Directories of the host that the guest sees through virtiofsd.
         type: list
@@ -118,6 +250,13 @@ options:
             description: Whether virtiofsd refuses every write.
             type: bool
             default: true
+          dax:
+            description:
+              - V(always) maps the share into the guest. No driver has it today, so that it is refused; files in an image are
+                mapped (pmem with DAX).
+            type: str
+            choices: [never, always]
+            default: never
       networks:
         description: Networks that the microVM is attached to.
         type: list
@@ -137,6 +276,45 @@ options:
           mac:
             description: MAC of the network device. By default derived from the names of microVM and network.
             type: str
+      devices:
+        description:
+          - PCI functions of the host that the microVM has, as addresses such as V(0000:41:00.0). They are bound to C(vfio-pci)
+            (M(agentfleet.metal.vfio_bind)), and all its memory is pinned.
+        type: list
+        elements: str
+        default: []
+      rate_limits:
+        description: Limits of each volume and each network device.
+        type: dict
+        suboptions:
+          disk_bytes_per_second:
+            description: Bytes per second, read and written, such as V(100MiB).
+            type: str
+          disk_operations_per_second:
+            description: Operations per second.
+            type: int
+          network_bytes_per_second:
+            description: Bytes per second, such as V(10MiB). Of V(cloud_hypervisor) only.
+            type: str
+      resources:
+        description: Limits and shares of the VMM's control group.
+        type: dict
+        suboptions:
+          cpu_weight:
+            description: Share of CPU time among others, from 1 to 10000; others have 100.
+            type: int
+          cpu_quota_percent:
+            description: Most CPU time, in percent of one CPU.
+            type: int
+          memory_max:
+            description: Most memory, with the VMM itself. By default what guest memory, image and VMM can need.
+            type: str
+          io_weight:
+            description: Share of disk time among others, from 1 to 10000; others have 100.
+            type: int
+          tasks_max:
+            description: Most processes and threads.
+            type: int
   networks:
     description:
       - Networks of the host for microVMs. A bridge and its rules in the packet filter exist while a microVM uses it.
@@ -211,8 +389,12 @@ options:
     default: auto
   allow_restart:
     description:
-      - Whether running microVMs whose definition changed are restarted.
+      - Whether running microVMs are restarted whose definition changed in a way that cannot be applied while they run.
       - Otherwise RV(instances[].restart_required) says so.
+    type: bool
+    default: false
+  delete_volumes:
+    description: Whether O(state=absent) also deletes the volumes with all their data.
     type: bool
     default: false
   memory_overcommit:
@@ -220,7 +402,8 @@ options:
     type: float
     default: 1.0
   parallel:
-    description: How many microVMs are started at the same time; 0 is the host's number of CPUs.
+    description:
+      - How many microVMs boot at the same time, also when the host boots; 0 is the host's number of CPUs.
     type: int
     default: 0
   ready_timeout_seconds:
@@ -259,6 +442,30 @@ EXAMPLES = r"""
     instances:
       - {name: reviewer-1, image: agent, tenant: reviewers, networks: [{network: reviewers}]}
 
+- name: A hundred alike, each with a disk of its own for what it writes, and room to grow
+  agentfleet.metal.microvm:
+    instances:
+      - name: agent-{index:03d}
+        count: 100
+        image: agent
+        memory: 256MiB
+        memory_max: 1GiB
+        vcpus_max: 4
+        hotplug_slots: 2
+        volumes: [{name: root, size: 2GiB, writable_layer: true}]
+        user_data:
+          files: [{path: /etc/agent/token, content: "{{ vault_agent_token }}"}]
+        resources: {cpu_quota_percent: 100, tasks_max: 64}
+
+- name: Cold memory on CXL, a device, and a data disk that shares blocks with its template
+  agentfleet.metal.microvm:
+    instances:
+      - name: trainer
+        image: agent
+        memory_zones: [{size: 1GiB, numa_node: 0}, {size: 3GiB, numa_node: 2}]
+        devices: ["0000:41:00.0"]
+        volumes: [{name: data, size: 20GiB, template: /srv/templates/data.ext4, mount: /data}]
+
 - name: Remove one
   agentfleet.metal.microvm:
     state: absent
@@ -282,7 +489,7 @@ instances:
       description: Name of the microVM.
       type: str
     state:
-      description: V(running), V(starting), V(stopping), V(stopped), V(failed) or V(absent).
+      description: V(running), V(paused), V(starting), V(stopping), V(stopped), V(failed) or V(absent).
       type: str
     image_digest:
       description: SHA-256 of its image.
@@ -300,6 +507,10 @@ instances:
     restart_required:
       description: Whether it runs with an older definition.
       type: bool
+    restart_reasons:
+      description: What of the definition cannot be applied while it runs, and why.
+      type: list
+      elements: str
 """
 
 from ansible.module_utils.basic import AnsibleModule
@@ -309,24 +520,75 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._microvm import M
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
 
 ARGUMENTS = {
-    "state": {"type": "str", "choices": ["present", "running", "stopped", "absent"], "default": "running"},
+    "state": {
+        "type": "str",
+        "choices": ["present", "running", "paused", "stopped", "restarted", "absent"],
+        "default": "running",
+    },
     "instances": {
         "type": "list",
         "elements": "dict",
         "required": True,
         "options": {
             "name": {"type": "str", "required": True},
+            "count": {"type": "int"},
             "driver": {"type": "str", "choices": ["qemu", "cloud_hypervisor"], "default": "qemu"},
             "image": {"type": "str", "default": ""},
+            "kernel": {"type": "str", "default": ""},
             "snapshots": {"type": "bool", "default": False},
             "from_snapshot": {"type": "str", "default": ""},
             "vcpus": {"type": "int", "default": 1},
-            "memory": {"type": "str", "default": "256MiB"},
+            "vcpus_max": {"type": "int"},
+            "memory": {"type": "str"},
+            "memory_max": {"type": "str"},
+            "memory_zones": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {"size": {"type": "str", "required": True}, "numa_node": {"type": "int"}},
+            },
+            "numa_node": {"type": "int"},
+            "hugepages": {"type": "str"},
+            "thp": {"type": "bool", "default": False},
+            "balloon": {"type": "str"},
+            "free_page_reporting": {"type": "bool", "default": True},
             "cid": {"type": "int"},
             "tenant": {"type": "str", "default": "default"},
             "autostart": {"type": "bool", "default": True},
+            "restart_policy": {"type": "str", "choices": ["always", "on-failure", "never"], "default": "always"},
             "environment": {"type": "dict", "default": {}},
+            "user_data": {
+                "type": "dict",
+                "options": {
+                    "files": {
+                        "type": "list",
+                        "elements": "dict",
+                        "default": [],
+                        "options": {
+                            "path": {"type": "str", "required": True},
+                            "content": {"type": "str", "required": True, "no_log": True},
+                            "mode": {"type": "str", "default": "0600"},
+                        },
+                    },
+                    "run": {"type": "list", "elements": "str", "default": [], "no_log": True},
+                },
+            },
             "kernel_arguments": {"type": "list", "elements": "str", "default": []},
+            "hotplug_slots": {"type": "int", "default": 0},
+            "volumes": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    "name": {"type": "str", "required": True},
+                    "size": {"type": "str", "required": True},
+                    "template": {"type": "str"},
+                    "readonly": {"type": "bool", "default": False},
+                    "mount": {"type": "str"},
+                    "filesystem": {"type": "str", "choices": ["ext4", "xfs"]},
+                    "writable_layer": {"type": "bool", "default": False},
+                },
+            },
             "shares": {
                 "type": "list",
                 "elements": "dict",
@@ -336,6 +598,7 @@ ARGUMENTS = {
                     "source": {"type": "str", "required": True},
                     "target": {"type": "str"},
                     "readonly": {"type": "bool", "default": True},
+                    "dax": {"type": "str", "choices": ["never", "always"], "default": "never"},
                 },
             },
             "networks": {
@@ -347,6 +610,25 @@ ARGUMENTS = {
                     "address": {"type": "str"},
                     "address6": {"type": "str"},
                     "mac": {"type": "str"},
+                },
+            },
+            "devices": {"type": "list", "elements": "str", "default": []},
+            "rate_limits": {
+                "type": "dict",
+                "options": {
+                    "disk_bytes_per_second": {"type": "str"},
+                    "disk_operations_per_second": {"type": "int"},
+                    "network_bytes_per_second": {"type": "str"},
+                },
+            },
+            "resources": {
+                "type": "dict",
+                "options": {
+                    "cpu_weight": {"type": "int"},
+                    "cpu_quota_percent": {"type": "int"},
+                    "memory_max": {"type": "str"},
+                    "io_weight": {"type": "int"},
+                    "tasks_max": {"type": "int"},
                 },
             },
         },
@@ -384,6 +666,7 @@ ARGUMENTS = {
     },
     "accelerator": {"type": "str", "choices": ["auto", "kvm", "tcg"], "default": "auto"},
     "allow_restart": {"type": "bool", "default": False},
+    "delete_volumes": {"type": "bool", "default": False},
     "memory_overcommit": {"type": "float", "default": 1.0},
     "parallel": {"type": "int", "default": 0},
     "ready_timeout_seconds": {"type": "int", "default": 180},

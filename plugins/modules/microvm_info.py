@@ -25,6 +25,10 @@ options:
     description: How long to wait for the answer of each agent.
     type: int
     default: 10
+  console:
+    description: Whether the end of each console is returned.
+    type: bool
+    default: false
 """
 
 EXAMPLES = r"""
@@ -49,7 +53,16 @@ instances:
       description: Name of the microVM.
       type: str
     state:
-      description: V(running), V(starting), V(stopping), V(stopped), V(failed) or V(absent).
+      description: V(running), V(paused), V(starting), V(stopping), V(stopped), V(failed) or V(absent).
+      type: str
+    failure:
+      description: Why systemd gave it up, such as V(start-limit-hit) after a crash loop; empty unless V(failed).
+      type: str
+    restarts:
+      description: How often systemd has started it again.
+      type: int
+    driver:
+      description: Its virtual machine monitor.
       type: str
     tenant:
       description: Its tenant.
@@ -66,6 +79,9 @@ instances:
     pid:
       description: Process of the VMM, 0 when stopped.
       type: int
+    rss_bytes:
+      description: Resident set size of the VMM.
+      type: int
     pss_bytes:
       description: Proportional set size of the VMM, in which shared pages count by their share.
       type: int
@@ -75,9 +91,22 @@ instances:
     private_bytes:
       description: Memory that exists because of this microVM alone.
       type: int
+    guest_ram_bytes:
+      description: What of it is guest memory that was touched.
+      type: int
+    overhead_bytes:
+      description: What of it is the VMM itself. The rest are image pages that the guest wrote.
+      type: int
     memory_bytes:
       description: Declared guest memory.
       type: int
+    counters:
+      description: The VMM's counters by device.
+      type: dict
+    console:
+      description: The end of its console.
+      returned: when O(console)
+      type: str
     ready:
       description: Whether the agent answered.
       type: bool
@@ -101,18 +130,19 @@ import typing as t
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._microvm import MicrovmInfo
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_info import MicrovmInfo
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
 
 ARGUMENTS = {
     "names": {"type": "list", "elements": "str"},
     "agent_timeout_seconds": {"type": "int", "default": 10},
+    "console": {"type": "bool", "default": False},
 }
 
 
 def build(params: t.Mapping[str, t.Any], host: Host) -> MicrovmInfo:
     """The resource of these parameters."""
-    return MicrovmInfo(host, params.get("names"), params.get("agent_timeout_seconds") or 0)
+    return MicrovmInfo(host, params.get("names"), params.get("agent_timeout_seconds") or 0, bool(params.get("console")))
 
 
 def main() -> None:

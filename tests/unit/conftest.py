@@ -93,6 +93,7 @@ def microvm_spec() -> dict[str, t.Any]:
         "cid": 77,
         "config": "config-0123456789ab",
         "data": "",
+        "hotplug_slots": 0,
         "volumes": [],
         "shares": [],
         "networks": [],

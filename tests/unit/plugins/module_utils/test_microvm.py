@@ -6,38 +6,48 @@
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import typing as t
 
 import pytest
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import (
-    _microvm,
-    _microvm_names,
+    _microvm_data,
+    _microvm_state,
     _microvm_units,
     _qemu,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm import MicroVms
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Step
+from ansible_collections.agentfleet.metal.plugins.modules.microvm import ARGUMENTS
 
 DIGEST = "ab" * 32
 MANIFEST = {"files": {"rootfs.erofs": {"size_bytes": 82 << 20}}, "kernel_release": "6.12"}
-DEFAULTS: dict[str, t.Any] = {
-    "driver": "qemu", "image": "agent", "vcpus": 1, "memory": "256MiB", "cid": None, "tenant": "default",
-    "snapshots": False, "from_snapshot": "",
-    "autostart": True, "environment": {}, "kernel_arguments": [], "shares": [], "networks": [],
-}  # fmt: skip
 NETWORK = {"name": "agents", "prefix": "10.88.0.0/24", "bridge": "agentfleet0"}
 ATTACHED = [{"network": "agents", "address": None}]
 
 
+def complete(options: dict[str, t.Any], given: dict[str, t.Any]) -> dict[str, t.Any]:
+    """Parameters as Ansible hands them to a module: defaults filled in, in all suboptions."""
+    full = {key: option.get("default") for key, option in options.items()} | given
+    for key, option in options.items():
+        value = full[key]
+        if "options" in option and isinstance(value, dict):
+            full[key] = complete(option["options"], value)
+        elif "options" in option and isinstance(value, list):
+            full[key] = [complete(option["options"], one) for one in value]
+    return full
+
+
 def call(*instances: dict[str, t.Any], **params: t.Any) -> dict[str, t.Any]:
-    return {
-        "state": "running", "networks": [NETWORK], "accelerator": "auto", "allow_restart": False,
-        "memory_overcommit": 1.0, "parallel": 2, "ready_timeout_seconds": 1,
-        "instances": [{**DEFAULTS, **instance} for instance in instances], **params,
-    }  # fmt: skip
+    given = {
+        "networks": [NETWORK],
+        "ready_timeout_seconds": 1,
+        "parallel": 2,
+        "instances": [{"image": "agent", **one} for one in instances],
+        **params,
+    }
+    return complete(ARGUMENTS, given)
 
 
 class Systemd:
@@ -65,23 +75,22 @@ class Systemd:
     def show(self, _host: t.Any) -> str:
         return "\n\n".join(
             f"Id=agentfleet-microvm@{name}.service\nActiveState={'active' if name in self.active else 'inactive'}\n"
-            f"MainPID={self.active.get(name, 0)}\nNRestarts=0"
+            f"Result=success\nMainPID={self.active.get(name, 0)}\nNRestarts=0"
             for name in self._names()
         )
 
     def start(self, host: t.Any) -> str:
         for name in self._names():
             self.active[name] = 100 + len(self.active)
-            unit = f"agentfleet-microvm@{name}.service"
-            text = host.read(f"{_microvm_names.SYSTEM}/{unit}.d/60-agentfleet.conf")
-            line = next(line for line in text.splitlines() if line.startswith("ExecStart="))
-            argv = shlex.split(line[len("ExecStart=") :].replace("%d/", f"/run/credentials/{unit}/"))
-            host.files({f"/proc/{self.active[name]}/cmdline": "\0".join(argv) + "\0"})
+            host.files(
+                {f"/run/agentfleet/{name}.spec.json": host.read(f"/var/lib/agentfleet/microvms/{name}/spec.json")}
+            )
         return ""
 
-    def stop(self, _host: t.Any) -> str:
+    def stop(self, host: t.Any) -> str:
         for name in self._names():
             self.active.pop(name, None)
+            host.remove(f"/run/agentfleet/{name}.spec.json")
         return ""
 
     def disable(self, host: t.Any) -> str:
@@ -115,8 +124,10 @@ def metal(fake_host: t.Any, monkeypatch: t.Any) -> t.Any:
             "/usr/sbin/nft": "",
         }
     )
+    with open(fake_host.path(f"/var/lib/agentfleet/images/{DIGEST}/rootfs.erofs"), "wb") as file:
+        file.truncate(82 << 20)
     fake_host.systemd = Systemd(fake_host)
-    monkeypatch.setattr(_microvm, "ask_agent", lambda host, spec, timeout_seconds=5: {"hostname": spec["name"]})
+    monkeypatch.setattr(_microvm_state, "ask_agent", lambda host, spec, timeout_seconds=5: {"hostname": spec["name"]})
     return fake_host
 
 
@@ -222,12 +233,12 @@ def test_absent_of_one_keeps_the_others(metal: t.Any) -> None:
     run(metal, call({"name": "a1"}, {"name": "a2", "tenant": "other"}))
     (step,) = run(metal, {**call(), "state": "absent", "instances": [{"name": "a1"}]})
     assert step.data == (["a1"], ["agentfleet-default.slice"], [])
-    assert list(_microvm.declared(metal)) == ["a2"]
+    assert list(_microvm_state.declared(metal)) == ["a2"]
     assert metal.exists("/etc/systemd/system/agentfleet-microvm@.service")
 
 
 def test_a_failed_start_is_undone_and_explained(metal: t.Any, monkeypatch: t.Any) -> None:
-    monkeypatch.setattr(_microvm, "ask_agent", lambda host, spec, timeout_seconds=5: None)
+    monkeypatch.setattr(_microvm_state, "ask_agent", lambda host, spec, timeout_seconds=5: None)
     monkeypatch.setattr(_qemu, "console", lambda host, run: "agentfleet: no /dev/pmem0")
     with pytest.raises(
         HostError, match=r"microVM a1: no answer from its agent within 1 seconds\. Console: agentfleet: no"
@@ -244,8 +255,8 @@ def test_command_line(microvm_spec: t.Any) -> None:
         f"mem-path=/var/lib/agentfleet/images/{DIGEST}/rootfs.erofs,size=85983232,share=off,readonly=on,rom=on" in text
     )
     assert "-m size=268435456B,maxmem=2415919104B" in text
-    assert "memory-backend-memfd,id=ram,size=268435456,share=on" in text  # only because of the share
-    private = " ".join(_qemu.command(microvm_spec))
+    assert "memory-backend-memfd,id=ram0,size=268435456,share=on" in text
+    private = " ".join(_qemu.command({**microvm_spec, "thp": True}))
     assert "share=on" not in private and "readonly=on,rom=off" in private
     assert "vhost-vsock-pci,guest-cid=77" in private
 
@@ -259,7 +270,7 @@ def test_unit_command_quoting() -> None:
 def test_configuration_disk_is_sourced_by_a_shell(metal: t.Any) -> None:
     resource = MicroVms(metal, call({"name": "a1", "networks": ATTACHED, "environment": {"K": "it's $HOME"}}))
     resource.plan(resource.observe())
-    text = resource._config(resource.specs["a1"])
+    text = _microvm_data.config(resource.specs["a1"])
     assert len(text) % 512 == 0
     script = text + 'echo "$agentfleet_hostname|$agentfleet_networks|$K"'
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
@@ -268,7 +279,7 @@ def test_configuration_disk_is_sourced_by_a_shell(metal: t.Any) -> None:
 
 
 def test_a_vmm_that_ends_is_noticed_at_once(metal: t.Any, monkeypatch: t.Any) -> None:
-    monkeypatch.setattr(_microvm, "ask_agent", lambda host, spec, timeout_seconds=5: None)
+    monkeypatch.setattr(_microvm_state, "ask_agent", lambda host, spec, timeout_seconds=5: None)
     metal.answers["systemctl start"] = ""  # comes back, but the process is not there
     with pytest.raises(HostError, match="microVM a1: the VMM ended"):
         run(metal, call({"name": "a1"}, ready_timeout_seconds=3600))
@@ -281,5 +292,6 @@ def test_each_has_its_own_unprivileged_user_and_its_limits(metal: t.Any) -> None
     ]
     users = {line for text in texts for line in text.splitlines() if line.startswith("User=af")}
     assert len(users) == 2
-    assert "Slice=agentfleet-blue.slice\nMemoryMax=555745280\n" in texts[0]  # guest RAM, image, overhead
+    assert "Slice=agentfleet-blue.slice\n" in texts[0]
+    assert "MemoryMax=555745280\n" in texts[0]  # guest RAM, image, overhead
     assert "DynamicUser=yes" in metal.read("/etc/systemd/system/agentfleet-microvm@.service")

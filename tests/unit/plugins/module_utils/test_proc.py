@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typing as t
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._proc import memory_of
+from ansible_collections.agentfleet.metal.plugins.module_utils._proc import NOTHING, memory_of
 
 IMAGE = "/var/lib/agentfleet/images/abc/rootfs.erofs"
 
@@ -26,22 +26,33 @@ def test_split(fake_host: t.Any) -> None:
         # the image: 1000 pages' KiB shared by two, of which the guest wrote 40
         mapping(f"7f1-7f2 rw-p 00000000 fe:00 1234    {IMAGE}", 1040, 540, 0, 40, 40)
         # guest RAM
-        + mapping("7f3-7f4 rw-p 00000000 00:00 0", 9000, 9000, 0, 9000, 9000)
+        + mapping("7f3000-7f4000 rw-p 00000000 00:00 0", 9000, 9000, 0, 9000, 9000)
         # the program, shared with the other VMM but for its data
         + mapping("55a-55b r-xp 00000000 fe:00 77    /usr/bin/qemu-system-x86_64", 600, 350, 100, 0, 0)
     )
     fake_host.files({"/proc/42/smaps": smaps})
-    assert memory_of(fake_host, 42, IMAGE) == {
+    assert memory_of(fake_host, 42, IMAGE, [0x1000]) == {
+        "rss_bytes": (1040 + 9000 + 600) * 1024,
         "pss_bytes": (540 + 9000 + 350) * 1024,
         "shared_bytes": 1000 * 1024,
         "private_bytes": (40 + 9000 + 100) * 1024,
+        "guest_ram_bytes": 9000 * 1024,
+        "overhead_bytes": 100 * 1024,
     }
+
+
+def test_a_memfd_is_guest_ram_also_where_virtiofsd_has_mapped_it(fake_host: t.Any) -> None:
+    smaps = mapping("7f3000-7f9000 rw-s 00000000 00:01 5   /memfd:memory-backend-memfd (deleted)", 800, 500, 0, 200, 0)
+    fake_host.files({"/proc/42/smaps": smaps})
+    found = memory_of(fake_host, 42, IMAGE)
+    assert (found["private_bytes"], found["guest_ram_bytes"], found["pss_bytes"]) == (800 << 10, 800 << 10, 500 << 10)
 
 
 def test_an_image_used_by_one_is_not_private(fake_host: t.Any) -> None:
     fake_host.files({"/proc/42/smaps": mapping(f"7f1-7f2 rw-p 00000000 fe:00 1    {IMAGE}", 500, 500, 500, 0, 0)})
-    assert memory_of(fake_host, 42, IMAGE) == {"pss_bytes": 512000, "shared_bytes": 512000, "private_bytes": 0}
+    found = memory_of(fake_host, 42, IMAGE)
+    assert (found["pss_bytes"], found["shared_bytes"], found["private_bytes"]) == (512000, 512000, 0)
 
 
 def test_no_process(fake_host: t.Any) -> None:
-    assert memory_of(fake_host, 0, IMAGE) == {"pss_bytes": 0, "shared_bytes": 0, "private_bytes": 0}
+    assert memory_of(fake_host, 0, IMAGE) == NOTHING

@@ -1,0 +1,301 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""From validated wishes and what a host has to specs: everything resolved, and everything that cannot be refused.
+
+This module is private to the collection and imports nothing of Ansible.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import typing as t
+
+from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_data, _network, _snapshot, _store, _vmm
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import volume_path
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
+from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size
+
+NODES = "/sys/devices/system/node"
+# What a kernel that needs no initramfs mounts itself.
+ROOT = ["root=/dev/pmem0", "rootfstype=erofs", "rootflags=dax=always", "ro"]
+
+Item = t.Mapping[str, t.Any]
+
+
+def observe(host: Host) -> dict[str, t.Any]:
+    """What specs depend on."""
+    memory = re.search(r"^MemTotal:\s+(\d+) kB", host.read("/proc/meminfo"), re.M)
+    return {
+        "images": _store.stored(host),
+        "names": _store.named(host),
+        "memory_bytes": int(memory.group(1)) * 1024 if memory else 0,
+        "nodes": {int(path.rpartition("node")[2]): _node_bytes(host, path) for path in host.glob(f"{NODES}/node*")},
+        "virtualization": bool(re.search(r"^flags\s*:.*\b(vmx|svm)\b", host.read("/proc/cpuinfo"), re.M)),
+        "landlock": _vmm.landlock(host),
+    }
+
+
+def _node_bytes(host: Host, path: str) -> int:
+    found = re.search(r"MemTotal:\s+(\d+) kB", host.read(f"{path}/meminfo"))
+    return int(found.group(1)) * 1024 if found else 0
+
+
+class Resolver:
+    """The specs of one call.
+
+    :param params: ``accelerator`` and ``memory_overcommit``
+    :param wanted: name -> validated wish
+    :param observed: what :func:`observe` returned, with ``specs`` of all declared microVMs
+    :param predicting: what is missing is expected to be made by an earlier task
+    :param warnings: takes what this means
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        params: Item,
+        wanted: t.Mapping[str, Item],
+        observed: Item,
+        predicting: bool,
+        warnings: list[str],
+    ) -> None:
+        self.host, self.params, self.wanted, self.observed = host, params, wanted, observed
+        self.predicting, self.warnings = predicting, warnings
+        self.others: dict[str, _vmm.Spec] = {n: s for n, s in observed["specs"].items() if n not in wanted}
+        self.snapshots = _snapshot.Sources(host, predicting, warnings)
+        self.accelerator = self._accelerator()
+
+    def specs(self, networks: _network.Networks) -> dict[str, _vmm.Spec]:
+        """Name -> spec of every wanted microVM."""
+        before = {name: spec["networks"] for name, spec in self.observed["specs"].items()}
+        interfaces = networks.resolve(self.wanted, before)
+        found = {name: self._spec(item, interfaces[name]) for name, item in self.wanted.items()}
+        cids = {spec["cid"]: name for name, spec in self.others.items()}
+        devices = {device: name for name, spec in self.others.items() for device in spec.get("devices", ())}
+        for name, spec in found.items():
+            option = self.wanted[name]["option"]
+            for one in _vmm.driver(spec["driver"]).unsupported(spec):
+                raise Refused(f"{option}.{one.option}", one.value, one.problem, one.remedy)
+            if spec["cid"] in cids:
+                raise Refused(f"{option}.cid", spec["cid"], f"microVM {cids[spec['cid']]} has it", "Give another cid")
+            self._check_nodes(option, spec)
+            self._check_devices(option, spec, devices)
+            self._check_shares(option, spec)
+            self._check_volumes(option, spec)
+        self._check_memory(found)
+        return found
+
+    def _lacking(self, option: str, value: t.Any, problem: str, remedy: str) -> None:
+        """Refuse what is not there; in check mode an earlier task may make it."""
+        if not self.predicting:
+            raise Refused(option, value, problem, remedy)
+        self.warnings.append(f"{option}: {value}: {problem}; an earlier task is expected to correct it")
+
+    # -- one spec --------------------------------------------------------------
+
+    def _spec(self, item: Item, interfaces: list[_network.Interface]) -> _vmm.Spec:
+        option = item["option"]
+        digest = "" if item["from_snapshot"] else self._digest(f"{option}.image", item["image"])
+        manifest = self.observed["images"].get(digest)
+        before = self.observed["specs"].get(item["name"], {})
+        kept = before.get("program", "") if before.get("driver") == item["driver"] else ""
+        spec: _vmm.Spec = {
+            "name": item["name"],
+            "driver": item["driver"],
+            "program": _vmm.driver(item["driver"]).program(self.host, kept),
+            "accelerator": self.accelerator,
+            "landlock": self.observed["landlock"],
+            "tenant": item["tenant"],
+            "image": item["image"],
+            "image_digest": digest,
+            "image_path": _store.image_path(digest),
+            "image_bytes": manifest["files"][_store.IMAGE]["size_bytes"] if manifest else 0,
+            **self._kernel(item, digest),  # type: ignore[typeddict-item]  # kernel, initrd, kernel_arguments
+            "vcpus": item["vcpus"],
+            "vcpus_max": item["vcpus_max"],
+            "memory_bytes": item["memory_bytes"],
+            "memory_max_bytes": item["memory_max_bytes"],
+            "memory_zones": item["memory_zones"],
+            "memory_file": "",
+            "hugepage_bytes": item["hugepage_bytes"],
+            "thp": item["thp"],
+            "balloon_bytes": item["balloon_bytes"],
+            "free_page_reporting": item["free_page_reporting"],
+            "cid": item["cid"],
+            "config": "",
+            "data": f"data-{_digest_of(item['user_data'])}" if item["user_data"] else "",
+            "hotplug_slots": item["hotplug_slots"],
+            "volumes": item["volumes"],
+            "shares": item["shares"],
+            "networks": interfaces,
+            "devices": item["devices"],
+            "rate_limits": item["rate_limits"],
+            "environment": item["environment"],
+            "resources": item["resources"],
+            "autostart": item["autostart"],
+            "restart_policy": item["restart_policy"],
+            "restore_from": "",
+        }
+        self.snapshots.settle(item, spec)
+        spec["config"] = f"config-{_digest_of(_microvm_data.config(spec))}"
+        return spec
+
+    def _accelerator(self) -> str:
+        wish: str = self.params["accelerator"]
+        if wish == "kvm" and not self.observed["virtualization"]:
+            raise Refused(
+                "accelerator", wish, "this host's CPU has no vmx or svm",
+                "Enable virtualization in the firmware, or use tcg",
+            )  # fmt: skip
+        # /dev/kvm alone proves nothing: it can exist and still not run an ordinary guest.
+        return ("kvm" if self.observed["virtualization"] else "tcg") if wish == "auto" else wish
+
+    def _digest(self, option: str, image: str) -> str:
+        digest = self.observed["names"].get(image, image)
+        if digest in self.observed["images"]:
+            return str(digest)
+        if self.predicting:
+            self.warnings.append(f"image {image} is not on the host yet; an earlier task is expected to bring it")
+            return ""
+        raise Refused(
+            option, image, "not in the host's image store",
+            f"Bring it with image_store first (there: {', '.join(sorted(self.observed['names'])) or 'none'})",
+        )  # fmt: skip
+
+    def _kernel(self, item: Item, digest: str) -> dict[str, t.Any]:
+        """Kernel and initramfs: the image's own, another image's, or a file that needs no initramfs."""
+        words = item["kernel_arguments"]
+        if item["kernel"].startswith("/"):
+            option = f"{item['option']}.kernel"
+            if not self.host.exists(item["kernel"]):
+                self._lacking(option, item["kernel"], "no such file on the host", "Bring the kernel there first")
+            return {"kernel": item["kernel"], "initrd": "", "kernel_arguments": [*ROOT, *words]}
+        if item["kernel"]:
+            digest = self._digest(f"{item['option']}.kernel", item["kernel"])
+        manifest = self.observed["images"].get(digest) or {"files": {"initrd": {}}}
+        has_initrd = "initrd" in manifest["files"]
+        own = manifest.get("kernel_arguments", [] if has_initrd else ROOT)
+        return {
+            "kernel": _store.image_path(digest, "kernel"),
+            "initrd": _store.image_path(digest, "initrd") if has_initrd else "",
+            "kernel_arguments": [*own, *words],
+        }
+
+    # -- what the host must have -------------------------------------------------
+
+    def _check_nodes(self, option: str, spec: _vmm.Spec) -> None:
+        for zone in spec["memory_zones"]:
+            node = zone["numa_node"]
+            if node is not None and not self.observed["nodes"].get(node):
+                there = ", ".join(str(number) for number, size in sorted(self.observed["nodes"].items()) if size)
+                self._lacking(
+                    f"{option}.numa_node", node, "the host has no such NUMA node with memory",
+                    f"Use one of {there or 'none'}",
+                )  # fmt: skip
+
+    def _check_devices(self, option: str, spec: _vmm.Spec, holders: dict[str, str]) -> None:
+        for index, address in enumerate(spec["devices"]):
+            where = f"{option}.devices[{index}]"
+            if address in holders:
+                raise Refused(where, address, f"microVM {holders[address]} has it", "Give each microVM its own devices")
+            holders[address] = spec["name"]
+            directory = f"/sys/bus/pci/devices/{address}"
+            bound = self.host.link_name(f"{directory}/driver")
+            if not self.host.exists(directory):
+                self._lacking(where, address, "the host has no such PCI device", "See lspci -D")
+            elif bound != "vfio-pci":
+                self._lacking(
+                    where, address, f"in use by the driver {bound}" if bound else "bound to no driver",
+                    "Bind it to vfio-pci with the module vfio_bind",
+                )  # fmt: skip
+
+    def _check_shares(self, option: str, spec: _vmm.Spec) -> None:
+        for index, share in enumerate(spec["shares"]):
+            if not os.path.isdir(self.host.path(share["source"])):
+                self._lacking(
+                    f"{option}.shares[{index}].source", share["source"], "no such directory on the host",
+                    "Make the directory first",
+                )  # fmt: skip
+
+    def _check_volumes(self, option: str, spec: _vmm.Spec) -> None:
+        for index, volume in enumerate(spec["volumes"]):
+            where, size = f"{option}.volumes[{index}]", volume["size_bytes"]
+            has = size_of(self.host, volume_path(spec["name"], volume["name"]))
+            if has is not None and has > size:
+                raise Refused(
+                    f"{where}.size", format_size(size), f"the volume has {format_size(has)}, and data may be at its end",
+                    f"Volumes only grow: give at least {format_size(has)}, or another name for a new one",
+                )  # fmt: skip
+            if not volume["template"] or has is not None:
+                continue
+            template = size_of(self.host, volume["template"])
+            if template is None:
+                self._lacking(
+                    f"{where}.template", volume["template"], "no such file on the host", "Bring it there first"
+                )
+            elif template > size:
+                raise Refused(
+                    f"{where}.size", format_size(size), f"its template has {format_size(template)}",
+                    f"Give at least {format_size(template)}",
+                )  # fmt: skip
+
+    def _check_memory(self, found: t.Mapping[str, _vmm.Spec]) -> None:
+        """Each kind of memory for itself: all of it, the pages of each huge size, and each node that is bound to."""
+        if not self.observed["memory_bytes"]:
+            return
+        room: dict[t.Any, int] = {"": int(self.observed["memory_bytes"] * self.params["memory_overcommit"])}
+        used: dict[t.Any, int] = {}
+        for name, spec in self.others.items():
+            if name in self.observed["enabled"]:
+                for kind, size in _demands(spec):
+                    used[kind] = used.get(kind, 0) + size
+        for name, spec in found.items():
+            for kind, size in _demands(spec):
+                used[kind] = used.get(kind, 0) + size
+                if kind not in room:
+                    room[kind] = self._room(kind)
+                if used[kind] > room[kind] and not (self.predicting and kind):
+                    raise Refused(
+                        f"{self.wanted[name]['option']}.memory", format_size(size),
+                        f"does not fit: the microVMs up to {name} take {used[kind] >> 20} MiB of {room[kind] >> 20} MiB"
+                        + _of(kind),
+                        "Declare fewer or smaller microVMs, or "
+                        + ("reserve more huge pages" if kind and kind[0] == "hugepages" else "raise memory_overcommit")
+                        if not kind or kind[0] == "hugepages"
+                        else "Declare fewer or smaller microVMs there",
+                    )  # fmt: skip
+
+    def _room(self, kind: tuple[str, int]) -> int:
+        if kind[0] == "node":
+            return int(self.observed["nodes"].get(kind[1], 0))
+        return kind[1] * (self.host.read_int(f"/sys/kernel/mm/hugepages/hugepages-{kind[1] >> 10}kB/nr_hugepages") or 0)
+
+
+def _demands(spec: _vmm.Spec) -> list[tuple[t.Any, int]]:
+    """(kind of memory, bytes) that a microVM takes."""
+    hugepage = spec.get("hugepage_bytes", 0)
+    demands: list[tuple[t.Any, int]] = [(("hugepages", hugepage) if hugepage else "", spec["memory_bytes"])]
+    nodes = [zone for zone in spec.get("memory_zones", ()) if zone["numa_node"] is not None and not hugepage]
+    return demands + [(("node", zone["numa_node"]), zone["size_bytes"]) for zone in nodes]
+
+
+def _of(kind: t.Any) -> str:
+    if not kind:
+        return ""
+    return f" on NUMA node {kind[1]}" if kind[0] == "node" else f" in huge pages of {format_size(kind[1])}"
+
+
+def size_of(host: Host, path: str) -> int | None:
+    """A file's size, or None when there is none."""
+    try:
+        return os.stat(host.path(path)).st_size
+    except OSError:
+        return None
+
+
+def _digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

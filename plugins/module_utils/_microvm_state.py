@@ -1,0 +1,100 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What microVMs a host has, and how they are: declared, running, answering.
+
+This module is private to the collection and imports nothing of Ansible.
+"""
+
+from __future__ import annotations
+
+import json
+import typing as t
+from concurrent.futures import ThreadPoolExecutor
+
+from ansible_collections.agentfleet.metal.plugins.module_utils import _vmm
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import HOME, running_spec, unit
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
+
+T = t.TypeVar("T")
+
+
+def _spec(host: Host, path: str) -> _vmm.Spec | None:
+    try:
+        return t.cast("_vmm.Spec", json.loads(host.read(path)))
+    except ValueError:
+        return None
+
+
+def declared(host: Host) -> dict[str, _vmm.Spec]:
+    """Name -> spec of every microVM on the host."""
+    found = {name: _spec(host, f"{HOME}/{name}/spec.json") for name in host.names(HOME)}
+    return {name: spec for name, spec in found.items() if spec}
+
+
+def running(host: Host, names: t.Iterable[str]) -> dict[str, _vmm.Spec]:
+    """Name -> what each running microVM has now, which may differ from what is declared."""
+    found = {name: _spec(host, running_spec(name)) for name in names}
+    return {name: spec for name, spec in found.items() if spec}
+
+
+def unit_states(host: Host, names: t.Sequence[str]) -> dict[str, dict[str, t.Any]]:
+    """Name -> active state, why it failed, main pid and restarts, with one command for all."""
+    if not names:
+        return {}
+    properties = "--property=Id,ActiveState,Result,MainPID,NRestarts"
+    done = host.run(["systemctl", "show", properties, *map(unit, names)], timeout_seconds=180)
+    found = {}
+    for stanza in done.stdout.split("\n\n"):
+        fields = dict(line.split("=", 1) for line in stanza.splitlines() if "=" in line)
+        if "Id" not in fields:
+            continue
+        found[fields["Id"].partition("@")[2].rpartition(".service")[0]] = {
+            "active": fields.get("ActiveState", "inactive"),
+            "result": fields.get("Result", "success"),
+            "pid": int(fields.get("MainPID") or 0),
+            "restarts": int(fields.get("NRestarts") or 0),
+        }
+    return found
+
+
+def public_state(state: t.Mapping[str, t.Any] | None) -> str:
+    """A unit's state in our words; whether the machine in it is paused is not the unit's to know."""
+    words = {"active": "running", "activating": "starting", "deactivating": "stopping", "failed": "failed"}
+    return words.get((state or {}).get("active", ""), "stopped")
+
+
+def together(call: t.Callable[[str], T], names: t.Sequence[str]) -> dict[str, T]:
+    """Name -> what the call returns for it, several at the same time: each waits for somebody else."""
+    if not names:
+        return {}
+    with ThreadPoolExecutor(max_workers=min(16, len(names))) as pool:
+        return dict(zip(names, pool.map(call, names)))
+
+
+def paused(host: Host, specs: t.Mapping[str, _vmm.Spec]) -> set[str]:
+    """Those of the running microVMs whose CPUs stand still."""
+
+    def state(name: str) -> str:
+        try:
+            with _vmm.driver(specs[name]["driver"]).machine(host, specs[name]) as machine:
+                return machine.state()
+        except (OSError, HostError, ValueError):
+            return ""
+
+    return {name for name, found in together(state, list(specs)).items() if found == "paused"}
+
+
+def ask_agent(host: Host, spec: _vmm.Spec, timeout_seconds: float = 5) -> dict[str, t.Any] | None:
+    """What the agent in a microVM answers over vsock; None when it does not."""
+    try:
+        with _vmm.driver(spec["driver"]).connect(host, spec, _vmm.AGENT_PORT, timeout_seconds) as connection:
+            connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            answer = b""
+            while chunk := connection.recv(65536):
+                answer += chunk
+            told = json.loads(answer.partition(b"\r\n\r\n")[2])
+    except (OSError, ValueError):
+        return None
+    return told if isinstance(told, dict) else None
