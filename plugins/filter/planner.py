@@ -11,10 +11,10 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refu
 from ansible_collections.agentfleet.metal.plugins.module_utils._planner import plan
 
 
-def microvm_plan(facts, instances, images, policy=None, measured=None):
+def microvm_plan(facts, instances, images, policy=None, measured=None, snapshots=()):
     """How many microVMs fit, as ``_planner.plan`` returns it."""
     try:
-        return plan(facts, instances, images, policy, measured)
+        return plan(facts, instances, images, policy, measured, snapshots)
     except Refused as refusal:
         raise AnsibleFilterError(f"microvm_plan: {refusal}") from refusal
 

@@ -14,6 +14,7 @@ the image are inside the guest's RAM and take from what its programs can use.
 
 from __future__ import annotations
 
+import re
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import NAME
@@ -35,6 +36,7 @@ PLACEMENTS = {
     "cpu": "RAM goes to nodes with CPUs alone",
 }
 Line = dict[str, t.Any]
+PLACEHOLDER = re.compile(r"\{index(:0?\d{1,3}d)?\}")  # of an instance with count
 
 
 def line(scope: str, what: str, size: int, why: str) -> Line:
@@ -83,12 +85,18 @@ def policy_of(given: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
     return policy
 
 
-def wish_of(option: str, item: t.Any, images: t.Mapping[str, int], nodes: t.Mapping[int, t.Any]) -> dict[str, t.Any]:
+def wish_of(
+    option: str,
+    item: t.Any,
+    images: t.Mapping[str, int],
+    nodes: t.Mapping[int, t.Any],
+    snapshots: t.Mapping[str, t.Mapping[str, t.Any]],
+) -> dict[str, t.Any]:
     """One kind of microVM, validated; the options are those of the module microvm."""
     if not hasattr(item, "items"):
         raise Refused(option, item, "not a dictionary", "Give the options that the module microvm takes")
     name = str(item.get("name", ""))
-    if not NAME.fullmatch(name):
+    if not NAME.fullmatch(PLACEHOLDER.sub("1", name)):
         raise Refused(f"{option}.name", name, "not a name of a microVM", "Use 1 to 48 of a-z, 0-9 and hyphen")
     driver = item.get("driver", "qemu")
     if driver not in VMM_BYTES:
@@ -97,7 +105,24 @@ def wish_of(option: str, item: t.Any, images: t.Mapping[str, int], nodes: t.Mapp
     count = 1 if count is None else count
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise Refused(f"{option}.count", count, "not a number of microVMs", "Give 1 or more")
-    memory = parse_size(f"{option}.memory", item.get("memory") or "256MiB", 1 << 20)
+    source = item.get("from_snapshot") or ""
+    if source:
+        if source not in snapshots:
+            raise Refused(
+                f"{option}.from_snapshot", source, "nothing is known of it",
+                f"Give it in snapshots (there: {', '.join(sorted(snapshots)) or 'none'})",
+            )  # fmt: skip
+        made_of = snapshots[source]
+        item = {
+            **item,
+            "memory": made_of["memory_bytes"],
+            "image": made_of["image_digest"],
+            "driver": made_of["driver"],
+        }
+        driver = item["driver"]
+    zones = _zones(option, item, nodes)
+    memory = sum(size for size, _node in zones)
+    balloon = parse_size(f"{option}.balloon", item["balloon"], 1 << 20) if item.get("balloon") else 0
     image = str(item.get("image", ""))
     if image not in images:
         raise Refused(
@@ -112,7 +137,7 @@ def wish_of(option: str, item: t.Any, images: t.Mapping[str, int], nodes: t.Mapp
         )  # fmt: skip
     wish = {
         "name": name, "driver": driver, "count": count, "memory": memory, "image": image, "hugepages": hugepages,
-        "zones": _zones(option, item, memory, nodes), "shares": len(item.get("shares") or ()),
+        "zones": zones, "balloon": balloon, "from_snapshot": source, "shares": len(item.get("shares") or ()),
         "pinned": bool(item.get("devices")),
         "volumes": sum(
             parse_size(f"{option}.volumes[{number}].size", volume.get("size"))
@@ -120,7 +145,7 @@ def wish_of(option: str, item: t.Any, images: t.Mapping[str, int], nodes: t.Mapp
         ),
     }  # fmt: skip
     inside = sum(one["bytes"] for one in guest_lines(wish, images))
-    if inside >= memory:
+    if inside >= memory - balloon:
         raise Refused(
             f"{option}.memory", format_size(memory),
             f"the guest's kernel and its page structs for image {image} take {inside >> 20} MiB of it",
@@ -129,24 +154,24 @@ def wish_of(option: str, item: t.Any, images: t.Mapping[str, int], nodes: t.Mapp
     return wish
 
 
-def _zones(
-    option: str, item: t.Mapping[str, t.Any], memory: int, nodes: t.Mapping[int, t.Any]
-) -> list[tuple[int, int | None]]:
+def _zones(option: str, item: t.Mapping[str, t.Any], nodes: t.Mapping[int, t.Any]) -> list[tuple[int, int | None]]:
+    """(size, node) of each part of guest RAM; a node of None is any."""
     zones = []
-    for number, zone in enumerate(item.get("memory_zones") or ()):
-        node = zone.get("numa_node")
+    for where, node in [("numa_node", item.get("numa_node"))] + [
+        (f"memory_zones[{number}].numa_node", zone.get("numa_node"))
+        for number, zone in enumerate(item.get("memory_zones") or ())
+    ]:
         if node is not None and node not in nodes:
             raise Refused(
-                f"{option}.memory_zones[{number}].numa_node", node, "the host has no such node with memory",
+                f"{option}.{where}", node, "the host has no such node with memory",
                 f"Use one of {', '.join(map(str, nodes))}",
             )  # fmt: skip
-        zones.append((parse_size(f"{option}.memory_zones[{number}].size", zone.get("size"), 1 << 20), node))
-    if zones and item.get("memory") and sum(size for size, _node in zones) != memory:
-        raise Refused(
-            f"{option}.memory_zones", format_size(sum(size for size, _node in zones)),
-            f"the zones do not add up to the memory of {format_size(memory)}", "Correct one of the two",
-        )  # fmt: skip
-    return zones or [(memory, None)]
+    for number, zone in enumerate(item.get("memory_zones") or ()):
+        size = parse_size(f"{option}.memory_zones[{number}].size", zone.get("size"), 1 << 20)
+        zones.append((size, zone.get("numa_node")))
+    if zones and item.get("memory"):
+        raise Refused(f"{option}.memory", item["memory"], "memory_zones say it already", "Leave out one of them")
+    return zones or [(parse_size(f"{option}.memory", item.get("memory") or "256MiB", 1 << 20), item.get("numa_node"))]
 
 
 # -- what is counted -------------------------------------------------------------
@@ -172,13 +197,17 @@ def instance_lines(
     memory, image = wish["memory"], images[wish["image"]]
     overcommit = 1.0 if wish["hugepages"] or wish["pinned"] else policy["overcommit"]
     floor = sum(one["bytes"] for one in guest_lines(wish, images))
-    counted = max(int(memory / overcommit), floor)
+    counted = max(int((memory - wish["balloon"]) / overcommit), floor)
     if wish["hugepages"]:
         why = f"from the host's pool of {format_size(wish['hugepages'])} pages: all of it, whatever the policy"
     elif wish["pinned"]:
         why = "pinned, since the device may write anywhere in it: all of it, whatever the policy"
+    elif wish["from_snapshot"] and counted == memory:
+        why = "all of it may be written; what a clone does not write it shares with the snapshot"
     elif counted == memory:
         why = "all of it may be touched"
+    elif counted == memory - wish["balloon"]:
+        why = "all of it may be touched, but for what the balloon leaves to the host"
     else:
         why = f"{format_size(memory)} overcommitted {overcommit:g} times, at least what a booted guest holds"
     kvm = policy["accelerator"] == "kvm"
@@ -203,9 +232,15 @@ def instance_lines(
     return found
 
 
-def host_lines(wishes: t.Sequence[t.Mapping[str, t.Any]], images: t.Mapping[str, int], reserve: int) -> list[Line]:
+def host_lines(
+    wishes: t.Sequence[t.Mapping[str, t.Any]],
+    images: t.Mapping[str, int],
+    snapshots: t.Mapping[str, t.Mapping[str, t.Any]],
+    reserve: int,
+) -> list[Line]:
     """What the host holds once, however many microVMs run."""
     used = sorted({wish["image"] for wish in wishes})
+    sources = sorted({wish["from_snapshot"] for wish in wishes if wish["from_snapshot"]})
     return [
         line("host", "reserve", reserve, "the host's own kernel, services and page cache (policy.reserve)"),
         *(
@@ -214,6 +249,15 @@ def host_lines(wishes: t.Sequence[t.Mapping[str, t.Any]], images: t.Mapping[str,
                 "movable": True,
             }
             for name in used
+        ),
+        *(
+            {
+                **line(
+                    "host", f"snapshot {name}", snapshots[name]["disk_bytes"], "once in the page cache, for all clones"
+                ),
+                "movable": True,
+            }
+            for name in sources
         ),
     ]
 
@@ -309,6 +353,7 @@ def plan(
     images: t.Any,
     policy: t.Mapping[str, t.Any] | None = None,
     measured: t.Sequence[t.Mapping[str, t.Any]] | None = None,
+    snapshots: t.Sequence[t.Mapping[str, t.Any]] = (),
 ) -> dict[str, t.Any]:
     """How many of the instances fit, how many more of the last kind, and every line of the sum.
 
@@ -317,6 +362,7 @@ def plan(
     :param images: name or digest to size in bytes
     :param policy: ``reserve, overcommit, placement, accelerator, vmm, virtiofsd``
     :param measured: ``instances`` of the module microvm_info, to compare with
+    :param snapshots: ``snapshots`` of the module microvm_snapshot, for instances with ``from_snapshot``
     """
     chosen = policy_of(policy or {})
     for name, value, keys in (("facts", facts, ("numa", "os")), ("images", images, ())):
@@ -328,8 +374,9 @@ def plan(
         raise Refused("facts.numa.nodes", [], "no node has memory", "Collect them with host_facts")
     if not isinstance(instances, (list, tuple)) or not instances:
         raise Refused("instances", instances, "no list of microVMs", "Give at least one")
-    wishes = [wish_of(f"instances[{number}]", item, sizes, nodes.left) for number, item in enumerate(instances)]
-    shared = host_lines(wishes, sizes, chosen["reserve"])
+    sources = {str(one["name"]): one for one in snapshots}
+    wishes = [wish_of(f"instances[{n}]", item, sizes, nodes.left, sources) for n, item in enumerate(instances)]
+    shared = host_lines(wishes, sizes, sources, chosen["reserve"])
     disk = int(facts["os"].get("free_bytes", {}).get("/var/lib", 0))
     kinds = [(wish, instance_lines(wish, sizes, chosen)) for wish in wishes]
     for one in shared:
@@ -427,7 +474,8 @@ def compare(
     for wish, lines in kinds:
         for one in measured:
             name = str(one.get("name", ""))
-            ours = name.startswith(wish["name"]) if wish["count"] > 1 else name == wish["name"]
+            prefix = PLACEHOLDER.split(wish["name"])[0]
+            ours = name.startswith(prefix) if wish["count"] > 1 else name == wish["name"]
             if not one.get("pid") or not ours:
                 continue
             planned = sum(entry["bytes"] for entry in lines if entry["what"] not in ("page tables", "virtiofsd"))

@@ -83,8 +83,11 @@ def test_cxl_takes_ram_and_images_and_leaves_page_tables_to_dram() -> None:
 
 
 def test_ram_that_is_bound_to_a_node_goes_nowhere_else() -> None:
-    bound = {**AGENT, "memory_zones": [{"size": "256MiB", "numa_node": 2}], "count": 3}
-    found = plan(facts(node(0, 8 * GIB), node(2, GIB, cpus=(), movable=GIB)), [bound], IMAGES)
+    bound = {**AGENT, "numa_node": 2, "count": 3}
+    host = facts(node(0, 8 * GIB), node(2, GIB, cpus=(), movable=GIB))
+    zones = {**AGENT, "memory": None, "memory_zones": [{"size": "256MiB", "numa_node": 2}], "count": 3}
+    assert plan(host, [zones], IMAGES) == plan(host, [bound], IMAGES)
+    found = plan(host, [bound], IMAGES)
     assert (found["fits"], found["more"]) == (True, 1)
     assert found["limit"] == "one more agent: no memory on node 2"
 
@@ -137,13 +140,30 @@ def test_a_mixed_declaration_counts_each_image_once() -> None:
     }  # fmt: skip
 
 
+def test_clones_are_what_their_snapshot_is_and_share_its_pages() -> None:
+    warm = {"name": "warm", "memory_bytes": 256 * MIB, "disk_bytes": 90 * MIB, "image_digest": "ab", "driver": "qemu"}
+    wish = {"name": "worker-{index}", "from_snapshot": "warm", "count": 8}
+    found = plan(facts(node(0, 16 * GIB)), [wish], {"ab": "1GiB"}, snapshots=[warm])
+    assert [(one["what"], one["bytes"]) for one in found["host"]][1:] == [
+        ("image ab", GIB),
+        ("snapshot warm", 90 * MIB),
+    ]
+    assert lines(found)["guest RAM"] == 256 * MIB
+    assert found["fits"]
+
+
+def test_a_balloon_is_left_to_the_host() -> None:
+    found = plan(facts(node(0, 4 * GIB)), [{**AGENT, "balloon": "64MiB"}], IMAGES)
+    assert lines(found)["guest RAM"] == 192 * MIB
+
+
 def test_comparison_with_measurement() -> None:
     measured = [
         {"name": "agent1", "image": "agent", "pid": 7, "private_bytes": 150 * MIB, "shared_bytes": 12 * MIB},
         {"name": "agent2", "image": "agent", "pid": 8, "private_bytes": 160 * MIB, "shared_bytes": 14 * MIB},
         {"name": "agent3", "image": "agent", "pid": 0, "private_bytes": 0, "shared_bytes": 0},
     ]
-    found = plan(facts(node(0, 4 * GIB)), [{**AGENT, "count": 3}], IMAGES, measured=measured)
+    found = plan(facts(node(0, 4 * GIB)), [{**AGENT, "name": "agent{index}", "count": 3}], IMAGES, measured=measured)
     assert found["comparison"] == [
         {"what": "agent1 alone", "planned_bytes": 296 * MIB, "measured_bytes": 150 * MIB},
         {"what": "agent2 alone", "planned_bytes": 296 * MIB, "measured_bytes": 160 * MIB},
@@ -165,15 +185,33 @@ BAD: list[tuple[str, dict[str, t.Any], str, str]] = [
     ("half a hugepage", {"instances": [{**AGENT, "hugepages": "1GiB"}]}, "instances[0].memory", "not a multiple of"),
     (
         "a node that is not there",
-        {"instances": [{**AGENT, "memory_zones": [{"size": "256MiB", "numa_node": 7}]}]},
+        {"instances": [{**AGENT, "memory": None, "memory_zones": [{"size": "256MiB", "numa_node": 7}]}]},
         "instances[0].memory_zones[0].numa_node",
         "no such node",
     ),
     (
-        "zones that do not add up",
+        "memory said twice",
         {"instances": [{**AGENT, "memory_zones": [{"size": "128MiB"}]}]},
-        "instances[0].memory_zones",
-        "do not add up",
+        "instances[0].memory",
+        "say it already",
+    ),
+    (
+        "a node for all of it that is not there",
+        {"instances": [{**AGENT, "numa_node": 7}]},
+        "instances[0].numa_node",
+        "no such",
+    ),
+    (
+        "an unknown snapshot",
+        {"instances": [{"name": "a", "from_snapshot": "x"}]},
+        "instances[0].from_snapshot",
+        "nothing is known",
+    ),
+    (
+        "a balloon that leaves nothing",
+        {"instances": [{**AGENT, "balloon": "200MiB"}]},
+        "instances[0].memory",
+        "take 68 MiB",
     ),
     (
         "a volume without a size",
