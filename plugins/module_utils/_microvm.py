@@ -20,7 +20,7 @@ import shutil
 import time
 import typing as t
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_data, _network, _snapshot, _vmm
+from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_data, _network, _vmm
 from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_resolve as resolve
 from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_spec as wishes
 from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_state as state_of
@@ -291,7 +291,7 @@ class MicroVms:
         }
         if spec["data"]:
             texts[spec["data"]] = self.wanted[spec["name"]]["user_data"]
-        return {**units.files_of(spec, texts), **_snapshot.files_of(spec)}
+        return units.files_of(spec, texts)
 
     def _stale(self, files: t.Mapping[str, tuple[str, int]]) -> dict[str, tuple[str, int]]:
         return {p: f for p, f in files.items() if not self.host.exists(p) or self.host.read(p) != f[0].strip()}

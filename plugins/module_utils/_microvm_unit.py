@@ -132,7 +132,7 @@ def settle(host: Host, name: str, seconds: float = 10) -> None:
 
 
 def main(arguments: t.Sequence[str], host: Host) -> int:
-    """``wait LIMIT``, ``stop NAME`` or ``settle NAME``."""
+    """``wait LIMIT``, ``stop NAME``, ``settle NAME`` or ``resume NAME`` (of a microVM that starts from a snapshot)."""
     verb, argument = arguments
     try:
         if verb == "wait":
@@ -140,9 +140,13 @@ def main(arguments: t.Sequence[str], host: Host) -> int:
         elif verb == "stop":
             pid = int(os.environ.get("MAINPID") or 0)
             sys.stdout.write(stop(host, argument, process_ended(pid)) + "\n" if pid else "")
+        elif verb == "resume":
+            from ansible_collections.agentfleet.metal.plugins.module_utils import _snapshot
+
+            _snapshot.resume(host, argument)
         else:
             settle(host, argument)
-    except HostError as error:
+    except (HostError, OSError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0

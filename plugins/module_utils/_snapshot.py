@@ -25,7 +25,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import time
 import typing as t
 
@@ -49,7 +48,6 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._units import for
 STORE = "/var/lib/agentfleet/snapshots"
 MANIFEST, RAM = "manifest.json", "ram"
 FORMAT = 1
-PROGRAM = "ansible_collections.agentfleet.metal.plugins.module_utils._snapshot"
 TMPFILES = "/etc/tmpfiles.d/60-agentfleet-snapshots.conf"
 TMPFILES_TEXT = f"""\
 # Written by agentfleet.metal. What a power cut left of a snapshot that was being made.
@@ -288,17 +286,8 @@ def unit_lines(spec: _vmm.Spec) -> str:
         return ""
     return (
         f"BindReadOnlyPaths={stored_at(name_of(spec))}:{spec['restore_from']}\n"
-        f"ExecStartPost=+/usr/bin/env PYTHONPATH={LIBRARY} /usr/bin/python3 -m {PROGRAM} {spec['name']}\n"
+        f"ExecStartPost=+{LIBRARY}/microvm-unit resume %i\n"
     )
-
-
-def files_of(spec: _vmm.Spec) -> dict[str, tuple[str, int]]:
-    """Path -> (text, mode): the code that the unit of a clone runs, which is this."""
-    if not spec["restore_from"]:
-        return {}
-    from ansible_collections.agentfleet.metal.plugins.module_utils._boot import sources
-
-    return {f"{LIBRARY}/{path}": (text, 0o644) for path, text in sources().items()}
 
 
 # -- the module microvm_snapshot -----------------------------------------------------
@@ -672,10 +661,3 @@ def tell(agent: socket.socket, message: t.Mapping[str, t.Any]) -> dict[str, t.An
         answer += chunk
     told = json.loads(answer.partition(b"\r\n\r\n")[2])
     return told if isinstance(told, dict) else {}
-
-
-if __name__ == "__main__":
-    try:
-        resume(Host(), sys.argv[1])
-    except (HostError, OSError, ValueError) as failure:
-        raise SystemExit(str(failure)) from None
