@@ -1,0 +1,477 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""FoundationDB: the servers of one host, and the database that they make together."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+import time
+import typing as t
+
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
+
+UNITS = "/etc/systemd/system"
+# redundancy -> machines and coordinators that it takes to lose one machine (two with triple) and go on
+NEEDS = {"single": (1, 1), "double": (3, 3), "triple": (5, 5)}
+ENGINES = ("ssd", "ssd-redwood-1", "memory")
+_NAME = re.compile(r"^[a-z0-9][a-z0-9_]{0,30}$")
+_CONNECTION = re.compile(r"^([A-Za-z0-9_]+):([A-Za-z0-9]+)@(\S+)$")
+_DEFAULT = "foundationdb"
+
+
+def check_name(value: t.Any) -> str:
+    """The name of a database on a host, which becomes part of paths and of a unit's name."""
+    if not _NAME.match(str(value)):
+        raise Refused("name", value, "not a name for a database", "Use a-z, 0-9 and _, at most 31")
+    return str(value)
+
+
+def etc(name: str) -> str:
+    """The directory of a database's files."""
+    return "/etc/foundationdb" if name == _DEFAULT else f"/etc/foundationdb-{name}"
+
+
+def cluster_file(name: str) -> str:
+    """The cluster file, which the servers rewrite when coordinators change."""
+    return f"{etc(name)}/fdb.cluster"
+
+
+def unit_name(name: str) -> str:
+    """The unit of fdbmonitor."""
+    return "foundationdb.service" if name == _DEFAULT else f"foundationdb-{name}.service"
+
+
+def connection(text: str) -> str:
+    """The line of a cluster file that counts; empty when there is none."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return lines[0] if lines and _CONNECTION.match(lines[0]) else ""
+
+
+def coordinators_of(line: str) -> list[str]:
+    """The coordinators that a connection string names."""
+    match = _CONNECTION.match(line)
+    return sorted(match.group(3).split(",")) if match else []
+
+
+def binaries(host: Host, release: str) -> dict[str, str]:
+    """Where a release has its programs: packages spread them over three directories."""
+    places = ("bin", "usr/sbin", "usr/bin", "usr/lib/foundationdb", "usr/lib/foundationdb/backup_agent")
+    found = {}
+    for program in ("fdbmonitor", "fdbserver", "fdbcli", "fdbbackup", "fdbrestore", "backup_agent"):
+        paths = [f"{release}/{place}/{program}" for place in places]
+        found[program] = next((path for path in paths if host.exists(path)), f"{release}/bin/{program}")
+    return found
+
+
+def check_layout(redundancy: str, coordinators: t.Sequence[str], machines: t.Sequence[str]) -> list[str]:
+    """Machines and coordinators suffice for the redundancy; returns the coordinators in order.
+
+    :param machines: the addresses of all hosts with servers
+    """
+    if redundancy not in NEEDS:
+        raise Refused("redundancy", redundancy, "no such mode", f"One of {', '.join(NEEDS)}")
+    need_machines, need_coordinators = NEEDS[redundancy]
+    for index, address in enumerate(coordinators):
+        host, _colon, port = str(address).rpartition(":")
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            raise Refused(
+                f"coordinators[{index}]", address, "not ADDRESS:PORT", "Write such as 10.0.0.1:4500"
+            ) from None
+        if not port.isdigit() or not 0 < int(port) < 65536:
+            raise Refused(f"coordinators[{index}]", address, "not ADDRESS:PORT", "Write such as 10.0.0.1:4500")
+        if host not in machines:
+            raise Refused(
+                f"coordinators[{index}]",
+                address,
+                "no machine of the database has this address",
+                f"One of {', '.join(machines)}",
+            )
+    hosts = [str(address).rpartition(":")[0] for address in coordinators]
+    if len(set(hosts)) < len(hosts):
+        raise Refused(
+            "coordinators",
+            list(coordinators),
+            "two are on one machine, which then counts twice in a vote",
+            "One for each machine",
+        )
+    if len(set(machines)) < need_machines:
+        raise Refused(
+            "redundancy",
+            redundancy,
+            f"{len(set(machines))} machines are too few, it takes {need_machines}",
+            "Add machines, or choose a lower mode",
+        )
+    if len(coordinators) < need_coordinators:
+        raise Refused(
+            "coordinators",
+            list(coordinators),
+            f"{redundancy} needs {need_coordinators}, these are {len(coordinators)}",
+            "Name more machines",
+        )
+    if len(coordinators) % 2 == 0:
+        raise Refused(
+            "coordinators",
+            list(coordinators),
+            "an even number survives no more losses than one fewer",
+            "Name an odd number",
+        )
+    return sorted(str(address) for address in coordinators)
+
+
+class Servers:
+    """The FoundationDB of one host as a resource.
+
+    :param params: options of the module ``foundationdb_server``
+    """
+
+    predicting = False
+
+    def __init__(self, host: Host, params: t.Mapping[str, t.Any]) -> None:
+        self.host = host
+        self.name = check_name(params.get("name") or _DEFAULT)
+        self.release = str(params["release"]).rstrip("/")
+        self.machines = [str(address) for address in params["machines"]]
+        self.coordinators = check_layout(params["redundancy"], params["coordinators"], self.machines)
+        self.address = str(params["address"])
+        if self.address not in self.machines:
+            raise Refused("address", self.address, "not one of machines", f"One of {', '.join(self.machines)}")
+        self.connection = connection(str(params.get("connection") or ""))
+        if not self.connection:
+            raise Refused(
+                "connection",
+                params.get("connection"),
+                "not a connection string",
+                "Write description:id@address:port,...",
+            )
+        self.port = int(params.get("port") or 4500)
+        count = params.get("processes")
+        self.processes = int(count) if count is not None else os.cpu_count() or 1
+        if not 0 < self.processes <= 64 or not 0 < self.port <= 65535 - self.processes:
+            raise Refused("processes", self.processes, "out of range", "1 to 64, with a port for each from port on")
+        self.agents = int(params.get("backup_agents") or 0)
+        self.memory = str(params.get("memory") or "")
+        self.data = str(params.get("data_directory") or f"/var/lib/{self._dashed()}")
+        self.logs = str(params.get("log_directory") or f"/var/log/{self._dashed()}")
+        self.library_path = [str(path) for path in params.get("library_path") or []]
+        self.backup = self._backup(params.get("backup") or {})
+
+    def _dashed(self) -> str:
+        return "foundationdb" if self.name == _DEFAULT else f"foundationdb-{self.name}"
+
+    def _backup(self, given: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+        if not given.get("directory"):
+            return {}
+        directory = str(given["directory"]).rstrip("/")
+        if not re.fullmatch(r"/[\w./-]+", directory):
+            raise Refused(
+                "backup.directory",
+                given["directory"],
+                "not an absolute path of plain characters",
+                "Write one, such as /backup/fdb",
+            )
+        keep = 7 if given.get("keep") is None else int(given["keep"])
+        if keep < 1:
+            raise Refused("backup.keep", keep, "no backup would be left", "At least 1")
+        if not self.agents:
+            raise Refused(
+                "backup_agents",
+                self.agents,
+                "without an agent a backup never ends",
+                "At least 1 on the host that has the directory",
+            )
+        calendars = {
+            key: str(given.get(key) or default)
+            for key, default in (("on_calendar", "daily"), ("check_on_calendar", "weekly"))
+        }
+        for key, value in calendars.items():
+            if not re.fullmatch(r"[\w*:,./ ~-]+", value):
+                raise Refused(
+                    f"backup.{key}", value, "not a calendar event of systemd", "Write such as daily or *-*-* 02:00"
+                )
+        return {"directory": directory, "keep": keep, **calendars}
+
+    # -- observe ------------------------------------------------------------------
+
+    def observe(self) -> dict[str, t.Any]:
+        """Files and units."""
+        units = [unit_name(self.name), *(unit for unit in self._backup_units() if unit.endswith(".timer"))]
+        show = self.host.run(
+            ["systemctl", "show", "--property=Id,ActiveState,UnitFileState", *units], check=False
+        ).stdout
+        blocks = [
+            dict(line.split("=", 1) for line in block.splitlines()) for block in show.split("\n\n") if block.strip()
+        ]
+        return {
+            "files": {path: self.host.read(path) for path in self._files()},
+            "cluster": self.host.read(cluster_file(self.name)),
+            "units": {block.get("Id", ""): block for block in blocks},
+            "installed": self.host.exists(self._programs()["fdbmonitor"]),
+            "directories": {
+                path: self.host.exists(path)
+                for path in (self.data, self.logs, self.backup.get("directory", ""))
+                if path
+            },
+            "others": self._others(),
+        }
+
+    def _programs(self) -> dict[str, str]:
+        return binaries(self.host, self.release)
+
+    def _others(self) -> dict[int, str]:
+        taken = {}
+        for path in self.host.glob("/etc/foundationdb*/foundationdb.conf"):
+            if os.path.dirname(path) != etc(self.name):
+                for port in re.findall(r"^\[fdbserver\.(\d+)\]", self.host.read(path), re.MULTILINE):
+                    taken[int(port)] = os.path.dirname(path)
+        return taken
+
+    # -- plan -----------------------------------------------------------------------
+
+    def plan(self, observed: t.Mapping[str, t.Any]) -> list[Step]:
+        """Cluster file only if there is none; configuration and units; run."""
+        if not observed["installed"] and not self.predicting:
+            raise Refused(
+                "release", self.release, "has no fdbmonitor", "Install it first (module artifact), or correct the path"
+            )
+        for port in range(self.port, self.port + self.processes):
+            if port in observed["others"]:
+                raise Refused(
+                    "port", self.port, f"{observed['others'][port]} has port {port} on this host", "Choose other ports"
+                )
+        now = observed["cluster"]
+        if now and connection(now).partition(":")[0] != self.connection.partition(":")[0]:
+            raise Refused(
+                "connection",
+                self.connection.partition("@")[0],
+                f"this host belongs to another database: {connection(now).partition('@')[0]}",
+                f"Give this one its own name and ports, or move {etc(self.name)} and {self.data} away to give the other up",
+            )
+        steps = [
+            Step("create", path, after="directory") for path, there in observed["directories"].items() if not there
+        ]
+        if not now:
+            path = cluster_file(self.name)
+            steps.append(Step("create", path, after=self.connection, data=self.connection + "\n"))
+        for path, text in self._files().items():
+            if observed["files"][path] != text.strip():
+                steps.append(Step("write", path, before=observed["files"][path] or None, after=text, data=text))
+        main = unit_name(self.name)
+        state = observed["units"].get(main, {})
+        if state.get("ActiveState") != "active" or state.get("UnitFileState") != "enabled":
+            steps.append(Step("start", main, before=state.get("ActiveState"), after="active, enabled"))
+        elif observed["files"][f"{UNITS}/{main}"] != self._unit().strip():
+            steps.append(Step("restart", main, why="its unit changed", disruptive=True))
+        steps += [
+            Step("start", unit, after="active, enabled")
+            for unit in self._backup_units()
+            if unit.endswith(".timer") and observed["units"].get(unit, {}).get("ActiveState") != "active"
+        ]
+        return steps
+
+    def _files(self) -> dict[str, str]:
+        found = {f"{etc(self.name)}/foundationdb.conf": self._conf(), f"{UNITS}/{unit_name(self.name)}": self._unit()}
+        return {**found, **{f"{UNITS}/{unit}": text for unit, text in self._backup_units().items()}}
+
+    def _conf(self) -> str:
+        programs = self._programs()
+        memory = f"memory = {self.memory}\n" if self.memory else ""
+        servers = "".join(f"\n[fdbserver.{self.port + number}]\n" for number in range(self.processes))
+        agents = "".join(f"\n[backup_agent.{number + 1}]\n" for number in range(self.agents))
+        return (
+            "# Written by agentfleet.metal. fdbmonitor follows changes of this file by itself.\n"
+            f"[fdbmonitor]\nuser = root\ngroup = root\n\n[general]\ncluster-file = {cluster_file(self.name)}\nrestart-delay = 10\n\n"
+            f"[fdbserver]\ncommand = {programs['fdbserver']}\npublic-address = {self.address}:$ID\nlisten-address = public\n"
+            f"datadir = {self.data}/data/$ID\nlogdir = {self.logs}\nlocality-machineid = {self.address}\n"
+            f"locality-zoneid = {self.address}\n{memory}{servers}\n"
+            f"[backup_agent]\ncommand = {programs['backup_agent']}\nlogdir = {self.logs}\n{agents}"
+        )
+
+    def _environment(self) -> str:
+        return f"Environment=LD_LIBRARY_PATH={':'.join(self.library_path)}\n" if self.library_path else ""
+
+    def _unit(self) -> str:
+        conf = f"{etc(self.name)}/foundationdb.conf"
+        lock = f"/run/fdbmonitor-{self.name}.pid"
+        return (
+            f"# Written by agentfleet.metal.\n[Unit]\nDescription=FoundationDB {self.name}\nAfter=network-online.target\n"
+            f"Wants=network-online.target\nRequiresMountsFor={self.data}\nStartLimitIntervalSec=0\n\n[Service]\nType=exec\n"
+            f"ExecStart={self._programs()['fdbmonitor']} --conffile {conf} --lockfile {lock}\n{self._environment()}"
+            "LimitNOFILE=1000000\nRestart=always\nRestartSec=5\nTimeoutStopSec=1min\nNoNewPrivileges=yes\nProtectHome=yes\n\n"
+            "[Install]\nWantedBy=multi-user.target\n"
+        )
+
+    def _backup_units(self) -> dict[str, str]:
+        if not self.backup:
+            return {}
+        directory, program = self.backup["directory"], self._programs()["fdbbackup"]
+        newest = f"ls -d1 {directory}/backup-* | sort"
+        run = (
+            f"ExecStart={program} start -C {cluster_file(self.name)} -t agentfleet -d file://{directory} -w\n"
+            f"ExecStartPost=/bin/sh -c '{newest} | head -n -{self.backup['keep']} | "
+            f"while read d; do {program} delete -d file://$$d; done'\n"
+        )
+        check = (
+            f'ExecStart=/bin/sh -ec \'d=$$({newest} | tail -n 1); test -n "$$d"; '
+            f'{program} describe -C {cluster_file(self.name)} -d file://$$d | grep -i "restorable: true"\'\n'
+        )
+        units = {}
+        for verb, calendar, command in (("backup", "on_calendar", run), ("backup-check", "check_on_calendar", check)):
+            base = f"{self._dashed()}-{verb}"
+            units[f"{base}.service"] = (
+                f"# Written by agentfleet.metal.\n[Unit]\nDescription=FoundationDB {self.name}: {verb}\nAfter={unit_name(self.name)}\n\n"
+                f"[Service]\nType=oneshot\n{self._environment()}{command}TimeoutStartSec=6h\n"
+            )
+            units[f"{base}.timer"] = (
+                f"# Written by agentfleet.metal.\n[Unit]\nDescription=FoundationDB {self.name}: {verb}\n\n"
+                f"[Timer]\nOnCalendar={self.backup[calendar]}\nPersistent=true\n\n[Install]\nWantedBy=timers.target\n"
+            )
+        return units
+
+    # -- apply ------------------------------------------------------------------------
+
+    def apply(self, step: Step) -> None:
+        """Carry out one step."""
+        if step.after == "directory":
+            os.makedirs(self.host.path(step.object), mode=0o755, exist_ok=True)
+        elif step.verb in ("create", "write"):
+            self.host.write(step.object, step.data)
+            if step.object.startswith(UNITS):
+                self.host.run(["systemctl", "daemon-reload"])
+        elif step.verb == "start":
+            self.host.run(["systemctl", "enable", "--quiet", "--now", step.object], timeout_seconds=120)
+        else:
+            self.host.run(["systemctl", "restart", step.object], timeout_seconds=120)
+
+    def result(self, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+        """The connection string that this host has."""
+        return {"connection": connection(observed["cluster"]) or self.connection}
+
+
+class Database:
+    """The database that the servers make, as a resource: run on one host.
+
+    :param params: options of the module ``foundationdb``
+    """
+
+    predicting = False
+
+    def __init__(self, host: Host, params: t.Mapping[str, t.Any]) -> None:
+        self.host = host
+        self.name = check_name(params.get("name") or _DEFAULT)
+        self.release = str(params["release"]).rstrip("/")
+        self.redundancy = str(params["redundancy"])
+        self.machines = [str(address) for address in params["machines"]]
+        self.coordinators = check_layout(self.redundancy, params["coordinators"], self.machines)
+        self.engine = str(params.get("engine") or "ssd")
+        if self.engine not in ENGINES:
+            raise Refused("engine", self.engine, "no such storage engine", f"One of {', '.join(ENGINES)}")
+        self.wait = float(params.get("wait_seconds") or 120)
+
+    def _cli(self, command: str, check: bool = True) -> str:
+        """fdbcli waits for ever without --timeout, and says errors in its text."""
+        argv = [binaries(self.host, self.release)["fdbcli"], "-C", self.host.path(cluster_file(self.name))]
+        done = self.host.run([*argv, "--timeout", "30", "--exec", command], timeout_seconds=60, check=False)
+        if check and (done.rc != 0 or "ERROR:" in done.stdout):
+            raise HostError(f"fdbcli {command}: {done.text or done.rc}")
+        return done.stdout
+
+    def status(self) -> dict[str, t.Any]:
+        """``status json`` in the few facts that gates need; its exit code says nothing."""
+        text = self._cli("status json", check=False)
+        try:
+            report = json.loads(text[text.index("{") :])
+        except ValueError:
+            return {
+                "reachable": False,
+                "available": False,
+                "healthy": False,
+                "redundancy": "",
+                "engine": "",
+                "machines": 0,
+                "silent": [],
+            }
+        client, cluster = report.get("client", {}), report.get("cluster", {})
+        known = client.get("coordinators", {}).get("coordinators", [])
+        configuration = cluster.get("configuration", {})
+        return {
+            "reachable": bool(client.get("coordinators", {}).get("quorum_reachable")),
+            "available": bool(client.get("database_status", {}).get("available")),
+            "healthy": bool(cluster.get("data", {}).get("state", {}).get("healthy")),
+            "redundancy": configuration.get("redundancy_mode", ""),
+            "engine": configuration.get("storage_engine", ""),
+            "machines": len(cluster.get("machines", {})),
+            "silent": sorted(item["address"] for item in known if not item.get("reachable")),
+        }
+
+    def observe(self) -> dict[str, t.Any]:
+        """The database's state and coordinators."""
+        line = connection(self.host.read(cluster_file(self.name)))
+        if not line or not self.host.exists(binaries(self.host, self.release)["fdbcli"]):
+            if not self.predicting:
+                raise Refused(
+                    "name",
+                    self.name,
+                    "this host has no server of this database",
+                    "Run module foundationdb_server before",
+                )
+            return {"line": "", "status": None}
+        if not self.predicting:
+            self._until("a majority of coordinators answers", lambda: self.status()["reachable"])
+        return {"line": connection(self.host.read(cluster_file(self.name))) or line, "status": self.status()}
+
+    def _until(self, what: str, predicate: t.Callable[[], bool]) -> None:
+        end = time.monotonic() + self.wait
+        while not predicate():
+            if time.monotonic() >= end:
+                state = self.status()
+                raise HostError(
+                    f"{self.name}: {what}: not within {self.wait:g} seconds; silent: {', '.join(state['silent']) or 'none'}"
+                )
+            time.sleep(1)
+
+    def plan(self, observed: t.Mapping[str, t.Any]) -> list[Step]:
+        """Create once, then change; coordinators last, when the database is available."""
+        state = observed["status"]
+        if state is None:
+            return [Step("configure", f"database {self.name}", after=f"new {self.redundancy} {self.engine}")]
+        steps = []
+        wish = {"redundancy": self.redundancy, "engine": self.engine}
+        now = {"redundancy": state["redundancy"], "engine": state["engine"]}
+        new = not state["redundancy"]
+        if new or now["redundancy"] != self.redundancy or not now["engine"].startswith(self.engine):
+            why = "creates the database" if new else "copies data"
+            steps.append(
+                Step("configure", f"database {self.name}", before=None if new else now, after=wish, why=why, data=new)
+            )
+        have = coordinators_of(observed["line"])
+        if have != self.coordinators:
+            why = "all cluster files are renewed; copies elsewhere are stale from then on"
+            steps.append(Step("move", f"coordinators of {self.name}", before=have, after=self.coordinators, why=why))
+        return steps
+
+    def apply(self, step: Step) -> None:
+        """One command of fdbcli, and the wait until the database is well again."""
+        if step.verb == "configure":
+            try:
+                self._cli(f"configure {'new ' if step.data else ''}{self.redundancy} {self.engine}")
+            except HostError as error:
+                if "already exists" not in str(error):
+                    raise
+        else:
+            self._cli(f"coordinators {' '.join(self.coordinators)}")
+            self._until(
+                "the cluster file names the new coordinators",
+                lambda: coordinators_of(connection(self.host.read(cluster_file(self.name)))) == self.coordinators,
+            )
+        self._until("the database is healthy", lambda: self.status()["available"] and self.status()["healthy"])
+
+    def result(self, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+        """What gates look at."""
+        return {"connection": observed["line"], "status": observed["status"] or {}}

@@ -1,0 +1,538 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The configuration files of all services of a cluster on one host.
+
+Each file is the one that ships with the release, with the keys that make it this
+cluster's and those that the user declares. Main configurations are what mgmtd keeps:
+they are rendered where they are published from.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+import socket
+import typing as t
+
+from ansible_collections.agentfleet.metal.plugins.module_utils import _threefs_checks, _threefs_profiles
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import (
+    ETC,
+    LOGS,
+    MANAGED,
+    PROGRAMS,
+    SERVICES,
+    STATE,
+    check_cluster,
+    check_token,
+    description_path,
+)
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_publish import Published
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_toml import Toml, TomlError
+
+# Storage has mgmtd's ports in the files that ship, so that both do not fit on one host.
+PORTS = {
+    "mgmtd": {"rdma": 8000, "tcp": 9000},
+    "meta": {"rdma": 8001, "tcp": 9001},
+    "storage": {"rdma": 8002, "tcp": 9002},
+    "monitor": {"tcp": 10000},
+}
+_CLUSTER_FILE = re.compile(r"^[A-Za-z0-9_]+:[A-Za-z0-9]+@[^@\s]+$")
+_SECRET = ("admin_cli", "monitor_collector_main")
+_NODE_IDS = {"mgmtd": range(1, 100), "meta": range(100, 10000), "storage": range(10000, 1000000)}
+
+Values = dict[str, t.Any]
+
+
+class Config:
+    """The configuration of one cluster on one host as a resource.
+
+    :param params: options of the module ``threefs_config``
+    :param resolve: turns a host's name into its address
+    """
+
+    predicting = False
+
+    def __init__(
+        self,
+        host: Host,
+        params: t.Mapping[str, t.Any],
+        resolve: t.Callable[[str], str] = socket.gethostbyname,
+    ) -> None:
+        self.host, self._resolve = host, resolve
+        self.cluster = check_cluster(params["cluster"])
+        self.directory = f"{ETC}/{self.cluster}"
+        self.release = str(params["release"]).rstrip("/")
+        self.services = list(params.get("services") or [])
+        self.publish = bool(params.get("publish"))
+        self.authenticate = bool(params.get("authenticate", True))
+        for index, service in enumerate(self.services):
+            if service not in SERVICES:
+                raise Refused(f"services[{index}]", service, "no such service", f"One of {', '.join(SERVICES)}")
+        self.node_ids = self._node_ids(params.get("node_ids") or {})
+        self.ports = self._ports(params.get("ports") or {})
+        self.mgmtd = self._mgmtd(params.get("mgmtd") or [])
+        self.monitor = self._address("monitor", params["monitor"], "monitor") if params.get("monitor") else ""
+        self.fdb = str(params.get("fdb_cluster") or "").strip()
+        if self.fdb and not _CLUSTER_FILE.match(self.fdb):
+            raise Refused(
+                "fdb_cluster", self.fdb, "not the content of a cluster file", "Write description:id@address:port,..."
+            )
+        self.target_paths = self._target_paths(list(params.get("target_paths") or []))
+        self.without_uuid = bool(params.get("allow_disk_without_uuid"))
+        self.mountpoint = str(params.get("mountpoint") or "").rstrip("/")
+        if "fuse" in self.services and not self.mountpoint.startswith("/"):
+            raise Refused(
+                "mountpoint", params.get("mountpoint"), "fuse needs an absolute path", "Write one, such as /3fs/stage"
+            )
+        self.token = check_token("token", params["token"]) if params.get("token") else ""
+        self.fuse_token = check_token("fuse_token", params["fuse_token"]) if params.get("fuse_token") else ""
+        if "fuse" in self.services and not self.fuse_token:
+            raise Refused(
+                "fuse_token", "(hidden)", "fuse cannot start without a token", "Give the token of the mount's user"
+            )
+        self.clickhouse = dict(params.get("clickhouse") or {})
+        if "monitor" in self.services and not self.clickhouse.get("host"):
+            raise Refused(
+                "clickhouse.host", None, "the monitor collector has nowhere to write", "Name the ClickHouse server"
+            )
+        self.devices = [str(name) for name in params.get("rdma_devices") or []]
+        self.skip_checks = list(params.get("skip_checks") or [])
+        for index, name in enumerate(self.skip_checks):
+            if name not in _threefs_checks.CHECKS:
+                raise Refused(
+                    f"skip_checks[{index}]", name, "no such check", f"One of {', '.join(_threefs_checks.CHECKS)}"
+                )
+        self.small = "small_memory" in (params.get("profiles") or [])
+        self.settings = self._settings(params.get("profiles") or [], params.get("settings") or {})
+        wait = int(params.get("publish_wait_seconds") or 0)
+        self.published = Published(host, self.cluster, params.get("root_layout") or {}, wait) if self.publish else None
+
+    # -- options ----------------------------------------------------------------------
+
+    def _node_ids(self, given: t.Mapping[str, t.Any]) -> dict[str, int]:
+        found = {}
+        for service, allowed in _NODE_IDS.items():
+            value = given.get(service)
+            if value is None and service not in self.services:
+                continue
+            option = f"node_ids.{service}"
+            if value is None:
+                raise Refused(
+                    option, None, f"the service {service} needs its id", "Give each service of the cluster its own"
+                )
+            if int(value) not in allowed:
+                raise Refused(option, value, "out of the range of this service", f"{allowed[0]} to {allowed[-1]}")
+            found[service] = int(value)
+        return found
+
+    @staticmethod
+    def _ports(given: t.Mapping[str, t.Any]) -> dict[str, dict[str, int]]:
+        ports = {service: dict(both) for service, both in PORTS.items()}
+        for service, both in given.items():
+            if service not in ports:
+                raise Refused(f"ports.{service}", both, "this service has no port", f"One of {', '.join(ports)}")
+            for kind, port in (both or {}).items():
+                if port is None:
+                    continue
+                if kind not in ports[service]:
+                    raise Refused(f"ports.{service}.{kind}", port, "this service has no such port", "rdma or tcp")
+                if not 0 < int(port) < 65536:
+                    raise Refused(f"ports.{service}.{kind}", port, "not a port", "1 to 65535")
+                ports[service][kind] = int(port)
+        taken: dict[int, str] = {}
+        for service, both in ports.items():
+            for kind, port in both.items():
+                if port in taken:
+                    raise Refused(
+                        f"ports.{service}.{kind}",
+                        port,
+                        f"{taken[port]} has the same, and services may share a host",
+                        "Give each its own port",
+                    )
+                taken[port] = f"{kind} of {service}"
+        return ports
+
+    def _address(self, option: str, value: str, service: str) -> str:
+        """HOST or HOST:PORT as IP:PORT, since upstream's services know no names."""
+        name, _colon, port = str(value).partition(":")
+        try:
+            address = str(ipaddress.ip_address(name))
+        except ValueError:
+            try:
+                address = self._resolve(name)
+            except OSError:
+                raise Refused(
+                    option,
+                    value,
+                    "the name cannot be resolved on this host",
+                    "Give an address, or put it into DNS or /etc/hosts",
+                ) from None
+        if ipaddress.ip_address(address).is_loopback:
+            raise Refused(option, value, f"{address} is this host only", "Give an address that the other hosts reach")
+        both = self.ports[service]
+        return f"{address}:{port or both.get('rdma', both['tcp'])}"
+
+    def _mgmtd(self, names: t.Sequence[str]) -> list[str]:
+        if not names:
+            raise Refused("mgmtd", [], "a cluster has at least one mgmtd", "Name the hosts that run it")
+        found = [self._address(f"mgmtd[{index}]", name, "mgmtd") for index, name in enumerate(names)]
+        for index, address in enumerate(found):
+            if address in found[:index]:
+                raise Refused(f"mgmtd[{index}]", names[index], f"{address} is named twice", "Name each mgmtd once")
+        return [f"RDMA://{address}" for address in found]
+
+    def _target_paths(self, paths: list[str]) -> list[str]:
+        if not paths and (self.publish or "storage" in self.services):
+            raise Refused(
+                "target_paths", paths, "storage has no disk", "Name the same paths for all storage hosts, in order"
+            )
+        for index, path in enumerate(paths):
+            if not str(path).startswith("/"):
+                raise Refused(f"target_paths[{index}]", path, "not an absolute path", "Write it from / on")
+            if path in paths[:index]:
+                raise Refused(
+                    f"target_paths[{index}]", path, "named twice", "The place in the list is the disk's index"
+                )
+        return paths
+
+    def _settings(self, profiles: t.Sequence[str], declared: t.Mapping[str, t.Any]) -> dict[str, Values]:
+        known = _threefs_profiles.PROFILES
+        found: dict[str, Values] = {}
+        for index, name in enumerate(profiles):
+            if name not in known:
+                raise Refused(f"profiles[{index}]", name, "no such profile", f"One of {', '.join(known)}")
+            for file, values in known[name].items():
+                found.setdefault(file, {}).update(values)
+        for file, values in declared.items():
+            if file not in _stems():
+                raise Refused(f"settings.{file}", values, "no such file", f"One of {', '.join(_stems())}")
+            if not isinstance(values, dict):
+                raise Refused(f"settings.{file}", values, "not a dictionary", "Write dotted.key: value")
+            found.setdefault(file, {}).update(values)
+        return found
+
+    # -- what the cluster needs ----------------------------------------------------------
+
+    def _files(self) -> list[str]:
+        """Names (without .toml) of the files that this host needs."""
+        found = ["admin_cli"]
+        for service in self.services:
+            program = PROGRAMS[service]
+            found += [program] if service == "monitor" else [f"{program}_launcher", f"{program}_app"]
+        if self.publish:
+            found += [PROGRAMS[service] for service in MANAGED]
+        return sorted(found)
+
+    def _own(self, file: str) -> Values:
+        """The keys that make a file this cluster's; a leading ? marks one that some releases lack."""
+        program = re.sub(r"_(launcher|app)$", "", file)
+        service = next((name for name, known in PROGRAMS.items() if known == program), "admin")
+        if file.endswith("_app"):
+            return {"node_id": self.node_ids.get(service, 0), "?allow_empty_node_id": service == "fuse"}
+        if file.endswith("_launcher"):
+            return self._launcher(service)
+        values: Values = {}
+        if service == "admin":
+            values = {
+                "cluster_id": self.cluster,
+                "log": f"DBG:normal; normal=file:path={LOGS}/{self.cluster}/cli.log,async=true,sync_level=ERR",
+                "fdb.clusterFile": self._fdb_path(),
+                "mgmtd_client.mgmtd_server_addresses": self.mgmtd,
+                "?ib_devices.device_filter": self.devices,
+            }
+            return {**values, "user_info.token": self.token} if self.token else values
+        if service == "monitor":
+            house = {"db": "3fs", "port": "9000", "user": "default", "password": "", **_given(self.clickhouse)}
+            prefix = "server.monitor_collector.reporter.clickhouse"
+            values = {f"{prefix}.{key}": str(house[key]) for key in ("db", "host", "port", "user")}
+            values[f"{prefix}.passwd"] = str(house["password"])
+            values["?common.cluster_id"] = self.cluster
+            values["server.base.groups[0].listener.listen_port"] = self.ports["monitor"]["tcp"]
+            return values
+        if self.monitor:
+            values["common.monitor.reporters[0].monitor_collector.remote_ip"] = self.monitor
+        if service != "fuse":
+            for kind, port in self.ports[service].items():
+                values[f"server.base.groups[{kind.upper()}].listener.listen_port"] = port
+        if service == "mgmtd":
+            values["server.service.authenticate"] = self.authenticate
+        elif service == "meta":
+            values["server.meta.authenticate"] = self.authenticate
+            values["server.fdb.clusterFile"] = values["?server.kv_engine.fdb.clusterFile"] = self._fdb_path()
+            values["server.mgmtd_client.mgmtd_server_addresses"] = self.mgmtd
+        elif service == "storage":
+            values["server.mgmtd.mgmtd_server_addresses"] = self.mgmtd
+            values["server.targets.target_paths"] = self.target_paths
+            values["server.targets.allow_disk_without_uuid"] = self.without_uuid
+            values["?server.storage.event_trace_log.trace_file_dir"] = f"{LOGS}/{self.cluster}"
+        elif service == "fuse":
+            values["mgmtd.mgmtd_server_addresses"] = self.mgmtd
+        return values
+
+    def _launcher(self, service: str) -> Values:
+        values: Values = {"cluster_id": self.cluster}
+        if self.devices:
+            values["ib_devices.device_filter"] = self.devices
+        if service == "mgmtd":
+            values["fdb.clusterFile"] = values["?kv_engine.fdb.clusterFile"] = self._fdb_path()
+            return values
+        values["mgmtd_client.mgmtd_server_addresses"] = self.mgmtd
+        if service == "fuse":
+            values.update({"mountpoint": self.mountpoint, "token_file": f"{self.directory}/fuse.token"})
+        return values
+
+    def _fdb_path(self) -> str:
+        # The daemons' own library rewrites the file, so that it lies where they may write.
+        return f"{STATE}/{self.cluster}/fdb.cluster"
+
+    # -- observe -----------------------------------------------------------------------------
+
+    def observe(self) -> dict[str, t.Any]:
+        """Files of the release and files as they are now."""
+        base = self._base()
+        shipped = {name: self._read(f"{base}/{name}.toml") for name in self._files()} if base else {}
+        paths = [f"{self.directory}/{name}.toml" for name in self._files()]
+        paths += [
+            description_path(self.cluster),
+            self._fdb_path(),
+            f"{self.directory}/fuse.token",
+            self._clickhouse_path(),
+        ]
+        return {
+            "base": base,
+            "shipped": shipped,
+            "now": {path: self._read(path) for path in paths},
+            "directories": {
+                path: self.host.exists(path) for path in (f"{LOGS}/{self.cluster}", self.mountpoint) if path
+            },
+            "others": self._others(),
+            "published": self.published.observe(self.predicting) if self.published else None,
+            "host": _threefs_checks.observe(self.host),
+        }
+
+    def _read(self, path: str) -> str | None:
+        try:
+            with open(self.host.path(path), encoding="utf-8") as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
+
+    def _base(self) -> str:
+        """Where the release has its configuration files."""
+        places = [f"{self.release}/{place}" for place in ("configs", "etc", "opt/3fs/etc", "opt/3fs/configs")]
+        return next((place for place in places if self.host.exists(f"{place}/admin_cli.toml")), "")
+
+    def binaries(self) -> str:
+        """Where the release has its programs."""
+        places = [f"{self.release}/{place}" for place in ("bin", "build/bin", "opt/3fs/bin")]
+        return next((place for place in places if self.host.exists(f"{place}/admin_cli")), places[0])
+
+    def _others(self) -> dict[int, str]:
+        """Ports that other things on this host have: other clusters and FoundationDB."""
+        taken: dict[int, str] = {}
+        for path in self.host.glob(f"{ETC}/*/cluster.json"):
+            other = json.loads(self.host.read(path))
+            if other["cluster"] != self.cluster:
+                for service in other["services"]:
+                    for port in other["ports"].get(service, {}).values():
+                        taken[port] = f"{service} of the cluster {other['cluster']}"
+        for path in self.host.glob("/etc/foundationdb*/foundationdb.conf"):
+            for port in re.findall(r"^\[fdbserver\.(\d+)\]", self.host.read(path), re.MULTILINE):
+                taken[int(port)] = "FoundationDB"
+        if self.clickhouse.get("host") in ("localhost", "127.0.0.1") and self.clickhouse.get("port"):
+            taken[int(self.clickhouse["port"])] = "ClickHouse"
+        return taken
+
+    # -- plan ------------------------------------------------------------------------------------
+
+    def plan(self, observed: dict[str, t.Any]) -> list[Step]:
+        """Write what differs."""
+        for service in self.services:
+            for kind, port in self.ports.get(service, {}).items():
+                if port in observed["others"]:
+                    owner = observed["others"][port]
+                    raise Refused(
+                        f"ports.{service}.{kind}", port, f"{owner} has it on this host", "Choose another port"
+                    )
+        for check, problem, remedy in _threefs_checks.failures(
+            observed["host"], self.services, self.devices, self.small
+        ):
+            if check not in self.skip_checks:
+                raise Refused("services", self.services, problem, f"{remedy}. Or say skip_checks: [{check}]")
+        if not observed["base"] and not self.predicting:
+            raise Refused(
+                "release",
+                self.release,
+                "has no configs/admin_cli.toml",
+                "Install it first (module artifact), or correct the path",
+            )
+        steps = [
+            Step("create", path, after="directory") for path, there in observed["directories"].items() if not there
+        ]
+        for path, (text, mode) in self._wanted(observed).items():
+            now = observed["now"].get(path)
+            if now == text or (path == self._fdb_path() and _connection(now or "") == self.fdb):
+                continue
+            secret = mode == 0o600
+            steps.append(
+                Step(
+                    "change" if now is not None else "create",
+                    path,
+                    before="(hidden)" if secret and now is not None else _short(now, text),
+                    after="(hidden)" if secret else _short(text, now or ""),
+                    data=(text, mode),
+                )
+            )
+        return steps + (self.published.plan(observed["published"], self._mains(observed)) if self.published else [])
+
+    def _mains(self, observed: t.Mapping[str, t.Any]) -> dict[str, str]:
+        """Service -> main configuration as it shall be kept by mgmtd."""
+        wanted = self._wanted(observed)
+        return {service: wanted[f"{self.directory}/{PROGRAMS[service]}.toml"][0] for service in MANAGED}
+
+    def _wanted(self, observed: t.Mapping[str, t.Any]) -> dict[str, tuple[str, int]]:
+        """Path -> text and mode."""
+        found: dict[str, tuple[str, int]] = {}
+        for name in self._files():
+            shipped = observed["shipped"].get(name)
+            if shipped is None:
+                if observed["base"]:
+                    raise Refused("release", self.release, f"has no {name}.toml", "Use a complete release of 3FS")
+                found[f"{self.directory}/{name}.toml"] = ("", 0o640)
+                continue
+            mode = 0o600 if name in _SECRET else 0o640
+            found[f"{self.directory}/{name}.toml"] = (self._render(name, shipped), mode)
+        if "fuse" in self.services:
+            found[f"{self.directory}/fuse.token"] = (self.fuse_token + "\n", 0o600)
+        if self.clickhouse.get("host") and "monitor" in self.services:
+            found[self._clickhouse_path()] = (self._clickhouse_client(), 0o600)
+        if self.fdb:
+            found[self._fdb_path()] = (self.fdb + "\n", 0o644)
+        elif observed["now"][self._fdb_path()] is None:
+            raise Refused(
+                "fdb_cluster", "", "this host has no cluster file yet", "Give the database's connection string"
+            )
+        found[description_path(self.cluster)] = (json.dumps(self.description(), indent=2, sort_keys=True) + "\n", 0o644)
+        return found
+
+    def _clickhouse_path(self) -> str:
+        return f"{self.directory}/clickhouse-client.xml"
+
+    def _clickhouse_client(self) -> str:
+        house = {"port": "9000", "user": "default", "password": "", **_given(self.clickhouse)}
+        lines = "".join(
+            f"  <{key}>{str(house[key]).replace('&', '&amp;').replace('<', '&lt;')}</{key}>\n"
+            for key in ("host", "port", "user", "password")
+        )
+        return f"<config>\n{lines}</config>\n"
+
+    def _render(self, name: str, shipped: str) -> str:
+        """A file of the release with our keys and the user's; parsed again before it is written."""
+        try:
+            document = Toml(shipped)
+        except TomlError as error:
+            raise HostError(f"{self.release}: {name}.toml is no TOML: {error}. Use an intact release") from error
+        self._logs(document)
+        for dotted, value in self._own(name).items():
+            self._assign(document, name, dotted, value, "release", self.release)
+        values = {}
+        for dotted, value in self.settings.get(name, {}).items():
+            option = f"settings.{name}.{dotted.lstrip('?+')}"
+            for path in self._assign(document, name, dotted, value, option, value):
+                values[path] = value
+        if any(document.get(path) != value for path, value in values.items()):
+            raise HostError(f"{name}.toml does not hold what was set. Report this: it is a fault of this module")
+        return document.text
+
+    def _logs(self, document: Toml) -> None:
+        """Each cluster logs into its own directory."""
+        for path in document.resolve("**.file_path"):
+            value = str(document.get(path))
+            document.set(path, f"{LOGS}/{self.cluster}/{os.path.basename(value)}")
+
+    @staticmethod
+    def _assign(document: Toml, name: str, dotted: str, value: t.Any, option: str, given: t.Any) -> list[t.Any]:
+        """Set a key. It must be in the file that ships, unless + says that it is new or ? that it may be missing."""
+        optional, new = dotted.startswith("?"), dotted.startswith("+")
+        paths = document.resolve(dotted.lstrip("?+"))
+        unknown = not paths or not all(document.knows(path) for path in paths)
+        if unknown and optional:
+            return []
+        if unknown and not (new and paths):
+            raise Refused(
+                option,
+                given,
+                f"{name}.toml of this release has no {dotted.lstrip('+')}",
+                f"Correct the key; write +{dotted.lstrip('+')} if the release knows it without having it in its file",
+            )
+        try:
+            document.update(dict.fromkeys(paths, value))
+        except TomlError as error:
+            raise Refused(option, given, str(error), "Name a single value") from None
+        return paths
+
+    def description(self) -> dict[str, t.Any]:
+        """What other modules need to know; nothing secret."""
+        return {
+            "cluster": self.cluster,
+            "release": self.release,
+            "binaries": self.binaries(),
+            "services": self.services,
+            "node_ids": self.node_ids,
+            "ports": self.ports,
+            "mgmtd": self.mgmtd,
+            "target_paths": self.target_paths,
+            "mountpoint": self.mountpoint,
+            "fdb_cluster_file": self._fdb_path(),
+        }
+
+    # -- apply -------------------------------------------------------------------------------------
+
+    def apply(self, step: Step) -> None:
+        """Write one file, or make one directory."""
+        if self.published and step.verb in ("initialize", "publish"):
+            self.published.apply(step.data)
+            return
+        if step.after == "directory":
+            os.makedirs(self.host.path(step.object), mode=0o755, exist_ok=True)
+            return
+        text, mode = step.data
+        self.host.write(step.object, text, mode)
+
+    def result(self, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+        """What this host has of the cluster."""
+        missing = [] if observed["base"] else [f"{self.release} is not installed yet; its files are not shown"]
+        state = observed["published"] or {}
+        kept = state.get("kept") or {}
+        told = bool(kept) and all(kept[MANAGED[name]] == text for name, text in self._mains(observed).items())
+        return {"description": self.description(), "published": told, "warnings": missing}
+
+
+def _given(values: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _stems() -> list[str]:
+    found = ["admin_cli", "monitor_collector_main"]
+    for service in MANAGED:
+        found += [PROGRAMS[service], f"{PROGRAMS[service]}_app", f"{PROGRAMS[service]}_launcher"]
+    return sorted(found)
+
+
+def _connection(text: str) -> str:
+    """The line of a cluster file that counts; the daemons put comments above it."""
+    return "".join(line.strip() for line in text.splitlines() if not line.startswith("#"))
+
+
+def _short(text: str | None, other: str | None) -> str | None:
+    """The lines that the other text does not have: these files are long."""
+    if text is None:
+        return None
+    there = set((other or "").splitlines())
+    lines = [line for line in text.splitlines() if line not in there and line.strip()]
+    return "\n".join(lines) if other else f"{len(text.splitlines())} lines"

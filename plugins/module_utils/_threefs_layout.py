@@ -1,0 +1,118 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A 3FS cluster as the inventory describes it: what it is made of, and what cannot work."""
+
+from __future__ import annotations
+
+import typing as t
+
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
+
+Hosts = t.Mapping[str, t.Mapping[str, t.Any]]
+_LARGEST = {"mgmtd": 99, "meta": 9900, "storage": 989999}
+
+
+def having(hosts: Hosts, service: str) -> list[str]:
+    """The hosts with a service, in the inventory's order."""
+    return [name for name, host in hosts.items() if service in host["services"]]
+
+
+def nodes(hosts: Hosts, table: t.Mapping[str, t.Any], leaving: t.Collection[str] = ()) -> list[dict[str, t.Any]]:
+    """The nodes of a chain table as ``threefs_chain_table`` takes them.
+
+    :param leaving: hosts that shall lose their targets
+    """
+    found = []
+    for name in table.get("hosts") or having(hosts, "storage"):
+        if name in leaving:
+            continue
+        host = hosts[name]
+        node: dict[str, t.Any] = {"id": host["node"] + 10000, "disks": host["disks"]}
+        node.update({key: host[key] for key in ("weight", "domain") if host.get(key)})
+        found.append(node)
+    return found
+
+
+def check(hosts: Hosts, wish: t.Mapping[str, t.Any], leaving: t.Collection[str] = ()) -> None:
+    """Refuse what cannot work, before any host is touched.
+
+    :param hosts: name -> ``services``, ``node``, ``disks``, ``devices``, and ``weight`` and ``domain`` where given
+    :param wish: the role's variables without their prefix
+    """
+    _check_hosts(hosts)
+    for name in leaving:
+        if name not in having(hosts, "storage"):
+            raise Refused("threefs_drain_hosts", name, "no storage host of this cluster", f"One of {', '.join(having(hosts, 'storage'))}")
+    for index, table in enumerate(wish["tables"]):
+        _check_table(hosts, wish, f"threefs_tables[{index}]", table, leaving)
+    known = [table["id"] for table in wish["tables"]]
+    for index, number in enumerate(known):
+        if number in known[:index]:
+            raise Refused(f"threefs_tables[{index}].id", number, "another table has it", "Give each its own id")
+    for index, directory in enumerate(wish["directories"]):
+        if directory.get("chain_table") is not None and directory["chain_table"] not in known:
+            raise Refused(
+                f"threefs_directories[{index}].chain_table", directory["chain_table"], "no such table", f"Tables: {', '.join(map(str, known))}"
+            )
+    users = {user["uid"]: user for user in wish["users"] if user.get("state", "present") == "present"}
+    if not users.get(0, {}).get("admin"):
+        raise Refused("threefs_users", sorted(users), "uid 0 is missing or no admin; it is the one under which the role acts", "Add it with admin: true")
+    if having(hosts, "fuse") and wish["fuse_uid"] not in users:
+        raise Refused("threefs_fuse_uid", wish["fuse_uid"], "no such user", f"Users: {', '.join(map(str, sorted(users)))}")
+    if len(str(wish["token_secret"])) < 20:
+        raise Refused("threefs_token_secret", "(hidden)", "fewer than 20 characters", "Make one: openssl rand -base64 32, and keep it in a vault")
+
+
+def _check_hosts(hosts: Hosts) -> None:
+    for service in ("mgmtd", "meta", "storage"):
+        if not having(hosts, service):
+            raise Refused("threefs_services", sorted(hosts), f"no host of the group has {service}", f"Add {service} to threefs_services of at least one")
+    numbers: dict[int, str] = {}
+    for name, host in hosts.items():
+        node = int(host["node"])
+        if node < 1:
+            raise Refused(f"{name}.threefs_node", node, "not a number of a host", "Count from 1 on")
+        if node in numbers:
+            raise Refused(f"{name}.threefs_node", node, f"{numbers[node]} has it", "Give each host its own number, and never one of a former host")
+        numbers[node] = name
+        for service, largest in _LARGEST.items():
+            if service in host["services"] and node > largest:
+                raise Refused(f"{name}.threefs_node", node, f"too large for a host with {service}", f"At most {largest}")
+        if "storage" in host["services"]:
+            if not host["disks"]:
+                raise Refused("threefs_mounts", [], f"{name} has storage and no disk", "Name a mount point for each disk")
+            if host["devices"] and len(host["devices"]) != host["disks"]:
+                raise Refused(
+                    f"{name}.threefs_devices",
+                    len(host["devices"]),
+                    f"threefs_mounts has {host['disks']} mount points",
+                    "Name one device for each, in the same order on all hosts",
+                )
+
+
+def _check_table(hosts: Hosts, wish: t.Mapping[str, t.Any], option: str, table: t.Mapping[str, t.Any], leaving: t.Collection[str]) -> None:
+    storage = having(hosts, "storage")
+    if not 0 < int(table["id"]) <= 41:
+        raise Refused(f"{option}.id", table["id"], "out of range", "1 to 41, since it is the first part of chain ids")
+    for name in table.get("hosts") or []:
+        if name not in storage:
+            raise Refused(f"{option}.hosts", name, "no storage host of this cluster", f"One of {', '.join(storage)}")
+    replicas = int(table.get("replicas") or wish["replicas"])
+    stay = nodes(hosts, table, leaving)
+    if len(stay) < replicas:
+        left = " when the drained ones are gone" if leaving else ""
+        raise Refused(
+            f"{option}.replicas",
+            replicas,
+            f"{len(stay)} storage hosts cannot hold {replicas} replicas of a chain{left}",
+            "Add storage hosts, or keep fewer replicas",
+        )
+    chains = sum(node["disks"] for node in stay) * int(table.get("targets_per_disk") or wish["targets_per_disk"]) // replicas
+    stripes = {"threefs_stripe": wish["stripe"]} if table is wish["tables"][0] else {}
+    for index, directory in enumerate(wish["directories"]):
+        if directory.get("chain_table") == table["id"]:
+            stripes[f"threefs_directories[{index}].stripe"] = directory.get("stripe") or 16
+    for name, stripe in stripes.items():
+        if int(stripe) > chains:
+            raise Refused(name, stripe, f"table {table['id']} will have {chains} chains only", f"At most {chains}, or more targets_per_disk")
