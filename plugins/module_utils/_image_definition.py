@@ -30,7 +30,7 @@ UNIT = re.compile(r"[A-Za-z0-9:_.@-]+\.(service|socket|timer|path|target|mount)"
 HASHED = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9._-]*(\[[A-Za-z0-9,._-]+\])?==[^\s,;]+( *;[^#]+?)?( +--hash=sha256:[0-9a-f]{64})+"
 )
-DEFAULT_PACKAGES = ("python3-minimal", "e2fsprogs")  # the agent's language, and volumes
+DEFAULT_PACKAGES = ("python3", "e2fsprogs")  # for the agent and for modules over vsock; for volumes
 # Of an image that is made of another one or of an OCI image, these are the base's.
 FROM_BASE = ("family", "suite", "components", "mirror", "kernel_package", "kernel_source", "kernel_modules")
 LARGE = 1 << 20  # files from here on are not hashed again while they look the same

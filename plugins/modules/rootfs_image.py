@@ -78,7 +78,7 @@ options:
         type: str
       packages:
         description:
-          - Packages besides the essential ones. V([python3-minimal, e2fsprogs]) by default (what the agent and volumes need), and
+          - Packages besides the essential ones. V([python3, e2fsprogs]) by default (the agent's and modules' Python, and volumes), and
             none for an image that is made of another one or of an OCI image.
         type: list
         elements: str
