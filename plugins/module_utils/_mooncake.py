@@ -470,10 +470,11 @@ def _probe_tier(
     result.update(numa_node=node, pages_on_node=on_node // page, pages_elsewhere=(sum(lies.values()) - on_node) // page)
     config = _engine("mooncake.store").ReplicateConfig()
     config.preferred_segment, config.replica_num = status["segment"], pool["replicas"]
-    maps, key = host.read(f"/proc/{status['pid']}/maps"), f"agentfleet-probe-{os.urandom(8).hex()}"
+    maps = host.read(f"/proc/{status['pid']}/maps")
     put_seconds, get_seconds, same, inside, copies = [], [], True, True, pool["replicas"]
     for _sample in range(samples):
-        data = os.urandom(size)
+        # A key of its own for each: with masters in etcd, a key that was removed just now is taken and dropped silently.
+        key, data = f"agentfleet-probe-{os.urandom(8).hex()}", os.urandom(size)
         try:
             start = time.perf_counter()
             rc = client.put(key, data, config)
