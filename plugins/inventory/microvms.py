@@ -141,6 +141,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
         """What the hosts say: ``microvms`` (host -> list), and ``failed`` (host -> why)."""
         sources = list(dict.fromkeys(self.inventory.processed_sources))
         if not sources:
+            self.display.warning("no source of the inventory came before this one: give it after those of the hosts")
             return {"microvms": {}, "failed": {}}
         arguments = {"agent_timeout_seconds": self.get_option("agent_timeout_seconds")}
         command = [
