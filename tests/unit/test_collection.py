@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(path.stem for path in ROOT.glob("plugins/modules/[a-z]*.py"))
 ROLES = sorted(path.name for path in ROOT.glob("roles/*"))
 # Collections that are not part of ansible-core, by the names of their namespaces.
+# Names of other collections; `from ansible.utils.x import` is ansible-core's own.
 FOREIGN = re.compile(
-    r"(?<![\w./-])((?:ansible\.(?!builtin\b|module_utils\b|plugins\b)|community\.|containers\.)[a-z_0-9]+)\.[a-z_]\w+"
+    r"(?<![\w./-])(?<!from )((?:ansible\.(?!builtin\b|module_utils\b|plugins\b)|community\.|containers\.)[a-z_0-9]+)\.[a-z_]\w+"
 )
 
 
