@@ -254,7 +254,8 @@ def seen() -> dict[str, t.Any]:
     missing = [program for program in ("ip", "bridge", "nft", "unshare") if not shutil.which(program)]
     if missing or os.geteuid() or subprocess.run(["unshare", "--net", "--mount", "true"], check=False).returncode:
         pytest.skip(f"needs root and namespaces, and {', '.join(missing) or 'all programs are there'}")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    collections = str(Path(_network.__file__).parents[5])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([collections, *sys.path])}
     done = subprocess.run(
         [sys.executable, str(LAB)], capture_output=True, text=True, timeout=120, check=False, env=environment
     )
