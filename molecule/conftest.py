@@ -116,10 +116,15 @@ class Lab:
             text=True,
         )
 
+    def start_module(self, name: str, **arguments: t.Any) -> subprocess.Popen[str]:
+        """Start a module of this collection on metal1."""
+        return self._open(
+            "ansible", "metal1", f"--module-name=agentfleet.metal.{name}", f"--args={json.dumps(arguments)}"
+        )
+
     def module(self, name: str, **arguments: t.Any) -> dict[str, t.Any]:
         """Call a module of this collection on metal1; it must succeed."""
-        wish = f"--args={json.dumps(arguments)}"
-        played = self.finish(self._open("ansible", "metal1", f"--module-name=agentfleet.metal.{name}", wish))
+        played = self.finish(self.start_module(name, **arguments))
         assert played.rc == 0, played.failures()
         return played.tasks[-1].result
 
