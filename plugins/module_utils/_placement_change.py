@@ -21,7 +21,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._placement import
     apportion,
     fair_meetings,
 )
-from ansible_collections.agentfleet.metal.plugins.module_utils._placement_design import Blocks, design
+from ansible_collections.agentfleet.metal.plugins.module_utils._placement_design import Blocks, Place, design
 from ansible_collections.agentfleet.metal.plugins.module_utils._placement_files import GROUPS, INDICES, chain_id
 from ansible_collections.agentfleet.metal.plugins.module_utils._placement_seats import (
     UNSEEN,
@@ -32,7 +32,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._placement_seats 
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
 
-STEPS_OF_A_SEAT, STEPS = 100, 150_000
+ROUNDS, STEPS_OF_A_SEAT, STEPS = 3, 20, 30_000  # of the search
 
 
 class Move(t.NamedTuple):
@@ -72,6 +72,7 @@ def place(
     reserved: t.Iterable[Seat],
     reserved_chains: t.Collection[int],
     erasure: bool,
+    ordered: bool = True,
 ) -> Placement:
     """Chains for all targets of the cluster.
 
@@ -79,6 +80,7 @@ def place(
     :param stripe: as many consecutive chains of the table shall touch many nodes and disks
     :param reserved: targets of other tables; their indices are not used
     :param reserved_chains: ids of chains of other tables
+    :param ordered: whether the order of the existing chains is good, and stays when they do
     """
     held = Counter(seat[:2] for chain in existing for seat in chain.seats)
     number = max(cluster.slots // cluster.replicas, len(existing))
@@ -95,9 +97,9 @@ def place(
         balance_positions(chains)
     taken = [*reserved, *(seat for chain in existing for seat in chain.seats)]
     _number_targets(chains, taken)
-    if {chain.id: chain.seats for chain in chains} != {chain.id: chain.seats for chain in existing}:
-        chains = order(chains, max(1, stripe // cluster.replicas) if erasure else stripe, seed)
     _number_chains(chains, prefix, {*reserved_chains, *_ids_of(existing, erasure)}, cluster.replicas if erasure else 1)
+    if not (ordered and chains == list(existing)):
+        chains = order(chains, max(1, stripe // cluster.replicas) if erasure else stripe, seed)
     moves = _moves({chain.id: chain.seats for chain in existing}, chains, erasure)
     fair = len(existing) * cluster.replicas / cluster.slots
     targets = {(node.id, disk): node.targets for node in cluster.nodes for disk in range(node.disks)}
@@ -152,8 +154,9 @@ def _changed(
         [*members, *([-1] * cluster.replicas for _block in range(number - len(existing)))],
         seed,
     )
-    _release(blocks, existing, shares, empty)
-    holes = sorted(empty)
+    forced = sorted(empty)
+    left, kept = _release(blocks, existing, shares, empty)
+    holes = [*forced, *(place for place, _disk in left)]
     blocks.random.shuffle(holes)
     fresh = [(block, seat) for block in range(len(existing), number) for seat in range(cluster.replicas)]
     need = Counter[int]()
@@ -163,8 +166,12 @@ def _changed(
     need.subtract(point for row in blocks.blocks for point in row if point >= 0)
     for seats, slots in ((holes, need), (fresh, rest)):
         blocks.fill(seats, slots)
-    for seats in (holes, fresh, holes):
-        blocks.improve(seats, min(STEPS, STEPS_OF_A_SEAT * len(seats)))
+    for _round in range(ROUNDS):
+        blocks.relocate(left, kept, min(STEPS, STEPS_OF_A_SEAT * len(left)))
+        holes = [*forced, *(place for place, _disk in left)]
+        for seats in (holes, fresh):
+            blocks.improve(seats, min(STEPS, STEPS_OF_A_SEAT * len(seats)))
+    empty = set(holes)
     _repair(blocks, holes + fresh)
     chains = []
     for block, row in enumerate(blocks.blocks):
@@ -185,31 +192,36 @@ def _changed(
 
 
 def _release(
-    blocks: Blocks, existing: t.Sequence[Chain], shares: t.Mapping[Disk, int], empty: set[tuple[int, int]]
-) -> None:
-    """Empty as many seats of each disk as it has above its share: where nodes meet most, and few of a chain."""
-    sitting: dict[Disk, list[tuple[int, int]]] = {}
+    blocks: Blocks, existing: t.Sequence[Chain], shares: t.Mapping[Disk, int], empty: t.Collection[Place]
+) -> tuple[list[tuple[Place, int]], list[list[Place]]]:
+    """Empty as many seats of each disk as it has above its share: where nodes meet most, and few of a chain.
+
+    Returns these seats, each with the number of its disk, and for each disk the seats that it keeps.
+    """
+    sitting: dict[Disk, list[Place]] = {disk: [] for disk in shares}
     for block, chain in enumerate(existing):
         for seat, (node, disk, _target) in enumerate(chain.seats):
             if (block, seat) not in empty:
-                sitting.setdefault((node, disk), []).append((block, seat))
+                sitting[node, disk].append((block, seat))
     losses = Counter(block for block, _seat in empty)
-    surplus = {full: seats for full, seats in sorted(sitting.items()) if len(seats) > shares[full]}
+    left: list[tuple[Place, int]] = []
+
+    def gain(place: Place) -> tuple[int, float]:
+        row = blocks.blocks[place[0]]
+        return -losses[place[0]], blocks.price(row[place[1]], row[: place[1]] + row[place[1] + 1 :])
+
+    surplus = True
     while surplus:
-        for full, seats in list(surplus.items()):
-
-            def gain(place: tuple[int, int]) -> tuple[int, float]:
-                block, seat = place
-                row = blocks.blocks[block]
-                return -losses[block], blocks.price(row[seat], row[:seat] + row[seat + 1 :])
-
-            chosen = max(seats, key=gain)
-            seats.remove(chosen)
-            blocks.leave(*chosen)
-            losses[chosen[0]] += 1
-            empty.add(chosen)
-            if len(seats) == shares[full]:
-                del surplus[full]
+        surplus = False
+        for number, (owner, seats) in enumerate(sitting.items()):
+            if len(seats) > shares[owner]:
+                chosen = max(seats, key=gain)
+                seats.remove(chosen)
+                blocks.sit(*chosen, -1)
+                losses[chosen[0]] += 1
+                left.append((chosen, number))
+                surplus = True
+    return left, list(sitting.values())
 
 
 def _repair(blocks: Blocks, seats: list[tuple[int, int]]) -> None:
@@ -250,7 +262,7 @@ def _number_targets(chains: t.Sequence[Chain], taken: t.Iterable[Seat]) -> None:
                 raise Refused(
                     "targets_per_disk",
                     index,
-                    f"disk {seat.disk} of node {seat.node} would need target index {index}, and the id has two digits for it",
+                    f"disk {seat.disk} of node {seat.node} would need target {index}, and its id has two digits for it",
                     "Use fewer targets on a disk, or another target_id_prefix for this table",
                 )
             lowest[disk] = index + 1

@@ -28,8 +28,8 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._placement_files 
 HARD = (1, 2, 3, 9)  # invariants without which a table does not work
 # What a table may lack from the ideal of the others.
 UNEVEN = 1.05  # sum of squares of meetings, over the least possible
-REBUILD = 0.8  # disks that rebuild a failed one, of those that could
-STRIPE = 0.75  # nodes and disks that a stripe touches, of those that it could
+REBUILD = 0.75  # disks that rebuild a failed one, of those that could
+STRIPE = 0.6  # nodes and disks that a stripe touches, of those that it could
 SHOWN = 3  # examples in a text
 
 
@@ -114,7 +114,7 @@ def judge(
     _rebuild(chains, declared, judgement.quality, add)
     rows = [Chain(number, [decode_target(one)[1] for one in table.chains[number]]) for number in table.order]
     _positions(rows, judgement.quality, add)
-    _stripes(rows, declared, stripe, judgement.quality, add)
+    _stripes(table, stripe, judgement.quality, add)
     own = {one for targets in table.chains.values() for one in targets}
     shared = [
         f"{name} has {len(common)} of the same targets"
@@ -308,34 +308,42 @@ def _positions(chains: t.Sequence[Chain], quality: dict[str, float], add: Add) -
     add("positions", problems, ", ".join(spans))
 
 
-def _stripes(rows: t.Sequence[Chain], cluster: Cluster, stripe: int, quality: dict[str, float], add: Add) -> None:
-    """8: successive chains of the table touch many nodes and disks."""
-    if len(rows) < stripe:
-        add("stripes", [f"{len(rows)} chains are fewer than the {stripe} of a stripe"], "")
-        return
-    if not rows:
-        add("stripes", ["the table is empty"], "")
-        return
+def touched(table: Table, stripe: int) -> dict[str, tuple[int, int]]:
+    """How many nodes and disks the worst run of ``stripe`` successive chains touches, and how many it could."""
+    rows = [[decode_target(one)[1] for one in table.chains[number]] for number in table.order]
     found = {}
-    seats = [chain.seats for chain in rows]
     for item, key in ITEMS:
-        now: Counter[t.Any] = Counter(key(seat) for row in seats[:stripe] for seat in row)
-        all_of = len({key(seat) for row in seats for seat in row})
+        now: Counter[t.Any] = Counter(key(seat) for row in rows[:stripe] for seat in row)
         worst = len(now)
-        for number, row in enumerate(seats):
-            for seat in seats[(number + stripe) % len(seats)]:
-                now[key(seat)] += 1
+        for number, row in enumerate(rows):
+            now.update(key(seat) for seat in rows[(number + stripe) % len(rows)])
             for seat in row:
                 now[key(seat)] -= 1
                 if not now[key(seat)]:
                     del now[key(seat)]
             worst = min(worst, len(now))
-        found[item] = (worst, min(all_of, stripe * max(len(row) for row in seats)))
-        quality[f"stripe_{item}s"] = worst / found[item][1]
+        widest = max((len(row) for row in rows), default=0)
+        found[item] = (worst, min(len({key(seat) for row in rows for seat in row}), stripe * widest))
+    return found
+
+
+def enough(found: t.Mapping[str, tuple[int, int]]) -> bool:
+    """Whether that is enough."""
+    return all(worst >= STRIPE * possible for worst, possible in found.values())
+
+
+def _stripes(table: Table, stripe: int, quality: dict[str, float], add: Add) -> None:
+    """8: successive chains of the table touch many nodes and disks."""
+    if len(table.order) < max(1, stripe):
+        add("stripes", [f"{len(table.order)} chains are fewer than the {stripe} of a stripe"], "")
+        return
+    found = touched(table, stripe)
+    for item, (worst, possible) in found.items():
+        quality[f"stripe_{item}s"] = worst / possible
     text = f"any {stripe} successive chains touch at least " + " and ".join(
         f"{worst} {item}s of {possible} possible" for item, (worst, possible) in found.items()
     )
-    add("stripes", [text] if min(worst / possible for worst, possible in found.values()) < STRIPE else [], text)
+    add("stripes", [] if enough(found) else [text], text)
 
 
 def seats_of(table: Table) -> list[Seat]:

@@ -20,11 +20,16 @@ import typing as t
 from ansible_collections.agentfleet.metal.plugins.module_utils._placement import Cluster, bound, fair_meetings
 
 NEVER = 1e6  # the cost of a meeting in one failure domain, against about 1 of a fair one
+TRIES = 4  # the best of so many random candidates is tried
 WINDOW = 48  # from so many waiting slots the best fitting one is taken
 ATTEMPTS = 3  # so many group orders are tried ...
 GOOD = 1.005  # ... unless the sum of squares is so near to the least possible
-STEPS = 150_000
+NEAR = 1.002  # unequal nodes seldom reach it, so this is the end of the search
+STEPS_OF_A_SEAT, STEPS = 2_000, 150_000  # of the search
 COLD, COLDER = 1.8, 5.0  # inverse temperatures at the begin and the end of the search
+
+
+Place = tuple[int, int]  # a block and a seat of it
 
 
 class Blocks:
@@ -87,11 +92,32 @@ class Blocks:
             total += (2 * meetings + 1) * cost[other] * (NEVER if domains[point] == domains[other] else 1.0)
         return total * cost[point]
 
-    def leave(self, block: int, seat: int) -> None:
-        """Empty a seat."""
+    def sit(self, block: int, seat: int, point: int) -> None:
+        """Give a seat to a point (-1: to nobody); who sat there leaves."""
         members = self.blocks[block]
-        point, members[seat] = members[seat], -1
-        self._meet(point, members, -1)
+        old, members[seat] = members[seat], -1
+        if old >= 0:
+            self._meet(old, members, -1)
+        if point >= 0:
+            self._meet(point, members, 1)
+            members[seat] = point
+
+    def _exchange(self, heat: float, changes: t.Sequence[tuple[int, int, int]]) -> bool:
+        """Give seats (block, seat) to other points, if that is better or, rarely, a little worse."""
+        before = self.energy
+        undo = [(block, seat, self.blocks[block][seat]) for block, seat, _point in changes]
+        for block, seat, _point in changes:
+            self.sit(block, seat, -1)
+        for block, seat, point in changes:
+            self.sit(block, seat, point)
+        change = self.energy - before
+        if change <= 0 or self.random.random() < math.exp(-change * heat):
+            return True
+        for block, seat, _point in changes:
+            self.sit(block, seat, -1)
+        for block, seat, point in undo:
+            self.sit(block, seat, point)
+        return False
 
     def develop(self, nodes: t.Sequence[int]) -> list[list[int]]:
         """All translates of all blocks, as nodes."""
@@ -102,7 +128,7 @@ class Blocks:
             for shift in range(length)
         ]
 
-    def fill(self, seats: t.Sequence[tuple[int, int]], slots: t.Mapping[int, int]) -> None:
+    def fill(self, seats: t.Sequence[Place], slots: t.Mapping[int, int]) -> None:
         """Take empty seats, in order, greedily with the orbits' free slots (their number is that of the seats)."""
         waiting = sorted(
             ((number + self.random.random()) / free, orbit) for orbit, free in slots.items() for number in range(free)
@@ -111,91 +137,78 @@ class Blocks:
         window, queue = queue[:WINDOW], queue[WINDOW:][::-1]
         for block, seat in seats:
             members = self.blocks[block]
-            others = [point for point in members if point >= 0]
-            best, choice, taken = math.inf, 0, 0
-            for number, orbit in enumerate(window if others else window[:1]):
-                point = orbit * self.length
-                if self.length > 1:
-                    point += int(self.random.random() * self.length)
-                price = self.price(point, others) if others else 0.0
-                if price < best:
-                    best, choice, taken = price, number, point
+            alone = all(point < 0 for point in members)
+            points = [orbit * self.length for orbit in (window[:1] if alone else window)]
+            if self.length > 1:
+                points = [point + int(self.random.random() * self.length) for point in points]
+            prices = [self.price(point, members) for point in points]
+            choice = prices.index(min(prices))
+            self.sit(block, seat, points[choice])
             del window[choice]
             if queue:
                 window.append(queue.pop())
-            self._meet(taken, others, 1)
-            members[seat] = taken
 
-    def improve(self, seats: t.Sequence[tuple[int, int]], steps: int, goal: float = -1.0) -> None:
-        """Exchange members between these seats (or move one within its orbit) until ``goal`` or out of ``steps``.
+    def improve(self, seats: t.Sequence[Place], steps: int, goal: float = -1.0) -> None:
+        """Exchange members of these seats (or move one within its orbit) until ``goal`` or out of ``steps``.
 
-        Simulated annealing: one random member of the chosen block gets a peer that it seldom meets.
+        Simulated annealing: a random member gives way to a point that the others of its block seldom meet.
         """
-        if len(seats) < 2 and self.length == 1:
-            return
-        draw, blocks, length, exp = self.random.random, self.blocks, self.length, math.exp
+        draw, blocks, length = self.random.random, self.blocks, self.length
         points = len(self.cost)
         sitting: dict[int, list[int]] = {}  # orbit -> seats, as numbers
         where = [0] * len(seats)
         for number, (block, seat) in enumerate(seats):
-            orbit = blocks[block][seat] // length
-            where[number] = len(sitting.setdefault(orbit, []))
-            sitting[orbit].append(number)
-        for step in range(steps):
+            mates = sitting.setdefault(blocks[block][seat] // length, [])
+            where[number] = len(mates)
+            mates.append(number)
+        for step in range(steps if seats else 0):
             if self.energy <= goal:
                 return
+            heat = COLD + (COLDER - COLD) * step / steps
             first = int(draw() * len(seats))
             block, seat = seats[first]
             members = blocks[block]
             old = members[seat]
-            others = members[:seat] + members[seat + 1 :]
-            peer = others[int(draw() * len(others)) :][:1]
-            new = int(draw() * points)
-            least = self.price(new, peer)
-            for _try in range(3):
-                point = int(draw() * points)
-                price = self.price(point, peer)
-                if price < least:
-                    new, least = point, price
-            if new == old:
+            peer = members[(seat + 1 + int(draw() * (len(members) - 1))) % len(members)]
+            new = min((int(draw() * points) for _try in range(TRIES)), key=lambda point: self.price(point, (peer,)))
+            home, guest = sitting[old // length], sitting.get(new // length)
+            if new == old or guest is None:
                 continue
-            before = self.energy
-            if new // length == old // length and length > 1:
-                self._meet(old, others, -1)
-                self._meet(new, others, 1)
-                change = self.energy - before
-                if change <= 0 or draw() < exp(-change * (COLD + (COLDER - COLD) * step / steps)):
-                    members[seat] = new
-                else:
-                    self._meet(new, others, -1)
-                    self._meet(old, others, 1)
+            if home is guest and length > 1:
+                self._exchange(heat, ((block, seat, new),))
                 continue
-            candidates = sitting.get(new // length)
-            if not candidates:
-                continue
-            second = candidates[int(draw() * len(candidates))]
+            second = guest[int(draw() * len(guest))]
             block2, seat2 = seats[second]
-            if block2 == block:
-                continue
-            members2 = blocks[block2]
-            old2 = members2[seat2]
             new2 = old // length * length + (int(draw() * length) if length > 1 else 0)
-            others2 = members2[:seat2] + members2[seat2 + 1 :]
-            self._meet(old, others, -1)
-            self._meet(old2, others2, -1)
-            self._meet(new, others, 1)
-            self._meet(new2, others2, 1)
-            change = self.energy - before
-            if change <= 0 or draw() < exp(-change * (COLD + (COLDER - COLD) * step / steps)):
-                members[seat], members2[seat2] = new, new2
-                here, there = sitting[old // length], candidates
-                here[where[first]], there[where[second]] = second, first
+            if block2 != block and self._exchange(heat, ((block, seat, new), (block2, seat2, new2))):
+                home[where[first]], guest[where[second]] = second, first
                 where[first], where[second] = where[second], where[first]
-            else:
-                self._meet(new2, others2, -1)
-                self._meet(new, others, -1)
-                self._meet(old2, others2, 1)
-                self._meet(old, others, 1)
+
+    def relocate(self, left: list[tuple[Place, int]], kept: t.Sequence[list[Place]], steps: int) -> None:
+        """Let another member of the same disk give way: the guest goes to that seat, and who sat here returns.
+
+        :param left: seats that were left to guests, each with the number of its old disk; changed in place
+        :param kept: seats that each disk has still; changed in place
+        """
+        draw, blocks = self.random.random, self.blocks
+        for step in range(steps if left else 0):
+            number = int(draw() * len(left))
+            (block, seat), disk = left[number]
+            mates = kept[disk]
+            if not mates:
+                continue
+            guest = blocks[block][seat]
+
+            def fit(mate: int, mates: list[Place] = mates, guest: int = guest) -> float:
+                other, chair = mates[mate]
+                return self.price(guest, blocks[other][:chair] + blocks[other][chair + 1 :])
+
+            choice = min((int(draw() * len(mates)) for _try in range(TRIES)), key=fit)
+            other, chair = mates[choice]
+            host = blocks[other][chair]
+            heat = COLD + (COLDER - COLD) * step / steps
+            if other != block and self._exchange(heat, ((block, seat, host), (other, chair, guest))):
+                left[number], mates[choice] = ((other, chair), disk), (block, seat)
 
 
 def _orbits(cluster: Cluster) -> t.Iterator[tuple[int, list[int]]]:
@@ -239,6 +252,7 @@ def design(cluster: Cluster, seed: int) -> list[list[int]]:
     domains = cluster.domains()
     factors = fair_meetings(slots, domains, replicas)
     least = bound(slots, domains, replicas).squares * (sum(factors) / len(factors)) ** 2
+    near = 1.0 if len(set(slots)) == 1 else NEAR
     best: tuple[float, list[list[int]]] | None = None
     for length, nodes in list(_orbits(cluster))[:ATTEMPTS]:
         number = cluster.slots // length // replicas
@@ -251,7 +265,9 @@ def design(cluster: Cluster, seed: int) -> list[list[int]]:
         )
         seats = [(block, seat) for block in range(number) for seat in range(replicas)]
         blocks.fill(seats, {orbit: slots[nodes[orbit * length]] for orbit in range(blocks.orbits)})
-        blocks.improve(seats, STEPS, goal=least / length + 0.5)  # the smallest step is about 4
+        blocks.improve(
+            seats, min(STEPS, STEPS_OF_A_SEAT * len(seats)), goal=near * least / length + 0.5
+        )  # the smallest step is about 4
         quality = blocks.energy * length / least
         if best is None or quality < best[0]:
             best = quality, blocks.develop(nodes)

@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 import random
 import typing as t
 from collections import Counter, deque
@@ -19,7 +21,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._placement import
 
 Disk = tuple[int, int]
 UNSEEN = -1  # disk of a seat that has only a node yet
-TRIES = 12  # partners that are tried before a target's disk is left as it is
+TRIES, ROUNDS = 12, 6  # partners that are tried for a target's disk, and how often
 POOL = 48  # chains from which the next one of the table is chosen
 
 
@@ -43,52 +45,59 @@ def assign_disks(chains: t.Sequence[Chain], free: t.Mapping[Disk, int], seed: in
 
 def _mix(chains: t.Sequence[Chain], moving: t.Mapping[tuple[int, int], list[Chain]], rng: random.Random) -> None:
     """Exchange disks of one node and position until no chain has an index twice and no two disks share two chains."""
-    shared: Counter[tuple[Disk, Disk]] = Counter()
+    movable = {(id(chain), position) for (_node, position), mates in moving.items() for chain in mates}
+    shared: dict[tuple[Disk, Disk], int] = {}
 
-    def pairs(chain: Chain, position: int, disk: int) -> list[tuple[Disk, Disk]]:
-        here = (chain.seats[position].node, disk)
-        others = [seat[:2] for number, seat in enumerate(chain.seats) if number != position]
+    def pairs(chain: Chain, position: int) -> list[tuple[Disk, Disk]]:
+        here = chain.seats[position][:2]
+        others = [seat[:2] for seat in chain.seats if seat.node != here[0]]
         return [(here, other) if here < other else (other, here) for other in others]
 
-    def price(chain: Chain, position: int, disk: int) -> int:
-        """Twice the chains already shared (the growth of the squares), and one for each index alike."""
-        alike = sum(seat.disk == disk for number, seat in enumerate(chain.seats) if number != position)
-        return alike + sum(2 * shared[pair] for pair in pairs(chain, position, disk))
+    def meet(chain: Chain, position: int, sign: int) -> None:
+        for pair in pairs(chain, position):
+            shared[pair] = shared.get(pair, 0) + sign
+
+    def price(chain: Chain, position: int) -> int:
+        """What the target costs that is not counted in ``shared``: indices alike, and twice the chains shared already."""
+        disk = chain.seats[position].disk
+        alike = sum(seat.disk == disk for seat in chain.seats) - 1
+        return alike + 2 * sum(shared.get(pair, 0) for pair in pairs(chain, position))
+
+    def exchange(first: Chain, second: Chain, position: int) -> None:
+        first.seats[position], second.seats[position] = second.seats[position], first.seats[position]
 
     for chain in chains:
-        for position, seat in enumerate(chain.seats):
-            shared.update(pair for pair in pairs(chain, position, seat.disk) if pair[0] == seat[:2])
-    for _round in range(4):
-        exchanged = False
-        for (node, position), mates in moving.items():
-            if len(mates) < 2:
-                continue
-            for first in mates:
-                mine = first.seats[position].disk
-                shared.subtract(pairs(first, position, mine))
-                cost = price(first, position, mine)
-                for _try in range(TRIES if cost else 0):
-                    second = mates[int(rng.random() * len(mates))]
-                    theirs = second.seats[position].disk
-                    if second is first or theirs == mine:
-                        continue
-                    shared.subtract(pairs(second, position, theirs))
-                    change = (
-                        price(first, position, theirs)
-                        + price(second, position, mine)
-                        - price(first, position, mine)
-                        - price(second, position, theirs)
-                    )
-                    if change < 0 or (change == 0 and rng.random() < 0.5):
-                        first.seats[position], second.seats[position] = Seat(node, theirs, 0), Seat(node, mine, 0)
-                        mine, theirs = theirs, mine
-                        exchanged = True
-                    shared.update(pairs(second, position, theirs))
-                    if price(first, position, mine) == 0:
-                        break
-                shared.update(pairs(first, position, mine))
-        if not exchanged:
+        for position in range(len(chain.seats)):
+            for pair in pairs(chain, position):
+                shared[pair] = shared.get(pair, 0) + (pair[0] == chain.seats[position][:2])
+    for _round in range(ROUNDS):
+        work = [
+            (chain, position)
+            for chain in chains
+            if len({seat.disk for seat in chain.seats}) < len(chain.seats)
+            or any(shared[pair] > 1 for position in range(len(chain.seats)) for pair in pairs(chain, position))
+            for position in range(len(chain.seats))
+            if (id(chain), position) in movable
+        ]
+        if not work:
             break
+        for first, position in work:
+            mates = moving[first.seats[position].node, position]
+            meet(first, position, -1)
+            for _try in range(TRIES if price(first, position) else 0):
+                second = mates[int(rng.random() * len(mates))]
+                if second.seats[position].disk == first.seats[position].disk:
+                    continue
+                meet(second, position, -1)
+                before = price(first, position) + price(second, position)
+                exchange(first, second, position)
+                after = price(first, position) + price(second, position)
+                if after > before or (after == before and rng.random() < 0.5):
+                    exchange(first, second, position)
+                meet(second, position, 1)
+                if price(first, position) == 0:
+                    break
+            meet(first, position, 1)
 
 
 def balance_positions(chains: t.Sequence[Chain]) -> None:
@@ -189,33 +198,52 @@ class _Balance:
 
 
 def order(chains: t.Sequence[Chain], window: int, seed: int) -> list[Chain]:
-    """The chains in an order in which each run of ``window`` touches many nodes and disks."""
+    """The chains in an order in which each run of ``window`` touches many nodes and disks.
+
+    The node with the largest part of its chains still to come is next, by the one of them whose disks and nodes were
+    not listed lately. So all nodes come to their end together, and none is left to be repeated there.
+    """
     rng = random.Random(seed)
-    queue = list(chains)
-    rng.shuffle(queue)
-    pool, queue = queue[:POOL], queue[POOL:]
-    used: dict[Disk | int, int] = {}  # when a disk or node was last listed
-    longest = max((len(chain.seats) for chain in chains), default=1)
-    lap = len({seat.node for chain in chains for seat in chain.seats}) // longest  # listings until nodes must repeat
-    listed: list[Chain] = []
-    while pool:
-        now = len(listed)
-        best, choice = None, 0
-        for number, chain in enumerate(pool):
-            price = 0.0
-            for seat in chain.seats:
-                price += max(0, window - now + used.get(seat[:2], now - window)) * 4 / window
-                price += max(0, lap - now + used.get(seat.node, now - lap)) / max(1, lap)
-            if best is None or price < best:
-                best, choice = price, number
-                if price == 0:
-                    break
-        chain = pool[choice]
-        if queue:
-            pool[choice] = queue.pop()
-        else:
-            del pool[choice]
+    waiting: dict[int, list[Chain]] = {}
+    shuffled = sorted(chains, key=lambda chain: chain.id)
+    rng.shuffle(shuffled)
+    for chain in shuffled:
         for seat in chain.seats:
-            used[seat[:2]] = used[seat.node] = now
-        listed.append(chain)
+            waiting.setdefault(seat.node, []).append(chain)
+    total = {node: len(members) for node, members in waiting.items()}
+    left = dict(total)
+    used: dict[Disk | int, int] = {}  # when a disk or node was last listed
+    span = {node: min(window, len(chains) // count) for node, count in total.items()}
+    urgent = [(-1.0, rng.random(), node) for node in total]
+    heapq.heapify(urgent)
+    done: set[int] = set()
+    listed: list[Chain] = []
+
+    def price(chain: Chain) -> float:
+        now = len(listed)
+        cost = 0.0
+        for seat in chain.seats:
+            cost += 4 * max(0, window - now + used.get(seat[:2], now - window)) / window
+            cost += max(0, span[seat.node] - now + used.get(seat.node, now - window)) / max(1, span[seat.node])
+        return cost
+
+    while urgent:
+        part, _tie, node = heapq.heappop(urgent)
+        if not left[node] or -part * total[node] > left[node] + 0.5:
+            continue  # listed since
+        mates = waiting[node]
+        mates[:] = [chain for chain in mates if id(chain) not in done]
+        best, least = mates[0], math.inf
+        for chain in mates[:POOL]:
+            cost = price(chain)
+            if cost < least:
+                best, least = chain, cost
+                if cost == 0:
+                    break
+        done.add(id(best))
+        for seat in best.seats:
+            used[seat[:2]] = used[seat.node] = len(listed)
+            left[seat.node] -= 1
+            heapq.heappush(urgent, (-left[seat.node] / total[seat.node], rng.random(), seat.node))
+        listed.append(best)
     return listed

@@ -12,7 +12,14 @@ import typing as t
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._placement import Chain, Cluster, Node
 from ansible_collections.agentfleet.metal.plugins.module_utils._placement_change import Move, Placement, place
-from ansible_collections.agentfleet.metal.plugins.module_utils._placement_check import HARD, Judgement, judge, seats_of
+from ansible_collections.agentfleet.metal.plugins.module_utils._placement_check import (
+    HARD,
+    Judgement,
+    enough,
+    judge,
+    seats_of,
+    touched,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._placement_files import (
     CHAIN_IDS,
     CHAINS,
@@ -161,6 +168,9 @@ class ChainTable:
             [seat for other in others.values() for seat in seats_of(other)],
             {number for other in others.values() for number in other.chains},
             self.erasure,
+            existing is not None
+            and not existing.problems
+            and enough(touched(existing, self._window(len(existing.order)))),
         )
         chains = self.placement.chains
         self.files = render(chains, self.erasure, self.target_prefix, self.chunk_sizes)
