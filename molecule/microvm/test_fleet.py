@@ -70,7 +70,7 @@ def look(lab: t.Any, *names: str) -> dict[str, dict[str, t.Any]]:
 def all_ready(lab: t.Any, count: int) -> dict[str, dict[str, t.Any]]:
     """Wait, within bounds, until so many microVMs answer."""
     end = time.monotonic() + READY_SECONDS
-    while sum(one["ready"] for one in (seen := look(lab)).values()) < count:
+    while [one["ready"] for one in (seen := look(lab)).values()].count(True) < count:
         assert time.monotonic() < end, {name: (one["state"], one["ready"]) for name, one in seen.items()}
     return seen
 
