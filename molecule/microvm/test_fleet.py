@@ -70,9 +70,11 @@ def look(lab: t.Any, *names: str) -> dict[str, dict[str, t.Any]]:
 def all_ready(lab: t.Any, count: int) -> dict[str, dict[str, t.Any]]:
     """Wait, within bounds, until so many microVMs answer."""
     end = time.monotonic() + READY_SECONDS
-    while [one["ready"] for one in (seen := look(lab)).values()].count(True) < count:
+    while True:
+        seen = look(lab)
+        if sum(one["ready"] for one in seen.values()) >= count:
+            return seen
         assert time.monotonic() < end, {name: (one["state"], one["ready"]) for name, one in seen.items()}
-    return seen
 
 
 def inside(host: t.Any, name: str, command: str) -> str:
