@@ -391,6 +391,19 @@ class MicroVms:
             self._after(name, change, running)
         if gone:
             self._taps(name)
+        self._tell(name, changes)
+
+    def _tell(self, name: str, changes: list[_vmm.Change]) -> None:
+        """Let the guest use CPUs and networks that are new; its kernel only sees them."""
+        new = {change.item for change in changes if change.key == "networks" and change.after is not None}
+        if not new and not any(change.key == "vcpus" for change in changes):
+            return
+        networks = self.specs[name]["networks"]
+        lines = zip(networks, _network.guest_lines(networks))
+        message = {"networks": [line for interface, line in lines if interface["network"] in new]}
+        told = state_of.ask_agent(self.host, self.specs[name], 20, "/attached", message) or {"error": "no answer"}
+        if "error" in told:
+            self.warnings.append(f"microVM {name}: its agent does not use what was attached: {told['error']}")
 
     def _taps(self, name: str) -> None:
         self.host.run([f"{LIBRARY}/microvm-taps", "up", name])
@@ -484,14 +497,14 @@ class MicroVms:
 
     def _give_up(self, name: str, why: str) -> str:
         """Stop a microVM that did not start, and say what there is to say."""
-        console = _vmm.driver(self.specs[name]["driver"]).console(self.host, self.specs[name])
-        journals = [f"--unit={unit(name)}", f"--unit=agentfleet-virtiofsd@{name}:*"]
-        journal = self.host.run(
-            ["journalctl", *journals, "--lines=8", "--output=cat", "--quiet"], timeout_seconds=60, check=False
-        ).text
+        spec = self.specs[name]
+        console = _vmm.driver(spec["driver"]).console(self.host, spec)
+        if spec["shares"]:
+            journal = ["journalctl", f"--unit=agentfleet-virtiofsd@{name}:*", "--lines=8", "--output=cat", "--quiet"]
+            console += f" virtiofsd: {self.host.run(journal, check=False).text}"
         self.host.run(["systemctl", "stop", unit(name)], timeout_seconds=units.LADDER_SECONDS + 120, check=False)
         self.host.run(["systemctl", "reset-failed", unit(name)], check=False)
-        return f"{why}. Console: {' '.join(console.split())[-600:]}. Journal: {journal[-600:]}"
+        return f"{why}. Console: {' '.join(console.split())[-1200:]}"
 
     # -- apply: removal --------------------------------------------------------------
 

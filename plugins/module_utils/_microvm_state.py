@@ -86,11 +86,18 @@ def paused(host: Host, specs: t.Mapping[str, _vmm.Spec]) -> set[str]:
     return {name for name, found in together(state, list(specs)).items() if found == "paused"}
 
 
-def ask_agent(host: Host, spec: _vmm.Spec, timeout_seconds: float = 5) -> dict[str, t.Any] | None:
-    """What the agent in a microVM answers over vsock; None when it does not."""
+def ask_agent(
+    host: Host, spec: _vmm.Spec, timeout_seconds: float = 5, path: str = "/", message: t.Any = None
+) -> dict[str, t.Any] | None:
+    """What the agent in a microVM answers over vsock; None when it does not.
+
+    :param message: sent as the body of a POST request
+    """
+    body = b"" if message is None else json.dumps(message).encode()
+    request = f"{'GET' if message is None else 'POST'} {path} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n"
     try:
         with _vmm.driver(spec["driver"]).connect(host, spec, _vmm.AGENT_PORT, timeout_seconds) as connection:
-            connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            connection.sendall(request.encode() + body)
             answer = b""
             while chunk := connection.recv(65536):
                 answer += chunk

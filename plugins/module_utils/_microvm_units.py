@@ -71,6 +71,9 @@ ExecStartPre=+{LIBRARY}/microvm-start %i
 ExecStop=+{LIBRARY}/microvm-unit stop %i
 ExecStopPost=+{LIBRARY}/microvm-end %i
 RestartSec=2
+# Its console goes to the journal, and is the guest's to write.
+LogRateLimitIntervalSec=30
+LogRateLimitBurst=2000
 # microvm-start waits for a turn, and has bounds of its own.
 TimeoutStartSec=infinity
 TimeoutStopSec={LADDER_SECONDS}

@@ -6,19 +6,23 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
+import tarfile
 import typing as t
 
 import pytest
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import (
     _microvm_data,
+    _microvm_names,
     _microvm_state,
     _microvm_units,
     _qemu,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm import MicroVms
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Step
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 from ansible_collections.agentfleet.metal.plugins.modules.microvm import ARGUMENTS
 
 DIGEST = "ab" * 32
@@ -127,7 +131,7 @@ def metal(fake_host: t.Any, monkeypatch: t.Any) -> t.Any:
     with open(fake_host.path(f"/var/lib/agentfleet/images/{DIGEST}/rootfs.erofs"), "wb") as file:
         file.truncate(82 << 20)
     fake_host.systemd = Systemd(fake_host)
-    monkeypatch.setattr(_microvm_state, "ask_agent", lambda host, spec, timeout_seconds=5: {"hostname": spec["name"]})
+    monkeypatch.setattr(_microvm_state, "ask_agent", lambda host, spec, *_more: {"hostname": spec["name"]})
     return fake_host
 
 
@@ -238,7 +242,7 @@ def test_absent_of_one_keeps_the_others(metal: t.Any) -> None:
 
 
 def test_a_failed_start_is_undone_and_explained(metal: t.Any, monkeypatch: t.Any) -> None:
-    monkeypatch.setattr(_microvm_state, "ask_agent", lambda host, spec, timeout_seconds=5: None)
+    monkeypatch.setattr(_microvm_state, "ask_agent", lambda host, spec, *_more: None)
     monkeypatch.setattr(_qemu, "console", lambda host, run: "agentfleet: no /dev/pmem0")
     with pytest.raises(
         HostError, match=r"microVM a1: no answer from its agent within 1 seconds\. Console: agentfleet: no"
@@ -279,7 +283,7 @@ def test_configuration_disk_is_sourced_by_a_shell(metal: t.Any) -> None:
 
 
 def test_a_vmm_that_ends_is_noticed_at_once(metal: t.Any, monkeypatch: t.Any) -> None:
-    monkeypatch.setattr(_microvm_state, "ask_agent", lambda host, spec, timeout_seconds=5: None)
+    monkeypatch.setattr(_microvm_state, "ask_agent", lambda host, spec, *_more: None)
     metal.answers["systemctl start"] = ""  # comes back, but the process is not there
     with pytest.raises(HostError, match="microVM a1: the VMM ended"):
         run(metal, call({"name": "a1"}, ready_timeout_seconds=3600))
@@ -295,3 +299,227 @@ def test_each_has_its_own_unprivileged_user_and_its_limits(metal: t.Any) -> None
     assert "Slice=agentfleet-blue.slice\n" in texts[0]
     assert "MemoryMax=555745280\n" in texts[0]  # guest RAM, image, overhead
     assert "DynamicUser=yes" in metal.read("/etc/systemd/system/agentfleet-microvm@.service")
+
+
+# -- what runs is changed ------------------------------------------------------------
+
+
+class FakeMachine:
+    """A running machine that writes down what is asked of it."""
+
+    def __init__(self, asked: list[str], states: dict[str, str], name: str) -> None:
+        self.asked, self.states, self.name = asked, states, name
+
+    def __enter__(self) -> FakeMachine:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        return None
+
+    def state(self) -> str:
+        return self.states.get(self.name, "running")
+
+    def pause(self) -> None:
+        self.states[self.name] = "paused"
+
+    def resume(self) -> None:
+        self.states.pop(self.name, None)
+
+    def change(self, change: t.Any, _spec: t.Any) -> None:
+        self.asked.append(f"{self.name}: {change}")
+
+
+@pytest.fixture
+def machines(metal: t.Any, monkeypatch: t.Any) -> t.Any:
+    """The host, with machines that take every change."""
+    metal.asked, states = [], {}
+    monkeypatch.setattr(_qemu, "machine", lambda host, spec: FakeMachine(metal.asked, states, spec["name"]))
+    metal.answers["/usr/local/lib/agentfleet/microvm-taps"] = ""
+    metal.files({"/run/agentfleet/a1": None})
+    return metal
+
+
+def test_what_can_be_applied_live_is_and_then_nothing_is_left(machines: t.Any) -> None:
+    before = {"name": "a1", "vcpus_max": 4, "memory_max": "512MiB", "hotplug_slots": 2}
+    run(machines, call(before))
+    after = {
+        **before, "vcpus": 2, "memory": "384MiB", "volumes": [{"name": "data", "size": "1GiB", "mount": "/data"}],
+        "networks": ATTACHED,
+    }  # fmt: skip
+    steps = run(machines, call(after))
+    assert words(steps) == [
+        "create volume a1/data", "define microVM a1", "reload systemd", "define network agents", "change microVM a1",
+    ]  # fmt: skip
+    assert sorted(machines.asked) == [
+        "a1: memory_bytes 268435456 -> 402653184", "a1: networks agents added", "a1: vcpus 1 -> 2",
+        "a1: volumes data added",
+    ]  # fmt: skip
+    assert "/usr/local/lib/agentfleet/microvm-taps up a1" in machines.calls
+    assert run(machines, call(after)) == []
+    resource = MicroVms(machines, call(after))
+    resource.plan(resource.observe())
+    assert resource.result(resource.observe())["instances"][0]["restart_required"] is False
+
+
+def test_an_interrupted_change_goes_on_where_it_was(machines: t.Any, monkeypatch: t.Any) -> None:
+    before = {"name": "a1", "vcpus_max": 4, "memory_max": "512MiB"}
+    after = call({**before, "vcpus": 2, "memory": "384MiB"})
+    run(machines, call(before))
+    take = FakeMachine.change
+
+    def fail(self: FakeMachine, change: t.Any, spec: t.Any) -> None:
+        if change.key == "memory_bytes":
+            raise HostError("no memory")
+        take(self, change, spec)
+
+    monkeypatch.setattr(FakeMachine, "change", fail)
+    with pytest.raises(HostError, match="no memory"):
+        run(machines, after)
+    monkeypatch.setattr(FakeMachine, "change", take)
+    (step,) = run(machines, after)
+    assert step.after == ["memory_bytes 268435456 -> 402653184"]
+    assert machines.asked == ["a1: vcpus 1 -> 2", "a1: memory_bytes 268435456 -> 402653184"]
+
+
+def test_what_cannot_be_applied_is_named_with_its_reason(machines: t.Any) -> None:
+    run(machines, call({"name": "a1"}))
+    params = call({"name": "a1", "volumes": [{"name": "data", "size": "1GiB"}], "environment": {"A": "b"}})
+    assert words(run(machines, params)) == ["create volume a1/data", "define microVM a1", "reload systemd"]
+    resource = MicroVms(machines, params)
+    assert resource.plan(resource.observe()) == []
+    assert resource.result(resource.observe())["instances"][0]["restart_reasons"] == [
+        "volumes data added: it was started without hotplug_slots",
+        "environment {} -> {'A': 'b'}: QEMU reads environment when it starts",
+    ]
+
+
+def test_paused_and_on(machines: t.Any) -> None:
+    assert words(run(machines, call({"name": "a1"}, state="paused")))[-2:] == ["start microVMs", "pause microVMs"]
+    assert run(machines, call({"name": "a1"}, state="paused")) == []
+    resource = MicroVms(machines, call({"name": "a1"}, state="paused"))
+    resource.plan(resource.observe())
+    assert resource.result(resource.observe())["instances"][0]["state"] == "paused"
+    assert words(run(machines, call({"name": "a1"}))) == ["resume microVMs"]
+    assert run(machines, call({"name": "a1"})) == []
+
+
+def test_restarted_stops_what_runs_and_starts_all(machines: t.Any) -> None:
+    run(machines, call({"name": "a1"}))
+    steps = run(machines, call({"name": "a1"}, {"name": "a2"}, state="restarted"))
+    assert [(step.verb, step.before or step.after) for step in steps if step.verb in ("stop", "start")] == [
+        ("stop", ["a1"]), ("start", ["a1", "a2"]),
+    ]  # fmt: skip
+
+
+def test_an_older_start_without_a_record_is_restarted_only_when_allowed(metal: t.Any) -> None:
+    run(metal, call({"name": "a1"}))
+    metal.remove("/run/agentfleet/a1.spec.json")
+    assert run(metal, call({"name": "a1"})) == []
+    assert words(run(metal, call({"name": "a1"}, allow_restart=True))) == ["stop microVMs", "start microVMs"]
+
+
+# -- templates, volumes, first-boot data -----------------------------------------------
+
+
+def test_count_makes_as_many(metal: t.Any) -> None:
+    params = call({"name": "agent-{index:03d}", "count": 12, "networks": ATTACHED}, memory_overcommit=2)
+    run(metal, params)
+    assert list(_microvm_state.declared(metal))[::11] == ["agent-001", "agent-012"]
+    assert run(metal, params) == []
+    (step,) = run(metal, call({"name": "agent-{index:03d}", "count": 12}, state="absent"))
+    assert len(step.before) == 12 and metal.names("/var/lib/agentfleet/microvms") == []
+
+
+def test_starts_are_as_few_commands_as_turns(metal: t.Any) -> None:
+    run(metal, call({"name": "a-{index}", "count": 6}, parallel=3))
+    starts = [line for line in metal.calls if line.startswith("systemctl start")]
+    assert [line.count("microvm@") for line in starts] == [3, 3]
+    assert metal.read("/usr/local/lib/agentfleet/microvm-parallel") == "3"
+
+
+def test_volumes_grow_stay_and_go_only_when_told(metal: t.Any) -> None:
+    metal.files({"/srv/template": "x" * 3000})
+    volume = {"name": "data", "size": "1MiB", "template": "/srv/template"}
+    run(metal, call({"name": "a1", "volumes": [volume]}))
+    path = metal.path("/var/lib/agentfleet/volumes/a1/data")
+    with open(path, "rb") as file:
+        assert file.read() == b"x" * 3000 + bytes((1 << 20) - 3000)
+    steps = run(metal, call({"name": "a1", "volumes": [{**volume, "size": "2MiB"}]}, state="stopped"))
+    (grown,) = [step for step in steps if step.verb == "grow"]
+    assert (grown.before, grown.after["size"]) == ({"size": "1MiB"}, "2MiB")
+    with pytest.raises(Refused, match=r"the volume has 2MiB.*only grow") as refused:
+        run(metal, call({"name": "a1", "volumes": [volume]}))
+    assert refused.value.option == "instances[0].volumes[0].size"
+    run(metal, call({"name": "a1"}, state="absent"))
+    assert metal.names("/var/lib/agentfleet/volumes/a1") == ["data"]
+    assert run(metal, call({"name": "a1"}, state="absent")) == []
+    (step,) = run(metal, call({"name": "a1"}, state="absent", delete_volumes=True))
+    assert step.before == {"a1": {"data": "2MiB"}} and step.disruptive
+    assert not metal.exists("/var/lib/agentfleet/volumes/a1")
+
+
+def test_a_template_larger_than_its_volume_is_refused(metal: t.Any) -> None:
+    metal.files({"/srv/template": None})
+    with open(metal.path("/srv/big"), "wb") as file:
+        file.truncate(2 << 20)
+    with pytest.raises(Refused, match="its template has 2MiB"):
+        run(metal, call({"name": "a1", "volumes": [{"name": "data", "size": "1MiB", "template": "/srv/big"}]}))
+
+
+SECRET = "correct horse battery staple"
+
+
+def test_first_boot_data_is_the_same_each_time_and_never_shown(metal: t.Any) -> None:
+    data = {"files": [{"path": "/etc/agent/token", "content": SECRET, "mode": "0640"}], "run": [f"echo {SECRET}"]}
+    params = call({"name": "a1", "user_data": data})
+    steps = run(metal, params)
+    assert SECRET not in json.dumps([step.public() for step in steps])
+    (name,) = [n for n in metal.names("/var/lib/agentfleet/microvms/a1") if n.startswith("data-")]
+    path = metal.path(f"/var/lib/agentfleet/microvms/a1/{name}")
+    assert os.stat(path).st_mode & 0o777 == 0o600 and os.path.getsize(path) % 512 == 0
+    with tarfile.open(path) as tar:
+        assert [(one.name, one.mode, one.mtime) for one in tar.getmembers()] == [
+            ("etc/agent/token", 0o640, 0), ("usr/lib/agentfleet/firstboot.d/user-data", 0o700, 0),
+        ]  # fmt: skip
+        assert SECRET in tar.extractfile("usr/lib/agentfleet/firstboot.d/user-data").read().decode()  # type: ignore
+    drop_in = metal.read("/etc/systemd/system/agentfleet-microvm@a1.service.d/60-agentfleet.conf")
+    assert f"LoadCredential={name}:/var/lib/agentfleet/microvms/a1/{name}" in drop_in and SECRET not in drop_in
+    assert run(metal, params) == []
+    again = call({"name": "a1", "user_data": {**data, "run": []}})
+    (step,) = [step for step in run(metal, again) if step.verb == "define"]
+    assert step.before["data"] != step.after["data"]
+
+
+def test_the_configuration_disk_names_volumes_and_the_writable_layer(metal: t.Any) -> None:
+    volumes = [
+        {"name": "root", "size": "1GiB", "writable_layer": True},
+        {"name": "data", "size": "1GiB", "mount": "/data", "filesystem": "xfs"},
+        {"name": "raw", "size": "1GiB"},
+    ]
+    resource = MicroVms(metal, call({"name": "a1", "volumes": volumes}))
+    resource.plan(resource.observe())
+    text = _microvm_data.config(resource.specs["a1"])
+    assert "agentfleet_upper=root\n" in text and "agentfleet_volumes='data /data xfs mkfs,grow'\n" in text
+
+
+def test_resources_and_restart_policy_are_the_unit_s(metal: t.Any) -> None:
+    resources = {"cpu_weight": 50, "cpu_quota_percent": 150, "memory_max": "1GiB", "io_weight": 10, "tasks_max": 64}
+    run(metal, call({"name": "a1", "resources": resources, "restart_policy": "never", "balloon": "64MiB"}))
+    lines = metal.read("/etc/systemd/system/agentfleet-microvm@a1.service.d/60-agentfleet.conf").splitlines()
+    assert {
+        "CPUWeight=50", "CPUQuota=150%", f"MemoryMax={1 << 30}", "IOWeight=10", "TasksMax=64", "Restart=no",
+        "ExecStartPost=+/usr/local/lib/agentfleet/microvm-unit settle %i",
+    } <= set(lines)  # fmt: skip
+
+
+def test_what_units_run_is_complete_on_the_host(metal: t.Any) -> None:
+    """The copied code imports nothing that was not copied with it, and nothing of Ansible."""
+    run(metal, call({"name": "a1"}))
+    library = metal.path(_microvm_names.LIBRARY)
+    code = f"import sys; sys.path.insert(0, {library!r}); sys.argv = ['microvm-unit', 'settle', 'nobody']; "
+    script = metal.read(f"{_microvm_names.LIBRARY}/microvm-unit").partition("import sys\n")[2]
+    script = script.replace(f'"{_microvm_names.LIBRARY}"', repr(library))
+    done = subprocess.run(
+        [sys.executable, "-IS", "-c", code + "\n" + script], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

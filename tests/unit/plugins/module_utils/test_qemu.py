@@ -1,0 +1,166 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The QEMU driver: what it asks a running machine, and what it says needs a restart."""
+
+from __future__ import annotations
+
+import typing as t
+
+import pytest
+
+from ansible_collections.agentfleet.metal.plugins.module_utils import _qemu
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
+from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import Change
+
+VOLUME = {
+    "name": "data", "size_bytes": 1 << 30, "template": "", "readonly": False, "mount": "", "filesystem": "",
+    "writable_layer": False,
+}  # fmt: skip
+LIMITS = {"disk_bytes_per_second": 1 << 20, "disk_operations_per_second": 0, "network_bytes_per_second": 0}
+INTERFACE = {"network": "agents", "tap": "af0123", "mac": "02:00:00:00:00:01"}
+
+
+class Qmp:
+    """Answers from a table; a command of ``refuse`` is refused."""
+
+    def __init__(self, answers: dict[str, t.Any], refuse: str = "") -> None:
+        self.answers, self.refuse, self.asked = answers, refuse, []  # type: ignore[var-annotated]
+
+    def ask(self, command: str, **arguments: t.Any) -> t.Any:
+        if command.startswith(("query", "qom-list")):
+            return self.answers.get(command, [])
+        if command == self.refuse:
+            raise HostError(f"QEMU refused {command}")
+        self.asked.append((command, arguments))
+        return {}
+
+
+PORTS = [{"devices": [
+    {"qdev_id": "port0", "pci_bridge": {"devices": [{"qdev_id": "disk-data"}]}}, {"qdev_id": "port1", "pci_bridge": {}},
+]}]  # fmt: skip
+
+
+def machine(spec: t.Any, **table: t.Any) -> tuple[_qemu.QemuMachine, Qmp]:
+    running = _qemu.QemuMachine("/none", spec)
+    qmp = Qmp({"query-pci": PORTS, **{key.replace("_", "-"): value for key, value in table.items()}})
+    running.qmp = qmp  # type: ignore[assignment]
+    return running, qmp
+
+
+def test_a_disk_comes_to_the_first_free_port_with_its_limits(microvm_spec: t.Any) -> None:
+    running, qmp = machine({**microvm_spec, "rate_limits": LIMITS})
+    running.change(Change("volumes", "more", None, {**VOLUME, "name": "more"}), microvm_spec)
+    commands = dict(qmp.asked)
+    assert [command for command, _arguments in qmp.asked] == [
+        "object-add",
+        "blockdev-add",
+        "blockdev-add",
+        "device_add",
+    ]
+    assert commands["object-add"]["limits"] == {"bps-total": 1 << 20, "iops-total": 0}
+    assert commands["device_add"] == {
+        "bus": "port1", "driver": "virtio-blk-pci", "id": "disk-more", "drive": "limited-more", "serial": "more",
+    }  # fmt: skip
+
+
+def test_what_was_made_behind_a_device_goes_when_it_is_refused(microvm_spec: t.Any) -> None:
+    running, qmp = machine({**microvm_spec, "rate_limits": LIMITS})
+    qmp.refuse = "device_add"
+    with pytest.raises(HostError, match="refused device_add"):
+        running.change(Change("volumes", "more", None, {**VOLUME, "name": "more"}), microvm_spec)
+    assert [command for command, _arguments in qmp.asked][3:] == ["blockdev-del", "blockdev-del", "object-del"]
+
+
+def test_no_free_port_says_what_to_declare(microvm_spec: t.Any) -> None:
+    running, qmp = machine(microvm_spec, query_pci=[{"devices": PORTS[0]["devices"][:1]}])
+    with pytest.raises(HostError, match="Declare more of them"):
+        running.change(Change("networks", "agents", None, INTERFACE), microvm_spec)
+    assert [command for command, _arguments in qmp.asked] == ["netdev_add", "netdev_del"]
+
+
+def test_a_removed_device_is_waited_for(microvm_spec: t.Any, monkeypatch: t.Any) -> None:
+    running, qmp = machine(microvm_spec)
+    running.change(Change("volumes", "data", VOLUME, None), microvm_spec)
+    assert [command for command, _arguments in qmp.asked] == ["device_del", "blockdev-del"]
+    running, _qmp = machine(microvm_spec, qom_list=[{"name": "disk-data"}])
+    monkeypatch.setattr(_qemu, "UNPLUG_SECONDS", 0)
+    with pytest.raises(HostError, match="the guest did not let it go"):
+        running.change(Change("volumes", "data", VOLUME, None), microvm_spec)
+
+
+def test_memory_is_what_comes_on_top_of_what_was_booted(microvm_spec: t.Any) -> None:
+    running, qmp = machine({**microvm_spec, "memory_bytes": 384 << 20})
+    running.change(Change("memory_bytes", "", 384 << 20, 512 << 20), microvm_spec)
+    running.change(Change("balloon_bytes", "", 0, 64 << 20), microvm_spec)
+    assert qmp.asked == [
+        ("qom-set", {"path": "plugged", "property": "requested-size", "value": 256 << 20}),
+        ("balloon", {"value": 320 << 20}),
+    ]
+
+
+def test_cpus_come_and_go_but_not_those_of_the_boot(microvm_spec: t.Any) -> None:
+    def cpu(socket: int, path: str = "") -> dict[str, t.Any]:
+        one: dict[str, t.Any] = {"type": "host-x86_64-cpu", "props": {"socket-id": socket, "core-id": 0}}
+        return {**one, "qom-path": path} if path else one
+
+    cpus = [cpu(2), cpu(1), cpu(0, "/machine/unattached/device[0]")]
+    running, qmp = machine(microvm_spec, query_hotpluggable_cpus=cpus)
+    running.change(Change("vcpus", "", 1, 2), microvm_spec)
+    assert qmp.asked == [("device_add", {"driver": "host-x86_64-cpu", "id": "cpu-0-1", "socket-id": 1, "core-id": 0})]
+    cpus[1] = cpu(1, "/machine/peripheral/cpu-0-1")
+    running.change(Change("vcpus", "", 2, 1), microvm_spec)
+    assert qmp.asked[1:] == [("device_del", {"id": "cpu-0-1"})]
+    with pytest.raises(HostError, match="1 virtual CPUs were there at boot"):
+        running.change(Change("vcpus", "", 2, 0), microvm_spec)
+
+
+@pytest.mark.parametrize(
+    ("change", "running", "reason"),
+    [
+        (Change("vcpus", "", 1, 3), {"vcpus_max": 2}, "at most 2 virtual CPUs"),
+        (Change("vcpus", "", 1, 2), {"vcpus_max": 2}, ""),
+        (Change("vcpus", "", 1, 2), {"vcpus_max": 2, "accelerator": "tcg"}, "no CPU that comes later"),
+        (Change("memory_bytes", "", 256 << 20, 512 << 20), {}, "at most 256 MiB"),
+        (Change("memory_bytes", "", 256 << 20, 128 << 20), {}, "cannot be unplugged"),
+        (Change("memory_bytes", "", 256 << 20, 384 << 20), {"memory_max_bytes": 512 << 20}, ""),
+        (Change("balloon_bytes", "", 0, 1 << 20), {"free_page_reporting": False}, "without a balloon"),
+        (Change("volumes", "data", None, VOLUME), {}, "without hotplug_slots"),
+        (Change("volumes", "data", None, VOLUME), {"hotplug_slots": 1}, ""),
+        (Change("volumes", "data", VOLUME, {**VOLUME, "size_bytes": 2 << 30}), {}, ""),
+        (Change("volumes", "data", VOLUME, {**VOLUME, "readonly": True}), {}, "can only grow"),
+        (Change("volumes", "data", {**VOLUME, "writable_layer": True}, None), {"hotplug_slots": 1}, "root is on it"),
+        (Change("networks", "agents", INTERFACE, {**INTERFACE, "mac": "x"}), {"hotplug_slots": 1}, "cannot change"),
+        (Change("shares", "m", None, {"tag": "m"}), {"hotplug_slots": 1}, "without shares"),
+        (Change("devices", "0000:41:00.0", None, "0000:41:00.0"), {"hotplug_slots": 1}, "with a balloon"),
+        (Change("rate_limits", "", LIMITS, LIMITS), {}, "without limits"),
+        (Change("rate_limits", "", LIMITS, LIMITS), {"rate_limits": LIMITS}, ""),
+        (Change("kernel", "", "a", "b"), {}, "reads kernel when it starts"),
+    ],
+)
+def test_what_needs_a_restart(change: Change, running: dict[str, t.Any], reason: str, microvm_spec: t.Any) -> None:
+    found = _qemu.restart_reason(change, {**microvm_spec, **running})
+    assert reason in found and bool(reason) == bool(found)
+
+
+def test_only_devices_behind_ports_can_go(microvm_spec: t.Any) -> None:
+    spec = {**microvm_spec, "volumes": [VOLUME], "networks": [INTERFACE]}
+    assert "pcie-root-port" not in " ".join(_qemu.command(spec))
+    argv = _qemu.command({**spec, "hotplug_slots": 2})
+    assert sum(word.startswith("pcie-root-port") for word in argv) == 4
+    buses = [word.rpartition('"bus": ')[2] for word in argv if '"bus"' in word]
+    assert buses == ['"port0"}', '"port1"}']
+
+
+def test_zones_are_nodes_of_the_guest(microvm_spec: t.Any) -> None:
+    zones = [{"size_bytes": 128 << 20, "numa_node": 0}, {"size_bytes": 128 << 20, "numa_node": 2}]
+    text = " ".join(_qemu.command({**microvm_spec, "memory_zones": zones, "hugepage_bytes": 2 << 20}))
+    assert "id=ram1,size=134217728,share=on,hugetlb=on,hugetlbsize=2097152,dump=off,host-nodes=2,policy=bind" in text
+    assert "-numa node,nodeid=1,memdev=ram1 -numa dist,src=0,dst=1,val=20 -numa dist,src=1,dst=0,val=20" in text
+    assert "memory-backend=ram0" not in text
+
+
+def test_devices_have_no_balloon_beside_them(microvm_spec: t.Any) -> None:
+    assert "virtio-balloon-pci" in " ".join(_qemu.command(microvm_spec))
+    text = " ".join(_qemu.command({**microvm_spec, "devices": ["0000:41:00.0"]}))
+    assert "virtio-balloon-pci" not in text and '"id": "device-0000.41.00.0", "host": "0000:41:00.0"' in text
