@@ -22,8 +22,8 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Host
 MODULES = (
     "virtio_pci virtio_pmem nd_pmem virtio_blk virtio_net vmw_vsock_virtio_transport overlay virtiofs button evdev"
 ).split()
-# Loaded where the kernel has them: the balloon, and entropy that differs in clones.
-OPTIONAL = "virtio_balloon vmgenid virtio_rng".split()
+# Loaded where the kernel has them: the balloon, memory that is plugged, and entropy that differs in clones.
+OPTIONAL = "virtio_balloon virtio_mem vmgenid virtio_rng".split()
 # What a file system or device-mapper target needs; the checksums were modules of their own before Linux 6.14.
 NEEDS = {
     "erofs": ([], ["erofs"]),
