@@ -478,10 +478,10 @@ def compare(
             ours = name.startswith(prefix) if wish["count"] > 1 else name == wish["name"]
             if not one.get("pid") or not ours:
                 continue
-            planned = sum(entry["bytes"] for entry in lines if entry["what"] not in ("page tables", "virtiofsd"))
-            found.append(
-                {"what": f"{name} alone", "planned_bytes": planned, "measured_bytes": int(one["private_bytes"])}
-            )
+            for what, key in (("guest RAM", "guest_ram_bytes"), ("VMM", "overhead_bytes")):
+                parts = (what, "translated code") if what == "VMM" else (what,)
+                planned = sum(entry["bytes"] for entry in lines if entry["what"].startswith(parts))
+                found.append({"what": f"{what} of {name}", "planned_bytes": planned, "measured_bytes": int(one[key])})
     for entry in shared:
         name = entry["what"].partition("image ")[2]
         held = [int(one["shared_bytes"]) for one in measured if name and one.get("image") == name and one.get("pid")]

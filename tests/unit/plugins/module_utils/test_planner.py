@@ -159,17 +159,29 @@ def test_a_balloon_is_left_to_the_host() -> None:
 
 def test_comparison_with_measurement() -> None:
     measured = [
-        {"name": "agent1", "image": "agent", "pid": 7, "private_bytes": 150 * MIB, "shared_bytes": 12 * MIB},
-        {"name": "agent2", "image": "agent", "pid": 8, "private_bytes": 160 * MIB, "shared_bytes": 14 * MIB},
-        {"name": "agent3", "image": "agent", "pid": 0, "private_bytes": 0, "shared_bytes": 0},
+        {
+            "name": name,
+            "image": "agent",
+            "pid": pid,
+            "guest_ram_bytes": ram,
+            "overhead_bytes": vmm,
+            "shared_bytes": shared,
+        }
+        for name, pid, ram, vmm, shared in (
+            ("agent1", 7, 150 * MIB, 30 * MIB, 12 * MIB),
+            ("agent2", 8, 160 * MIB, 31 * MIB, 14 * MIB),
+            ("agent3", 0, 0, 0, 0),
+        )
     ]
     found = plan(facts(node(0, 4 * GIB)), [{**AGENT, "name": "agent{index}", "count": 3}], IMAGES, measured=measured)
     assert found["comparison"] == [
-        {"what": "agent1 alone", "planned_bytes": 296 * MIB, "measured_bytes": 150 * MIB},
-        {"what": "agent2 alone", "planned_bytes": 296 * MIB, "measured_bytes": 160 * MIB},
+        {"what": "guest RAM of agent1", "planned_bytes": 256 * MIB, "measured_bytes": 150 * MIB},
+        {"what": "VMM of agent1", "planned_bytes": 40 * MIB, "measured_bytes": 30 * MIB},
+        {"what": "guest RAM of agent2", "planned_bytes": 256 * MIB, "measured_bytes": 160 * MIB},
+        {"what": "VMM of agent2", "planned_bytes": 40 * MIB, "measured_bytes": 31 * MIB},
         {"what": "image agent, once", "planned_bytes": GIB, "measured_bytes": 14 * MIB},
     ]
-    assert "measured       150.0 MiB  agent1 alone; planned 296.0 MiB" in found["text"]
+    assert "measured        30.0 MiB  VMM of agent1; planned 40.0 MiB" in found["text"]
 
 
 BAD: list[tuple[str, dict[str, t.Any], str, str]] = [
