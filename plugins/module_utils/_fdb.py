@@ -313,6 +313,7 @@ class Servers:
         directory, program = self.backup["directory"], self._programs()["fdbbackup"]
         newest = f"ls -d1 {directory}/backup-* | sort"
         run = (
+            f"ExecStartPre=-{program} wait -C {cluster_file(self.name)} -t agentfleet\n"
             f"ExecStart={program} start -C {cluster_file(self.name)} -t agentfleet -d file://{directory} -w\n"
             f"ExecStartPost=/bin/sh -c '{newest} | head -n -{self.backup['keep']} | "
             f"while read d; do {program} delete -d file://$$d; done'\n"

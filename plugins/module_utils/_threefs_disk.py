@@ -72,6 +72,10 @@ class Disks:
             self.disks.append({"device": device, "mount": mount})
         self.directories = [str(path) for path in params.get("directories") or []]
         self.erase = {name if name.startswith("/") else _BY_ID + name for name in params.get("erase") or []}
+        self.replaced = {str(path).rstrip("/") for path in params.get("replaced") or []}
+        unknown = sorted(self.replaced - {disk["mount"] for disk in self.disks})
+        if unknown and self.disks:
+            raise Refused("replaced", unknown[0], "no disk of the list is mounted there", "Name mount points of disks")
         strangers = sorted(self.erase - {disk["device"] for disk in self.disks})
         if strangers:
             raise Refused(
@@ -140,12 +144,13 @@ class Disks:
             )
         ours = now["type"] == "xfs" and now["label"] == label(self.cluster, disk["mount"])
         other = mounts.get(disk["mount"], now["number"])
-        if other != now["number"]:
+        stale = other != now["number"]
+        if stale and disk["mount"] not in self.replaced:
             raise Refused(
                 f"{option}.mount",
                 disk["mount"],
                 f"another device ({other}) is mounted there",
-                "Unmount it, or choose another path",
+                "Choose another path; if that disk was replaced, stop storage and name the path under replaced",
             )
         if not ours:
             self._refuse_data(option, disk, now)
@@ -157,6 +162,8 @@ class Disks:
                 "Empty the disk (drain its targets), then name it under erase",
             )
         steps = []
+        if stale:
+            steps.append(Step("unmount", disk["mount"], before=other, why="the disk was replaced", disruptive=True))
         if not ours:
             loses = f"loses {now['type']} {now['label']}".strip() if now["type"] else ""
             after = f"xfs {label(self.cluster, disk['mount'])}"
@@ -227,6 +234,8 @@ class Disks:
         elif step.verb == "write":
             self.host.write(step.object, step.data)
             self.host.run(["systemctl", "daemon-reload"])
+        elif step.verb == "unmount":
+            self.host.run(["umount", step.object], timeout_seconds=120)
         elif step.verb == "mount":
             self.host.run(["systemctl", "enable", "--quiet", mount_unit(step.object)])
             self.host.run(["systemctl", "restart", mount_unit(step.object)], timeout_seconds=120)

@@ -42,6 +42,7 @@ def parse(
                 "type": row["Type"].lower(),
                 "status": row["Status"],
                 "hostname": row["Hostname"],
+                "process": int(row["Pid"]),
                 "config_version": int(version or 0),
                 "config_status": state.rstrip(")") or "OUTDATED",
                 "release": row["ReleaseVersion"],
@@ -113,6 +114,8 @@ class Info:
         self.host = host
         self.cluster = check_cluster(params["cluster"])
         self.wait = float(params.get("wait_healthy_seconds") or 0)
+        self.losing = [int(node) for node in params.get("losing_nodes") or []]
+        self.processes = {int(node): int(pid) for node, pid in (params.get("processes") or {}).items()}
         self.expect = {}
         for service, count in (params.get("expect") or {}).items():
             if service not in _EXPECTABLE:
@@ -138,13 +141,33 @@ class Info:
         end = time.monotonic() + self.wait
         while True:
             state = look(admin, max(60.0, self.wait))
-            bad = problems(state, self.expect)
+            bad = self._problems(state)
             if not bad or not self.wait:
                 return state
             if time.monotonic() >= end:
                 more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
                 raise HostError(f"{self.cluster} is not well after {self.wait:g} seconds: {'; '.join(bad[:5])}{more}")
             time.sleep(1)
+
+    def _problems(self, state: t.Mapping[str, t.Any]) -> list[str]:
+        """What is not well, or what would be lost with the nodes that shall go."""
+        if not self.losing:
+            old = [
+                f"{node['type']} {node['id']} still reports as process {node['process']}"
+                for node in state["nodes"]
+                if node["process"] != self.processes.get(node["id"], node["process"])
+            ]
+            return old + problems(state, self.expect)
+        return [
+            f"chain {number} has no other server than node {', '.join(map(str, self.losing))}"
+            for number, chain in state["chains"].items()
+            if any(target_place(target["id"])[0] in self.losing for target in chain["targets"])
+            and not any(
+                (target["public"], target["local"]) == ("SERVING", "UPTODATE")
+                and target_place(target["id"])[0] not in self.losing
+                for target in chain["targets"]
+            )
+        ]
 
     def plan(self, observed: t.Any) -> list[Step]:
         """Nothing."""
@@ -164,7 +187,7 @@ class Info:
                 "tables": {},
                 "primary": None,
             }
-        bad = problems(observed, self.expect)
+        bad = self._problems(observed)
         counts: dict[str, int] = {}
         for chain in observed["chains"].values():
             counts[chain["status"]] = counts.get(chain["status"], 0) + 1

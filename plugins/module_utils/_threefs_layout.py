@@ -43,7 +43,12 @@ def check(hosts: Hosts, wish: t.Mapping[str, t.Any], leaving: t.Collection[str] 
     _check_hosts(hosts)
     for name in leaving:
         if name not in having(hosts, "storage"):
-            raise Refused("threefs_drain_hosts", name, "no storage host of this cluster", f"One of {', '.join(having(hosts, 'storage'))}")
+            raise Refused(
+                "threefs_drain_hosts",
+                name,
+                "no storage host of this cluster",
+                f"One of {', '.join(having(hosts, 'storage'))}",
+            )
     for index, table in enumerate(wish["tables"]):
         _check_table(hosts, wish, f"threefs_tables[{index}]", table, leaving)
     known = [table["id"] for table in wish["tables"]]
@@ -53,35 +58,64 @@ def check(hosts: Hosts, wish: t.Mapping[str, t.Any], leaving: t.Collection[str] 
     for index, directory in enumerate(wish["directories"]):
         if directory.get("chain_table") is not None and directory["chain_table"] not in known:
             raise Refused(
-                f"threefs_directories[{index}].chain_table", directory["chain_table"], "no such table", f"Tables: {', '.join(map(str, known))}"
+                f"threefs_directories[{index}].chain_table",
+                directory["chain_table"],
+                "no such table",
+                f"Tables: {', '.join(map(str, known))}",
             )
     users = {user["uid"]: user for user in wish["users"] if user.get("state", "present") == "present"}
     if not users.get(0, {}).get("admin"):
-        raise Refused("threefs_users", sorted(users), "uid 0 is missing or no admin; it is the one under which the role acts", "Add it with admin: true")
+        raise Refused(
+            "threefs_users",
+            sorted(users),
+            "uid 0 is missing or no admin; it is the one under which the role acts",
+            "Add it with admin: true",
+        )
     if having(hosts, "fuse") and wish["fuse_uid"] not in users:
-        raise Refused("threefs_fuse_uid", wish["fuse_uid"], "no such user", f"Users: {', '.join(map(str, sorted(users)))}")
+        raise Refused(
+            "threefs_fuse_uid", wish["fuse_uid"], "no such user", f"Users: {', '.join(map(str, sorted(users)))}"
+        )
     if len(str(wish["token_secret"])) < 20:
-        raise Refused("threefs_token_secret", "(hidden)", "fewer than 20 characters", "Make one: openssl rand -base64 32, and keep it in a vault")
+        raise Refused(
+            "threefs_token_secret",
+            "(hidden)",
+            "fewer than 20 characters",
+            "Make one: openssl rand -base64 32, and keep it in a vault",
+        )
 
 
 def _check_hosts(hosts: Hosts) -> None:
     for service in ("mgmtd", "meta", "storage"):
         if not having(hosts, service):
-            raise Refused("threefs_services", sorted(hosts), f"no host of the group has {service}", f"Add {service} to threefs_services of at least one")
+            raise Refused(
+                "threefs_services",
+                sorted(hosts),
+                f"no host of the group has {service}",
+                f"Add {service} to threefs_services of at least one",
+            )
     numbers: dict[int, str] = {}
     for name, host in hosts.items():
         node = int(host["node"])
         if node < 1:
             raise Refused(f"{name}.threefs_node", node, "not a number of a host", "Count from 1 on")
         if node in numbers:
-            raise Refused(f"{name}.threefs_node", node, f"{numbers[node]} has it", "Give each host its own number, and never one of a former host")
+            raise Refused(
+                f"{name}.threefs_node",
+                node,
+                f"{numbers[node]} has it",
+                "Give each host its own number, and never one of a former host",
+            )
         numbers[node] = name
         for service, largest in _LARGEST.items():
             if service in host["services"] and node > largest:
-                raise Refused(f"{name}.threefs_node", node, f"too large for a host with {service}", f"At most {largest}")
+                raise Refused(
+                    f"{name}.threefs_node", node, f"too large for a host with {service}", f"At most {largest}"
+                )
         if "storage" in host["services"]:
             if not host["disks"]:
-                raise Refused("threefs_mounts", [], f"{name} has storage and no disk", "Name a mount point for each disk")
+                raise Refused(
+                    "threefs_mounts", [], f"{name} has storage and no disk", "Name a mount point for each disk"
+                )
             if host["devices"] and len(host["devices"]) != host["disks"]:
                 raise Refused(
                     f"{name}.threefs_devices",
@@ -91,7 +125,9 @@ def _check_hosts(hosts: Hosts) -> None:
                 )
 
 
-def _check_table(hosts: Hosts, wish: t.Mapping[str, t.Any], option: str, table: t.Mapping[str, t.Any], leaving: t.Collection[str]) -> None:
+def _check_table(
+    hosts: Hosts, wish: t.Mapping[str, t.Any], option: str, table: t.Mapping[str, t.Any], leaving: t.Collection[str]
+) -> None:
     storage = having(hosts, "storage")
     if not 0 < int(table["id"]) <= 41:
         raise Refused(f"{option}.id", table["id"], "out of range", "1 to 41, since it is the first part of chain ids")
@@ -108,11 +144,18 @@ def _check_table(hosts: Hosts, wish: t.Mapping[str, t.Any], option: str, table: 
             f"{len(stay)} storage hosts cannot hold {replicas} replicas of a chain{left}",
             "Add storage hosts, or keep fewer replicas",
         )
-    chains = sum(node["disks"] for node in stay) * int(table.get("targets_per_disk") or wish["targets_per_disk"]) // replicas
+    chains = (
+        sum(node["disks"] for node in stay) * int(table.get("targets_per_disk") or wish["targets_per_disk"]) // replicas
+    )
     stripes = {"threefs_stripe": wish["stripe"]} if table is wish["tables"][0] else {}
     for index, directory in enumerate(wish["directories"]):
         if directory.get("chain_table") == table["id"]:
             stripes[f"threefs_directories[{index}].stripe"] = directory.get("stripe") or 16
     for name, stripe in stripes.items():
         if int(stripe) > chains:
-            raise Refused(name, stripe, f"table {table['id']} will have {chains} chains only", f"At most {chains}, or more targets_per_disk")
+            raise Refused(
+                name,
+                stripe,
+                f"table {table['id']} will have {chains} chains only",
+                f"At most {chains}, or more targets_per_disk",
+            )

@@ -56,6 +56,7 @@ class Services:
         self.given = [service for service in SERVICES if service in given]
         self.library_path = [str(path) for path in params.get("library_path") or []]
         self.timeout = int(params.get("timeout_seconds") or 120)
+        self.restart = bool(params.get("restart", True))
         self.schema = bool(params.get("clickhouse_schema", True))
 
     # -- observe ------------------------------------------------------------------
@@ -193,6 +194,8 @@ class Services:
                 )
             active = state.get("ActiveState") == "active"
             if active and observed["running"][unit] != digest:
+                if not self.restart:
+                    continue
                 why = "it runs with another configuration or release"
                 steps.append(Step("restart", unit, before="active", after="active", why=why, disruptive=True))
             elif not active or state.get("UnitFileState") != "enabled":
@@ -246,13 +249,28 @@ class Services:
             said = self.host.run(["journalctl", "--no-pager", "-q", "-o", "cat", "-n", "12", "-u", unit], check=False)
             raise HostError(f"{unit} does not stay up: {said.text or error}") from error
 
+    def _processes(self, observed: t.Mapping[str, t.Any]) -> dict[str, int]:
+        """Node id -> process, of what reports to mgmtd: a gate knows by it that a heartbeat is of the new process."""
+        ids = (observed["described"] or {}).get("node_ids", {})
+        found = {}
+        for service in self.given:
+            pid = observed["units"][unit_name(self.cluster, service)].get("MainPID", "0")
+            if service in ids and pid not in ("", "0"):
+                found[str(ids[service])] = int(pid)
+        return found
+
     def result(self, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         """State of each unit."""
+        outdated = [
+            unit
+            for unit, (_text, digest) in observed["wanted"].items()
+            if observed["running"][unit] not in ("", digest)
+        ]
         return {
             "units": {unit: state.get("ActiveState", "inactive") for unit, state in observed["units"].items()},
-            "outdated": [
-                unit
-                for unit, (_text, digest) in observed["wanted"].items()
-                if observed["running"][unit] not in ("", digest)
+            "outdated": outdated,
+            "processes": self._processes(observed),
+            "warnings": [
+                f"{unit} runs with another configuration; playbook threefs_rolling restarts it" for unit in outdated
             ],
         }

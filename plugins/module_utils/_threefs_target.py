@@ -154,7 +154,12 @@ class Targets:
         """The steps from what is there to what is wanted."""
         for option, number in self.pending:
             if not self.predicting:
-                raise Refused(f"{option}.chains", "", f"table {number} has no chains", "Make them first with module threefs_chain_table")
+                raise Refused(
+                    f"{option}.chains",
+                    "",
+                    f"table {number} has no chains",
+                    "Make them first with module threefs_chain_table",
+                )
         state = observed or {**parse([], [], [], []), "orders": {}}
         now = {chain: [target["id"] for target in item["targets"]] for chain, item in state["chains"].items()}
         new = {chain: targets for chain, targets in self.chains.items() if chain not in now}
@@ -220,11 +225,12 @@ class Targets:
             for _option, number in self.pending
         ]
         present = {node["id"]: node for node in state["nodes"]}
-        steps += [
-            Step("unregister", f"node {node}", before=present[node]["status"], data=("retire", node))
-            for node in self.retire
-            if node in present
-        ]
+        for node in self.retire:
+            if node in present:
+                kind = present[node]["type"].upper()
+                steps.append(
+                    Step("unregister", f"node {node}", before=present[node]["status"], data=("retire", node, kind))
+                )
         return steps
 
     def _moves(self, now: t.Mapping[int, list[int]], moves: t.Mapping[int, list[int]]) -> list[Step]:
@@ -422,7 +428,7 @@ class Targets:
             if waiting:
                 time.sleep(1)
 
-    def _apply_retire(self, admin: Admin, node: int) -> None:
+    def _apply_retire(self, admin: Admin, node: int, kind: str) -> None:
         def registered(state: t.Mapping[str, t.Any]) -> list[str]:
             return [
                 f"it is {item['status']}"
@@ -431,7 +437,7 @@ class Targets:
             ]
 
         self._until(admin, f"node {node} is stopped (mgmtd notices after heartbeat_fail_interval)", registered)
-        admin.run(f"unregister-node {node} STORAGE", allow={5001})
+        admin.run(f"unregister-node {node} {kind}", allow={5001})
 
     @staticmethod
     def _unserved(state: t.Mapping[str, t.Any], wanted: t.Mapping[int, list[int]]) -> list[str]:

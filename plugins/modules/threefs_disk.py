@@ -41,6 +41,11 @@ options:
     type: list
     elements: str
     default: []
+  replaced:
+    description: Mount points whose disk was replaced by another device. What is still mounted there is unmounted; stop storage before.
+    type: list
+    elements: str
+    default: []
   erase:
     description: Devices whose data may be lost.
     type: list
@@ -104,6 +109,7 @@ def main() -> None:
                 "options": {"device": {"type": "str", "required": True}, "mount": {"type": "path", "required": True}},
             },
             "directories": {"type": "list", "elements": "str", "default": []},
+            "replaced": {"type": "list", "elements": "str", "default": []},
             "erase": {"type": "list", "elements": "str", "default": []},
         },
         supports_check_mode=True,

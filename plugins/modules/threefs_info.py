@@ -26,6 +26,19 @@ options:
     description: How long to wait until the cluster is well; V(0) only looks.
     type: int
     default: 0
+  losing_nodes:
+    description:
+      - Ids of storage services that shall go. Instead of being well as a whole, each of their chains must have another
+        serving replica.
+    type: list
+    elements: int
+    default: []
+  processes:
+    description:
+      - Node id to process id, as RV(agentfleet.metal.threefs_service#module:processes) tells. A node is well when it reports as
+        this process, which tells a service that was just restarted from what is left of the old one.
+    type: dict
+    default: {}
   expect:
     description: Least number of services that must report, by V(mgmtd), V(meta) and V(storage).
     type: dict
@@ -93,6 +106,8 @@ def main() -> None:
         argument_spec={
             "cluster": {"type": "str", "required": True},
             "wait_healthy_seconds": {"type": "int", "default": 0},
+            "losing_nodes": {"type": "list", "elements": "int", "default": []},
+            "processes": {"type": "dict", "default": {}},
             "expect": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,

@@ -38,6 +38,12 @@ options:
     type: list
     elements: str
     default: []
+  restart:
+    description:
+      - Whether a service that runs with another configuration or release than is written is restarted. With V(false)
+        it is only reported, since all hosts at once would take all replicas of a chain down.
+    type: bool
+    default: true
   clickhouse_schema:
     description: Whether the monitor's tables are made in ClickHouse when they are missing. Needs C(clickhouse-client).
     type: bool
@@ -57,6 +63,10 @@ EXAMPLES = r"""
 RETURN = r"""
 units:
   description: State of each unit.
+  returned: success
+  type: dict
+processes:
+  description: Process ids by node id, of the services that report to mgmtd.
   returned: success
   type: dict
 outdated:
@@ -102,6 +112,7 @@ def main() -> None:
             },
             "state": {"type": "str", "choices": ["started", "stopped", "absent"], "default": "started"},
             "library_path": {"type": "list", "elements": "str", "default": []},
+            "restart": {"type": "bool", "default": True},
             "clickhouse_schema": {"type": "bool", "default": True},
             "timeout_seconds": {"type": "int", "default": 120},
         },

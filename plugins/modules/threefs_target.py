@@ -70,7 +70,7 @@ options:
         type: int
         required: true
   retire_nodes:
-    description: Ids of storage services that have no targets any more and are stopped; mgmtd forgets them.
+    description: Ids of services that are stopped, and of storage services without targets; mgmtd forgets them.
     type: list
     elements: int
     default: []

@@ -34,7 +34,7 @@ import threading
 import time
 
 COPIES = {"single": 1, "double": 2, "triple": 3}
-ALIVE_SECONDS = 12
+ALIVE_SECONDS = 40
 
 
 class Unavailable(Exception):
@@ -50,11 +50,11 @@ def parse_cluster(text: str) -> tuple[str, list[str]]:
     return match.group(1), match.group(2).split(",")
 
 
-def ask(address: str, request: dict, timeout: float = 3.0) -> dict | None:
-    """One question to a server; None when it does not answer."""
+def ask(address: str, request: dict, timeout: float = 20.0) -> dict | None:
+    """One question to a server; None when it does not answer. Generous, since emulated hosts on busy machines are slow."""
     host, _colon, port = address.rpartition(":")
     try:
-        with socket.create_connection((host, int(port)), timeout) as connection:
+        with socket.create_connection((host, int(port)), 3.0) as connection:
             connection.settimeout(timeout)
             connection.sendall(json.dumps(request).encode() + b"\n")
             data = b""
@@ -418,6 +418,10 @@ def fdbbackup(arguments: list[str]) -> int:
                 sys.stdout.write(f"The backup on tag `{tag}' is in progress (just started) to {backup['url']}.\n")
             else:
                 sys.stdout.write(f"The previous backup on tag `{tag}' at {backup['container']} completed.\n")
+            return 0
+        if rest[0] == "wait":
+            while cluster.read()["document"].get("backups", {}).get(tag, {}).get("state") == "submitted":
+                time.sleep(0.5)
             return 0
         if rest[0] == "describe":
             directory = url.removeprefix("file://")

@@ -138,7 +138,7 @@ class Peers:
     def call(self, request: dict) -> dict:
         answered = False
         for address in self.addresses:
-            answer = ask(address, {**request, "cluster_id": self.cluster}, timeout=2.0)
+            answer = ask(address, {**request, "cluster_id": self.cluster})
             if answer is None:
                 continue
             if "error" not in answer:
@@ -266,7 +266,7 @@ class Mgmtd:
         if not mine and lease and lease["end"] > now:
             self.primary_since = 0.0
             self.peer = lease
-            ask(f"{lease['address']}", {"op": "heartbeat", "cluster_id": self.cluster_id, **self.own()}, 2.0)
+            ask(f"{lease['address']}", {"op": "heartbeat", "cluster_id": self.cluster_id, **self.own()})
             return
         if not mine or lease["end"] - now < self.setting("lease_length", "1min") * 0.7:
             end = now + self.setting("lease_length", "1min")
@@ -578,7 +578,7 @@ def mgmtd_main(arguments: list[str]) -> int:
 
 def first_config(peers: Peers, kind: str) -> dict:
     """The main configuration from mgmtd; waits for a primary as the real service does, and not for ever."""
-    end = time.time() + 30
+    end = time.time() + 60
     while True:
         try:
             config = peers.call({"op": "get_config", "type": kind})["config"]
