@@ -286,9 +286,10 @@ def _shares(option: str, shares: t.Sequence[Item]) -> list[_vmm.Share]:
             _check_path(f"{where}.{key}", path)
         if share["dax"] not in ("never", "always"):
             raise Refused(f"{where}.dax", share["dax"], "unknown", "Use never or always")
-        found.append(
-            {**t.cast(_vmm.Share, {k: share[k] for k in ("tag", "source", "readonly", "dax")}), "target": target}
-        )
+        if share["cache"] not in _vmm.SHARE_CACHES:
+            raise Refused(f"{where}.cache", share["cache"], "unknown", f"Use one of {', '.join(_vmm.SHARE_CACHES)}")
+        keys = ("tag", "source", "readonly", "dax", "cache")
+        found.append({**t.cast(_vmm.Share, {key: share[key] for key in keys}), "target": target})
     return found
 
 

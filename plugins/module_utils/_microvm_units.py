@@ -176,12 +176,14 @@ RemoveOnStop=yes
 
 SHARE_SERVICE = f"""\
 # Written by agentfleet.metal. Serves one share; ends with its microVM and starts with its next connection.
+# What it knew of the guest's open files is gone when it is killed, so that the guest must start anew, too.
 [Unit]
 Description=agentfleet virtiofsd for %i
 
 [Service]
 EnvironmentFile={SHARES}/%i.env
-ExecStart=/usr/libexec/virtiofsd --fd=3 --sandbox=namespace --shared-dir ${{SHARE_SOURCE}} $SHARE_FLAGS
+ExecStart=/usr/libexec/virtiofsd --fd=3 --sandbox=namespace --inode-file-handles=prefer --shared-dir ${{SHARE_SOURCE}} $SHARE_FLAGS
+ExecStopPost=/bin/sh -c 'share=%i; [ "$$SERVICE_RESULT" = success ] || exec systemctl --no-block try-restart "agentfleet-microvm@$${{share%%%%:*}}.service"'
 LimitNOFILE=1048576
 NoNewPrivileges=yes
 """
@@ -274,8 +276,8 @@ def files_of(spec: Spec, texts: t.Mapping[str, str]) -> dict[str, tuple[str, int
         if file != "drop_in":
             files[f"{home}/{file}"] = (text, 0o600)
     for share in spec["shares"]:
-        flags = "--readonly" if share["readonly"] else ""
+        flags = f"--cache={share.get('cache', 'auto')}" + (" --readonly" if share["readonly"] else "")
         files[f"{SHARES}/{name}:{share['tag']}.env"] = (
-            f'SHARE_SOURCE="{share["source"]}"\nSHARE_FLAGS={flags}\n', 0o644,
+            f'SHARE_SOURCE="{share["source"]}"\nSHARE_FLAGS="{flags}"\n', 0o644,
         )  # fmt: skip
     return files

@@ -51,6 +51,10 @@ class Share(t.TypedDict):
     target: str
     readonly: bool
     dax: str  # "never" or "always"
+    cache: str  # one of virtiofsd's policies; unknown to definitions of earlier versions
+
+
+SHARE_CACHES = ("auto", "always", "metadata", "never")
 
 
 class Limits(t.TypedDict):

@@ -250,6 +250,13 @@ options:
             description: Whether virtiofsd refuses every write.
             type: bool
             default: true
+          cache:
+            description:
+              - How long the guest may trust what it has read. V(auto) looks again after a second, V(never) each time, V(metadata) keeps
+                names and attributes only; V(always) is for directories that nobody changes, and keeps a copy in each guest's memory.
+            type: str
+            choices: [auto, always, metadata, never]
+            default: auto
           dax:
             description:
               - V(always) maps the share into the guest. No driver has it today, so that it is refused; files in an image are
@@ -598,6 +605,7 @@ ARGUMENTS = {
                     "source": {"type": "str", "required": True},
                     "target": {"type": "str"},
                     "readonly": {"type": "bool", "default": True},
+                    "cache": {"type": "str", "choices": ["auto", "always", "metadata", "never"], "default": "auto"},
                     "dax": {"type": "str", "choices": ["never", "always"], "default": "never"},
                 },
             },
