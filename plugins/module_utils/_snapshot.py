@@ -19,6 +19,7 @@ vsock who it is now; only then its taps go up and the unit counts as started.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -515,6 +516,9 @@ class Snapshots:
         shutil.rmtree(left, ignore_errors=True)
         os.rename(self.host.path(stored_at(name)), left)
         shutil.rmtree(left)
+        for path in (seen_at(name), os.path.dirname(seen_at(name))):  # mount points that systemd made for clones
+            with contextlib.suppress(OSError):
+                os.rmdir(self.host.path(path))
         if not self.host.names(STORE):
             os.rmdir(self.host.path(STORE))
             self.host.remove(TMPFILES)

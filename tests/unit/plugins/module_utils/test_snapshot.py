@@ -292,7 +292,9 @@ def test_its_image_must_be_there(metal: t.Any) -> None:
 
 def test_removed_with_the_last_goes_what_all_had(metal: t.Any) -> None:
     run(metal, call(WARM))
+    metal.files({"/run/agentfleet/snapshots/warm": None})
     assert [step.verb for step in run(metal, call({"name": "warm"}, state="absent"))] == ["delete"]
+    assert not metal.exists("/run/agentfleet/snapshots")
     assert not metal.exists("/var/lib/agentfleet/snapshots")
     assert not metal.exists("/etc/tmpfiles.d/60-agentfleet-snapshots.conf")
     assert run(metal, call({"name": "warm"}, state="absent")) == []
