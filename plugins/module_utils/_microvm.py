@@ -132,11 +132,18 @@ class MicroVms:
             "units": found,
             "running": running,
             "paused": state_of.paused(self.host, running) if self.state.exists else set(),
+            "booting": self._booting(running),
             "enabled": {name for name in names if self.host.exists(f"{enabled}/{unit(name)}")},
             "volumes": {name: volumes.there(self.host, name) for name in self.wanted},
             "modules": {line.split()[0] for line in self.host.read("/proc/modules").splitlines()},
             "target": self.host.exists(f"{SYSTEM}/multi-user.target.wants/agentfleet-microvms.target"),
         }
+
+    def _booting(self, running: t.Mapping[str, _vmm.Spec]) -> set[str]:
+        """Those that run and are not ready: whoever started them was interrupted, or the host boots."""
+        names = [name for name in running if self.host.exists(slot(name))]
+        told = state_of.together(lambda name: state_of.ask_agent(self.host, running[name]), names)
+        return {name for name in names if not told[name]}
 
     # -- plan ----------------------------------------------------------------
 
@@ -212,7 +219,8 @@ class MicroVms:
             if live:
                 after = [str(change) for change in live]
                 steps.append(Step("change", f"microVM {name}", after=after, why="while it runs", data=(name, live)))
-        start = [name for name in self.specs if (name not in up and self.state.runs) or name in stop]
+        ready = [name for name in up if states[name] == "running" and name not in observed["booting"]]
+        start = [name for name in self.specs if (name not in ready and self.state.runs) or name in stop]
         if start:
             for name in start:
                 self._check_host(name)

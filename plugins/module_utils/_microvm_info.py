@@ -83,7 +83,7 @@ class MicrovmInfo:
             "restarts": unit.get("restarts", 0),
             **{key: spec.get(key, "") for key in ("tenant", "driver", "image", "image_digest", "accelerator")},
             "pid": pid,
-            **(memory_of(self.host, pid, spec["image_path"], _ram(spec)) if pid and spec else NOTHING),
+            **(memory_of(self.host, pid, spec.get("image_path", ""), _ram(spec)) if pid and spec else NOTHING),
             "memory_bytes": spec.get("memory_bytes", 0),
             "counters": inner.get("counters", {}),
             "ready": bool(inner.get("agent")),
@@ -109,4 +109,4 @@ class MicrovmInfo:
 
 
 def _ram(spec: t.Mapping[str, t.Any]) -> list[int]:
-    return [zone["size_bytes"] for zone in spec["memory_zones"]]
+    return [zone["size_bytes"] for zone in spec.get("memory_zones", ())]

@@ -411,6 +411,16 @@ def test_restarted_stops_what_runs_and_starts_all(machines: t.Any) -> None:
     ]  # fmt: skip
 
 
+def test_what_an_interrupted_call_left_booting_is_waited_for(metal: t.Any, monkeypatch: t.Any) -> None:
+    run(metal, call({"name": "a1"}))
+    metal.files({"/run/agentfleet/slots/a1": "1\n"})
+    assert run(metal, call({"name": "a1"})) == []  # it answers
+    answers = iter([None, {"hostname": "a1"}])
+    monkeypatch.setattr(_microvm_state, "ask_agent", lambda *_more: next(answers))
+    assert words(run(metal, call({"name": "a1"}))) == ["start microVMs"]
+    assert not metal.exists("/run/agentfleet/slots/a1")
+
+
 def test_an_older_start_without_a_record_is_restarted_only_when_allowed(metal: t.Any) -> None:
     run(metal, call({"name": "a1"}))
     metal.remove("/run/agentfleet/a1.spec.json")
