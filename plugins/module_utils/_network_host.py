@@ -145,25 +145,31 @@ mkdir -p {RUN}
 exec 9>{RUN}/taps.lock
 flock -w 60 9
 
-# FAMILY SWITCH: the host forwards for microVMs; if it did not before, the rules keep it from forwarding anything else.
+# FAMILY SWITCH: the host forwards while a network that microVMs run on needs it. If it did not before, the rules keep it
+# from forwarding anything else.
 forward() {{
-    grep -qsx "{FORWARDS} $1" {NETWORKS}/*.nft && [ "$(cat "$2")" = 0 ] || return 0
-    if [ "$1" = ipv6 ]; then # a host that forwards heeds router advertisements only where this is 2
-        grep -lx 1 /proc/sys/net/ipv6/conf/*/accept_ra >{RUN}/accept_ra || :
-        while read -r file; do echo 2 >"$file"; done <{RUN}/accept_ra
+    wish=$(awk '{{ print "{NETWORKS}/" $3 ".nft" }}' {RUN}/*.taps 2>/dev/null | sort -u)
+    if [ -n "$wish" ] && grep -qsx "{FORWARDS} $1" $wish; then
+        [ "$(cat "$2")" = 0 ] || return 0
+        if [ "$1" = ipv6 ]; then # a host that forwards heeds router advertisements only where this is 2
+            grep -lx 1 /proc/sys/net/ipv6/conf/*/accept_ra >{RUN}/accept_ra || :
+            while read -r file; do echo 2 >"$file"; done <{RUN}/accept_ra
+        fi
+        echo "add element inet agentfleet guarded {{ $1 }}" >{RUN}/forward.$1.nft
+        nft -f {LIBRARY}/network.nft
+        echo 1 >"$2"
+    elif [ -e "{RUN}/forward.$1.nft" ]; then
+        echo 0 >"$2"
+        rm {RUN}/forward.$1.nft
+        [ "$1" = ipv6 ] || return 0
+        while read -r file; do [ ! -e "$file" ] || echo 1 >"$file"; done <{RUN}/accept_ra
+        rm {RUN}/accept_ra
     fi
-    echo "add element inet agentfleet guarded {{ $1 }}" >{RUN}/forward.$1.nft
-    nft -f {LIBRARY}/network.nft
-    echo 1 >"$2"
 }}
 
-forward_as_before() {{
-    [ -e "{RUN}/forward.$1.nft" ] || return 0
-    echo 0 >"$2"
-    rm {RUN}/forward.$1.nft
-    [ "$1" = ipv6 ] || return 0
-    while read -r file; do [ ! -e "$file" ] || echo 1 >"$file"; done <{RUN}/accept_ra
-    rm {RUN}/accept_ra
+forwarding() {{
+    forward ipv4 /proc/sys/net/ipv4/ip_forward
+    forward ipv6 /proc/sys/net/ipv6/conf/all/forwarding
 }}
 
 bridge_up() {{ # BRIDGE MAC ADDRESS ADDRESS6
@@ -198,17 +204,18 @@ delete() {{
 case $1 in
 load)
     set -- {RUN}/*.taps
-    [ ! -e "$1" ] || nft -f {LIBRARY}/network.nft
+    [ -e "$1" ] || exit 0
+    nft -f {LIBRARY}/network.nft
+    forwarding
     exit
     ;;
 down)
     down <"$made.taps"
     delete | nft -f - || : # the table may be gone
     rm -f "$made.taps" "$made.nft"
+    forwarding
     set -- {RUN}/*.taps
     [ ! -e "$1" ] || exit 0
-    forward_as_before ipv4 /proc/sys/net/ipv4/ip_forward
-    forward_as_before ipv6 /proc/sys/net/ipv6/conf/all/forwarding
     for family in bridge inet; do
         printf '%s\\n' "table $family agentfleet {{}}" "delete table $family agentfleet"
     done | nft -f -
@@ -227,8 +234,7 @@ done <"$made.taps"
 # The filter knows a tap device before there is one. It is loaded with the first, and for each bridge.
 [ -n "$fresh" ] || echo "$change" | nft -f - || fresh=yes
 [ -z "$fresh" ] || nft -f {LIBRARY}/network.nft
-forward ipv4 /proc/sys/net/ipv4/ip_forward
-forward ipv6 /proc/sys/net/ipv6/conf/all/forwarding
+forwarding
 while read -r tap mac bridge _rest; do
     [ -e "/sys/class/net/$tap" ] || ip tuntap add dev "$tap" mode tap group kvm vnet_hdr
     [ ! -e "/proc/sys/net/ipv6/conf/$tap" ] || echo 1 >"/proc/sys/net/ipv6/conf/$tap/disable_ipv6"
@@ -241,10 +247,11 @@ done <"$made.taps"
 
 # Debian's nftables.service begins with "flush ruleset", which takes the rules of all others with it.
 RELOADED = f"""\
-# Written by agentfleet.metal. Restarting this service flushes all tables, also that of microVMs.
+# Written by agentfleet.metal. This service flushes all tables, also those of microVMs.
 [Service]
 ExecStartPost=-{LIBRARY}/microvm-taps load
 ExecReload=-{LIBRARY}/microvm-taps load
+ExecStopPost=-{LIBRARY}/microvm-taps load
 """
 
 # Path -> (text, mode)

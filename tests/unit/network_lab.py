@@ -254,12 +254,28 @@ def main() -> None:
     script("load")
     found["rules are back after a flush"] = connects("red1", guests["blue1"][0]["address"], 7000)
     found["and what is allowed"] = connects("blue2", guests["blue1"][0]["address"], 7000)
+    found["without egress"] = egress("none")
+    found["egress that came while it ran"] = egress("nat")
     for name in guests:
         script("down", name)
     left = [x for x in os.listdir("/sys/class/net") if x.startswith(("af", "br"))]
     found["left behind"] = left + run("nft", "list", "tables").splitlines() + os.listdir(RUN)
-    found["forwarding is as it was"] = run("cat", "/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding",
-                                           "/proc/sys/net/ipv6/conf/up0/accept_ra").split()  # fmt: skip
+    found["forwarding is as it was"] = switches()
+
+
+def switches() -> list[str]:
+    """Whether the host forwards IPv4 and IPv6, and heeds router advertisements."""
+    ipv6 = "/proc/sys/net/ipv6/conf"
+    return run("cat", "/proc/sys/net/ipv4/ip_forward", f"{ipv6}/all/forwarding", f"{ipv6}/up0/accept_ra").split()
+
+
+def egress(policy: str) -> list[t.Any]:
+    """Change a network while guests run; whether one of them gets out then, and whether the host forwards."""
+    changed = {**NETWORKS[0], "egress": policy, "egress_allow": []}
+    (network,) = _network.Networks([changed]).found.values()
+    write(_network_host.policy_path(network["bridge"]), network["policy"])
+    script("load")
+    return [connects("blue1", OUTSIDE, 80) == "open", *switches()[:2]]
 
 
 def look(guests: dict[str, list[_network.Interface]]) -> None:

@@ -270,7 +270,12 @@ ALLOWED = [
     "declared service, IPv6", "host to guest", "egress, allowed", "egress, allowed range", "egress, allowed, IPv6",
     "others' tables are as they were", "and what is allowed",
 ]  # fmt: skip
-STATE = {"left behind": ["taps.lock"], "forwarding is as it was": ["0", "0", "1"]}
+STATE = {
+    "left behind": ["taps.lock"],
+    "without egress": [False, "0", "0"],
+    "egress that came while it ran": [True, "1", "1"],
+    "forwarding is as it was": ["0", "0", "1"],
+}
 
 
 def test_what_is_allowed_works(seen: dict[str, t.Any]) -> None:
