@@ -66,9 +66,8 @@ def kv_pool_plan(
         stored = _kvsize.positive("bytes_per_token", bytes_per_token)
         sizes = {"stored_bytes_per_token": stored, "explanation": [f"one token: {stored:,} B, as given"]}
     wanted = _kvsize.Load(**{"usable": _kvsize.USABLE[engine], **load})
-    plan = _kvsize.pool(
-        sizes["stored_bytes_per_token"], wanted, parse_size("capacity", capacity) if capacity is not None else 0
-    )
+    given = capacity if isinstance(capacity, (list, tuple)) else [] if capacity is None else [capacity]
+    plan = _kvsize.pool(sizes["stored_bytes_per_token"], wanted, sum(parse_size("capacity", size) for size in given))
     return {**sizes, **plan, "explanation": sizes["explanation"] + plan["explanation"]}
 
 

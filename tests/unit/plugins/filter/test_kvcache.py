@@ -24,6 +24,8 @@ def test_a_pool_of_1_tib(model: str, tokens_of_1_tib: int) -> None:
     plan = FILTERS["kv_pool_plan"](model, capacity="1TiB", tensor_parallel=8, users=100, tokens=16384, ttft_seconds=1)
     assert plan["capacity_tokens"] == tokens_of_1_tib
     assert plan["fits"] and len(plan["explanation"]) >= 8
+    tiers = FILTERS["kv_pool_plan"](model, capacity=["512GiB", "512GiB"], tensor_parallel=8)
+    assert tiers["capacity_tokens"] == tokens_of_1_tib
 
 
 def test_own_config_and_own_bytes(tmp_path: t.Any) -> None:
