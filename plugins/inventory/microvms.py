@@ -56,11 +56,12 @@ options:
 """
 
 EXAMPLES = r"""
+---
 # inventories/microvms.yml: ansible -i inventories/example -i inventories/microvms.yml agents -m ping
 plugin: agentfleet.metal.microvms
 groups:
   agents: agentfleet_image == "agent" and agentfleet_state == "running"
-
+---
 # Kept for ten minutes; over the network in place of vsock; groups of one's own
 plugin: agentfleet.metal.microvms
 hosts: rack1
