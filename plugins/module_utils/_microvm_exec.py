@@ -12,7 +12,7 @@ A program that is copied to the host as it is, so it imports nothing of the coll
 
 from __future__ import annotations
 
-import argparse
+import errno
 import json
 import os
 import random
@@ -85,20 +85,22 @@ def connect(name: str, timeout_seconds: float) -> socket.socket:
         time.sleep(0.2)
 
 
+def bind_reserved(connection: socket.socket) -> None:
+    """Give a vsock connection a source port that only root can use, by which a guest knows the host's root."""
+    for port in random.sample(range(1, RESERVED_PORTS), 64):
+        try:
+            return connection.bind((socket.VMADDR_CID_ANY, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    raise OSError(errno.EADDRINUSE, "no source port below 1024 is free")
+
+
 def _vsock(cid: int) -> socket.socket:
     """Through the host's kernel, from a port that only root can use."""
     connection = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
     try:
-        ports = random.sample(range(1, RESERVED_PORTS), 64)
-        for number, port in enumerate(ports):
-            try:
-                connection.bind((socket.VMADDR_CID_ANY, port))
-                break
-            except PermissionError:
-                raise
-            except OSError:
-                if number + 1 == len(ports):
-                    raise
+        bind_reserved(connection)
         connection.settimeout(5)
         connection.connect((cid, PORT))
         connection.settimeout(None)
@@ -164,6 +166,8 @@ def _feed(connection: socket.socket, stdin: int) -> None:
 
 def main(arguments: t.Sequence[str] | None = None) -> int:
     """The program."""
+    import argparse  # others use what is above
+
     parser = argparse.ArgumentParser(prog="microvm-exec", description="Run a command in a microVM of this host.")
     parser.add_argument("--user", default="root", help="user of the microVM")
     parser.add_argument("--timeout", type=float, default=10, metavar="SECONDS", help="how long to wait for the microVM")

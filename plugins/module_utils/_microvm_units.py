@@ -34,7 +34,7 @@ RESTART = {"always": "always", "on-failure": "on-failure", "never": "no"}
 PACKAGE = "ansible_collections.agentfleet.metal.plugins.module_utils"
 # What _microvm_unit imports.
 CODE = (
-    "_audit", "_plan", "_host", "_units", "_microvm_names", "_network_host", "_network", "_vmm", "_qmp", "_qemu",
+    "_audit", "_plan", "_host", "_units", "_microvm_names", "_network_host", "_network", "_vmm", "_qmp", "_microvm_exec", "_qemu",
     "_cloud_hypervisor_api", "_cloud_hypervisor_config", "_cloud_hypervisor", "_snapshot", "_microvm_unit",
 )  # fmt: skip
 PARALLEL = f"{LIBRARY}/microvm-parallel"

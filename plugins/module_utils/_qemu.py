@@ -17,6 +17,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_exec import bind_reserved
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
     run_directory,
     share_socket,
@@ -391,10 +392,11 @@ _REASONS: dict[str, t.Callable[[Change, Spec], str]] = {
 
 
 def connect(_host: Host, spec: Spec, port: int, timeout_seconds: float) -> socket.socket:
-    """A connection to a vsock port of the guest, through the host's kernel."""
+    """A connection to a vsock port of the guest, through the host's kernel, by which the guest knows the host's root."""
     connection = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
     connection.settimeout(timeout_seconds)
     try:
+        bind_reserved(connection)
         connection.connect((spec["cid"], port))
     except BaseException:
         connection.close()
