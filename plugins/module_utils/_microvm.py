@@ -545,10 +545,10 @@ class MicroVms:
         self.host.run(["systemctl", "disable", "--quiet", "--no-reload", "agentfleet-microvms.target"], check=False)
         for path in common:
             self.host.remove(path)
-        for directory in (HOME, SHARES, RUN):
+        for directory in (HOME, SHARES, RUN, units.CODE_PATH):
             shutil.rmtree(self.host.path(directory), ignore_errors=True)
         # Others may have something there: their code, their files, volumes that stay.
-        for directory in (*_parents(units.code()), LIBRARY, VOLUMES, *_network.DIRECTORIES):
+        for directory in (LIBRARY, VOLUMES, *_network.DIRECTORIES):
             with contextlib.suppress(OSError):
                 os.rmdir(self.host.path(directory))
 
@@ -581,13 +581,3 @@ class MicroVms:
                 }
             )
         return {"instances": instances, "warnings": sorted(set(self.warnings))}
-
-
-def _parents(paths: t.Iterable[str]) -> list[str]:
-    """The directories above files, below LIBRARY, deepest first."""
-    found = {path.rpartition("/")[0] for path in paths}
-    for directory in list(found):
-        while len(directory) > len(LIBRARY):
-            found.add(directory)
-            directory = directory.rpartition("/")[0]
-    return sorted(found, key=len, reverse=True)

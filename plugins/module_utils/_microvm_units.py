@@ -37,6 +37,7 @@ CODE = (
     "_audit", "_plan", "_host", "_units", "_microvm_names", "_network_host", "_network", "_vmm", "_qmp", "_microvm_exec", "_qemu",
     "_cloud_hypervisor_api", "_cloud_hypervisor_config", "_cloud_hypervisor", "_snapshot", "_microvm_unit",
 )  # fmt: skip
+CODE_PATH = f"{LIBRARY}/microvm"  # of its own: other concerns have copies, too, and remove them
 PARALLEL = f"{LIBRARY}/microvm-parallel"
 
 TARGET = """\
@@ -154,7 +155,7 @@ UNIT_CODE = f"""\
 # Written by agentfleet.metal. What units of microVMs run: see _microvm_unit.py.
 import sys
 
-sys.path.insert(0, "{LIBRARY}")
+sys.path.insert(0, "{CODE_PATH}")
 from {PACKAGE}._host import Host
 from {PACKAGE}._microvm_unit import main
 
@@ -195,7 +196,7 @@ MODULES = ("vhost_vsock", "tun", "bridge")
 def code() -> dict[str, str]:
     """Path -> text of what ``microvm-unit`` runs."""
     modules = {name: importlib.import_module(f"{PACKAGE}.{name}") for name in CODE}
-    directory = f"{LIBRARY}/{PACKAGE.replace('.', '/')}"
+    directory = f"{CODE_PATH}/{PACKAGE.replace('.', '/')}"
     return {f"{directory}/{name}.py": inspect.getsource(module) for name, module in modules.items()}
 
 

@@ -525,11 +525,13 @@ def test_resources_and_restart_policy_are_the_unit_s(metal: t.Any) -> None:
 def test_what_units_run_is_complete_on_the_host(metal: t.Any) -> None:
     """The copied code imports nothing that was not copied with it, and nothing of Ansible."""
     run(metal, call({"name": "a1"}))
-    library = metal.path(_microvm_names.LIBRARY)
-    code = f"import sys; sys.path.insert(0, {library!r}); sys.argv = ['microvm-unit', 'settle', 'nobody']; "
-    script = metal.read(f"{_microvm_names.LIBRARY}/microvm-unit").partition("import sys\n")[2]
-    script = script.replace(f'"{_microvm_names.LIBRARY}"', repr(library))
-    done = subprocess.run(
-        [sys.executable, "-IS", "-c", code + "\n" + script], capture_output=True, text=True, check=False
+    library = metal.path(_microvm_units.CODE_PATH)
+    script = metal.read(f"{_microvm_names.LIBRARY}/microvm-unit").replace(
+        f'"{_microvm_units.CODE_PATH}"', repr(library)
     )
+    program = metal.path("/program")
+    with open(program, "w", encoding="utf-8") as file:
+        file.write(script)
+    argv = [sys.executable, "-IS", program, "settle", "nobody"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
