@@ -299,6 +299,7 @@ def _disk(disk: Disk, spec: Spec) -> config.DiskConfig:
         disk.readonly,
         id=f"disk-{disk.serial}",
         serial=disk.serial,
+        sparse=not disk.readonly,
         rate_limiter_config=_limits(limits["disk_bytes_per_second"], limits["disk_operations_per_second"]),
     )
 
@@ -504,9 +505,13 @@ class CloudHypervisorMachine:
         return True
 
     def counters(self) -> dict[str, dict[str, int]]:
-        """Counters of all devices."""
+        """Counters of all devices, without latencies of what never happened."""
         return {
-            device: {key: value for key, value in values.items() if type(value) is int}
+            device: {
+                key: value
+                for key, value in values.items()
+                if type(value) is int and not ("_latency_" in key and not values.get(key.partition("_")[0] + "_ops"))
+            }
             for device, values in self._api.get("vm.counters").items()
         }
 

@@ -176,6 +176,7 @@ class DiskConfig(Schema):
     readonly: bool
     id: str
     serial: str
+    sparse: bool  # whether discarded blocks become holes
     image_type: t.Literal["Raw"] = "Raw"
     rate_limiter_config: RateLimiterConfig | None = None
 

@@ -58,7 +58,7 @@ def test_the_image_is_private_and_nothing_is_shared_by_default(spec: t.Any) -> N
     assert option(argv, "--vsock") == ["cid=77,socket=/run/agentfleet/a1/vsock"]
     assert option(argv, "--balloon") == ["size=0,deflate_on_oom=on,free_page_reporting=on"]
     assert option(argv, "--disk") == [
-        "path=%d/config-0123456789ab,readonly=on,id=disk-agentfleet-config,serial=agentfleet-config,image_type=raw"
+        "path=%d/config-0123456789ab,readonly=on,id=disk-agentfleet-config,serial=agentfleet-config,sparse=off,image_type=raw"
     ]
     assert not {"--net", "--fs", "--device", "--memory-zone", "--numa"} & set(argv)
 
@@ -347,7 +347,7 @@ def test_changes_become_requests(machine: t.Any, spec: t.Any) -> None:
             "vm.add-disk",
             {
                 "path": "/var/lib/agentfleet/volumes/a1/more", "readonly": False, "id": "disk-more", "serial": "more",
-                "image_type": "Raw",
+                "sparse": True, "image_type": "Raw",
             },
         ),
         (
@@ -393,15 +393,22 @@ def test_the_end_may_come_before_the_answer(machine: t.Any) -> None:
 
 def test_counters_are_numbers(machine: t.Any) -> None:
     found, server, _host = machine
-    server.answers["vm.counters"] = 200, '{"disk-data": {"read_bytes": 7, "name": "x"}}'
-    assert found.counters() == {"disk-data": {"read_bytes": 7}}
+    server.answers["vm.counters"] = 200, json.dumps(
+        {
+            "disk-data": {
+                "read_bytes": 7, "read_ops": 1, "read_latency_max": 3, "write_ops": 0, "write_latency_max": 2**64 - 1,
+                "name": "x",
+            }
+        }
+    )  # fmt: skip
+    assert found.counters() == {"disk-data": {"read_bytes": 7, "read_ops": 1, "read_latency_max": 3, "write_ops": 0}}
 
 
 def test_a_body_that_would_not_be_read_is_not_sent(machine: t.Any) -> None:
     _found, server, host = machine
     api = Api(host.path("/run/agentfleet/a1/api"))
     with pytest.raises(HostError, match="more than the 51200"):
-        api.put("vm.add-disk", config.DiskConfig("/" + "x" * 51200, False, id="a", serial="a"))
+        api.put("vm.add-disk", config.DiskConfig("/" + "x" * 51200, False, id="a", serial="a", sparse=True))
     with pytest.raises(TypeError, match="takes"):
         api.put("vm.add-disk", config.VmRemoveDevice("a"))
     assert server.asked == []
