@@ -47,6 +47,7 @@ VIRTIO_MEM_ALIGNMENT = 128 << 20  # of what can be plugged
 BLOCK = 2 << 20  # of virtio-mem
 SAVE_SECONDS = 600
 CONSOLE_LINES = 60
+SOCKET_SECONDS = 120  # from the process's start
 
 
 # -- versions ------------------------------------------------------------------
@@ -188,7 +189,7 @@ def unit_lines(spec: Spec) -> list[str]:
     # It would boot a guest that resets (a kernel panic, say) again by itself and for ever. When it can make no new
     # socket then, it ends instead, and the unit's restart policy and start limit rule.
     closed = f"until [ -S {_vsock_socket(spec)} ]; do sleep 0.05; done; chmod 0555 {run}"
-    return [*lines, f'ExecStartPost=+/bin/sh -c "{closed}"']
+    return [*lines, f'ExecStartPost=+/usr/bin/timeout {SOCKET_SECONDS} /bin/sh -c "{closed}"']
 
 
 def machine_config(spec: Spec, credentials: str = "%d") -> config.VmConfig:

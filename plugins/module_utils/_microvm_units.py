@@ -14,7 +14,7 @@ import inspect
 import json
 import typing as t
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_exec, _network, _snapshot
+from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_exec, _network, _snapshot, _vmm
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
     HOME,
     LIBRARY,
@@ -245,8 +245,6 @@ def drop_in(spec: Spec, argv: t.Sequence[str], memory_max: int) -> str:
     if sockets:
         lines += ["[Unit]", f"Requires={sockets}", f"After={sockets}", ""]
     lines += ["[Service]", f"ExecStart={quoted(argv)}"]
-    if spec["balloon_bytes"]:
-        lines.append(f"ExecStartPost=+{LIBRARY}/microvm-unit settle %i")
     lines += [f"LoadCredential={disk}:{HOME}/{name}/{disk}" for disk in (spec["config"], spec["data"]) if disk]
     # By default all instances of a template share one dynamic user.
     lines += [f"User=af{derived(name, 'user').hex()[:12]}", f"Slice=agentfleet-{spec['tenant']}.slice"]
@@ -257,7 +255,8 @@ def drop_in(spec: Spec, argv: t.Sequence[str], memory_max: int) -> str:
     ):  # fmt: skip
         if key in resources:
             lines.append(f"{setting}={resources[key]}{suffix}")
-    return "\n".join(lines) + "\n" + _snapshot.unit_lines(spec)
+    last = _vmm.driver(spec["driver"]).unit_lines(spec)
+    return "\n".join(lines) + "\n" + _snapshot.unit_lines(spec) + "".join(f"{line}\n" for line in last)
 
 
 def files_of(spec: Spec, texts: t.Mapping[str, str]) -> dict[str, tuple[str, int]]:

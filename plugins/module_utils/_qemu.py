@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_exec import bind_reserved
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
+    LIBRARY,
     run_directory,
     share_socket,
     unit,
@@ -141,6 +142,11 @@ def command(spec: Spec) -> list[str]:
         reporting = "on" if spec["free_page_reporting"] else "off"
         argv += ["-device", f"virtio-balloon-pci,id=balloon,deflate-on-oom=on,free-page-reporting={reporting}"]
     return argv + _attached(spec)
+
+
+def unit_lines(spec: Spec) -> list[str]:
+    """QEMU has no option for a balloon's size."""
+    return [f"ExecStartPost=+{LIBRARY}/microvm-unit settle %i"] if spec["balloon_bytes"] else []
 
 
 def _memory(spec: Spec) -> list[str]:

@@ -272,6 +272,9 @@ class Driver(t.Protocol):
     def command(self, spec: Spec, /) -> list[str]:
         """The VMM's argv; ``%d`` stands for the credentials' directory. Pure."""
 
+    def unit_lines(self, spec: Spec, /) -> list[str]:
+        """What the ``[Service]`` section of its unit needs besides for this VMM, after all other lines. Pure."""
+
     def restart_reason(self, change: Change, running: Spec, /) -> str:
         """Why a change needs a restart, or empty when :meth:`Machine.change` can apply it. Pure."""
 

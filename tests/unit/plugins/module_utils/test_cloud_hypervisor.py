@@ -135,7 +135,10 @@ def test_ram_in_a_file_is_shared_while_it_is_saved_from_and_private_in_a_clone(s
 def test_its_unit_makes_the_file_for_ram_and_ends_with_its_guest(spec: t.Any) -> None:
     booted = driver.unit_lines({**spec, "memory_file": "/run/agentfleet/a1/ram"})
     assert "ExecStartPre=/usr/bin/truncate --size=268435456 /run/agentfleet/a1/ram" in booted
-    assert booted[-1].startswith("ExecStartPost=+/bin/sh ") and "chmod 0555 /run/agentfleet/a1" in booted[-1]
+    assert (
+        booted[-1].startswith("ExecStartPost=+/usr/bin/timeout 120 /bin/sh ")
+        and "chmod 0555 /run/agentfleet/a1" in booted[-1]
+    )
     clone = driver.unit_lines({**spec, "memory_file": "/s/ram", "restore_from": "/s"})
     assert not any(line.startswith("ExecStartPre=") for line in clone)
 
