@@ -42,6 +42,8 @@ USER = "agentfleet-kv"
 # registered, and then removed with its former self.
 CLIENT_TTL_SECONDS = 10
 _PROBE_TENANT = "agentfleet-probe"
+# A start on an idle machine takes 2 s, an election 10 s; emulated machines are slower.
+_MASTER_SECONDS = 180
 _MBIND = {"x86_64": 237, "aarch64": 235}
 _MPOL_BIND, _MPOL_MF_STRICT, _MPOL_MF_MOVE = 2, 1, 2
 
@@ -144,33 +146,32 @@ def _tenant_ids(pool_name: str) -> dict[str, str]:
         return t.cast("dict[str, str]", json.load(file))
 
 
-def _client(pool: t.Mapping[str, t.Any], buffer_bytes: int, offload: str = "", tenant: str = "default") -> t.Any:
+def _client(
+    pool: t.Mapping[str, t.Any],
+    buffer_bytes: int,
+    offload: str = "",
+    tenant: str = "default",
+    patience_seconds: float = 0,
+) -> t.Any:
+    """A client of the engine; with patience it waits for a master that is just starting, or being elected."""
     if pool["etcd"]:
         os.environ["MC_STORE_CLUSTER_ID"] = pool["name"]  # under which the leading master is written into etcd
         master = "etcd://" + ";".join(pool["etcd"])
     else:
         master = f"{pool['master']['address']}:{pool['master']['port']}"
-    client = _engine("mooncake.store").MooncakeDistributedStore()
-    devices = ",".join(pool["rdma_devices"])
+    devices, end = ",".join(pool["rdma_devices"]), time.monotonic() + patience_seconds
     # No segment of the engine's own (the first 0): its memory would lie anywhere.
-    rc = client.setup(
-        pool["address"],
-        "P2PHANDSHAKE",
-        0,
-        buffer_bytes,
-        pool["protocol"],
-        devices,
-        master,
-        None,
-        bool(offload),
-        offload,
-        tenant,
-    )
-    if rc != 0:
-        raise HostError(
-            f"the engine's setup returned {rc}. Is the master at {master} up, and {pool['protocol']} usable?"
-        )
-    return client
+    options = (0, buffer_bytes, pool["protocol"], devices, master, None, bool(offload), offload, tenant)
+    while True:
+        client = _engine("mooncake.store").MooncakeDistributedStore()
+        rc = client.setup(pool["address"], "P2PHANDSHAKE", *options)
+        if rc == 0:
+            return client
+        if time.monotonic() > end:
+            raise HostError(
+                f"the engine's setup returned {rc}. Is the master at {master} up, and {pool['protocol']} usable?"
+            )
+        time.sleep(1)
 
 
 def _bound_memory(name: str, size: int, node: int | None) -> tuple[int, mmap.mmap, int]:
@@ -335,7 +336,7 @@ class _Store:
     def __init__(self, pool: t.Mapping[str, t.Any], tier: t.Mapping[str, t.Any], offload: str) -> None:
         self.pool, self.name = pool, tier["name"]
         self.node = tier_node(Host(), tier)
-        self.client = _client(pool, 0, offload)
+        self.client = _client(pool, 0, offload, patience_seconds=_MASTER_SECONDS)
         self.memory: list[tuple[int, mmap.mmap, int, int]] = []  # file, mapping, address, size
         self.segments: list[str] = []
 
@@ -399,7 +400,7 @@ def quotas(pool_name: str) -> dict[str, dict[str, int]]:
     names = {secret: name for name, secret in _tenant_ids(pool_name).items()}
     found: dict[str, dict[str, int]] = {}
     for secret, state in Admin(_pool(pool_name)).quotas().items():
-        if secret == _PROBE_TENANT:
+        if secret.startswith(_PROBE_TENANT):
             continue
         sums = found.setdefault(names.get(secret, "(undeclared)"), {"quota_bytes": 0, "used_bytes": 0})
         for key, value in state.items():
@@ -413,7 +414,9 @@ def set_quotas(pool_name: str) -> None:
     admin = Admin(pool)
     wanted = {ids[tenant["name"]]: tenant["quota_bytes"] for tenant in pool["tenants"]}
     present = admin.quotas()
-    for secret in set(present) - set(wanted) - {_PROBE_TENANT}:
+    for secret in set(present) - set(wanted):
+        if secret.startswith(_PROBE_TENANT):
+            continue
         if present[secret]["used_bytes"]:
             client = _client(pool, 1 << 20, "", secret)
             client.remove_all(True)
@@ -427,23 +430,33 @@ def set_quotas(pool_name: str) -> None:
 def probe(pool_name: str, probe_bytes: int, samples: int) -> list[dict[str, t.Any]]:
     """Put, get, compare and remove objects on each memory tier; say where their bytes lay, and how long each took."""
     pool = _pool(pool_name)
-    admin = Admin(pool) if pool["tenants"] else None
-    if admin is not None:
-        admin.set_quota(_PROBE_TENANT, probe_bytes * (samples + 1) * pool["replicas"])
-    try:
-        client = _client(pool, 4 * probe_bytes + (4 << 20), "", _PROBE_TENANT if admin is not None else "default")
+    admin, tenant = None, "default"
+    if pool["tenants"]:
         try:
-            found = [
-                _probe_tier(client, pool, tier, probe_bytes, samples)
-                for tier in pool["tiers"]
-                if tier["medium"] != "ssd"
-            ]
+            admin, tenant = Admin(pool), f"{_PROBE_TENANT}-{os.urandom(8).hex()}"
+            admin.set_quota(tenant, probe_bytes * (samples + 1) * pool["replicas"])
+        except HostError:  # a host that is not let near the master's quotas is the first of the tenants
+            admin, tenant = None, next(iter(_tenant_ids(pool_name).values()))
+    memory = [tier for tier in pool["tiers"] if tier["medium"] != "ssd"]
+    try:
+        client = _client(pool, 4 * probe_bytes + (4 << 20), "", tenant)
+        try:
+            return [_probe_tier(client, pool, tier, probe_bytes, samples) for tier in memory]
         finally:
             client.close()
     finally:
         if admin is not None:
-            admin.remove_quota(_PROBE_TENANT)
-    return found
+            _forget(admin, tenant)
+
+
+def _forget(admin: Admin, tenant: str) -> None:
+    """Remove the probe's own tenant; its last object may take a moment to go."""
+    for _attempt in range(20):
+        try:
+            return admin.remove_quota(tenant)
+        except HostError:
+            time.sleep(0.5)
+    return None
 
 
 def _percentiles(seconds: t.Sequence[float]) -> dict[str, float]:

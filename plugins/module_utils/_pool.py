@@ -528,7 +528,7 @@ class Pools:
             self._reload_for(step.object)
         elif step.verb == "set":
             # A master that was started just now may not lead yet.
-            self.host.wait(lambda: self._set_quotas(step.data), "the master takes its tenants' quotas", 60, 1)
+            self.host.wait(lambda: self._set_quotas(step.data), "the master takes its tenants' quotas", 180, 1)
         elif step.verb == "grow":
             self._grow(step)
         elif step.verb == "start":

@@ -238,7 +238,8 @@ def _mooncake(option: str, pool: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         "run": True if given.get("run") is None else given["run"],
     }
     # The port of the metrics also gives tenants' names away, deletes objects and sets quotas.
-    open_to = "127.0.0.1" if pool.get("tenants") else master["address"]
+    # With etcd any host's master may lead, and the others have to reach it.
+    open_to = "127.0.0.1" if pool.get("tenants") and not pool.get("etcd") else master["address"]
     master["metrics_address"] = given.get("metrics_address") or open_to
     for key in ("port", "metrics_port"):
         if not 1 <= int(master[key]) <= 65535:

@@ -131,7 +131,7 @@ options:
           metrics_address:
             description:
               - Address of the master's metrics, at which objects can also be deleted and quotas set.
-              - The master's address, if left out, and 127.0.0.1 for a pool with tenants.
+              - The master's address, if left out, and 127.0.0.1 for a pool with tenants and one master.
             type: str
           metrics_port:
             description: TCP port of the master's metrics.
