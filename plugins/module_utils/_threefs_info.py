@@ -15,6 +15,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import c
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import Admin
 
 _CELL = re.compile(r"^(\d+)\((\w+)-(\w+)\)$")
+_GOOD = ("SERVING", "UPTODATE")
 _EXPECTABLE = {"mgmtd": "MGMTD", "meta": "META", "storage": "STORAGE"}
 
 
@@ -66,10 +67,10 @@ def parse(
     return found
 
 
-def problems(state: t.Mapping[str, t.Any], expect: t.Mapping[str, int], replicas: bool = True) -> list[str]:
+def problems(state: t.Mapping[str, t.Any], expect: t.Mapping[str, int], replicas: int = 0) -> list[str]:
     """What keeps the cluster from being well, in words; empty when it is.
 
-    :param replicas: whether every replica must be there, not only one for each chain
+    :param replicas: so many serving replicas are enough for a chain, as one that is being moved has more; 0 asks for all
     """
     found = []
     primaries = [node["id"] for node in state["nodes"] if node["status"] == "PRIMARY_MGMTD"]
@@ -90,12 +91,13 @@ def problems(state: t.Mapping[str, t.Any], expect: t.Mapping[str, int], replicas
         if len(alive) < count:
             found.append(f"{len(alive)} of {count} {service} report")
     for number, chain in state["chains"].items():
-        if chain["status"] == "SERVING" or (not replicas and chain["status"].startswith(("SERVING", "SYNCING"))):
+        serving = sum((target["public"], target["local"]) == _GOOD for target in chain["targets"])
+        if chain["status"] == "SERVING" or 0 < replicas <= serving:
             continue
         weak = ", ".join(
             f"{target['id']} {target['public']}/{target['local']}"
             for target in chain["targets"]
-            if (target["public"], target["local"]) != ("SERVING", "UPTODATE")
+            if (target["public"], target["local"]) != _GOOD
         )
         found.append(f"chain {number} is {chain['status']} ({weak})")
     return found
@@ -114,6 +116,7 @@ class Info:
         self.host = host
         self.cluster = check_cluster(params["cluster"])
         self.wait = float(params.get("wait_healthy_seconds") or 0)
+        self.replicas = int(params.get("replicas") or 0)
         self.losing = [int(node) for node in params.get("losing_nodes") or []]
         self.processes = {int(node): int(pid) for node, pid in (params.get("processes") or {}).items()}
         self.expect = {}
@@ -157,14 +160,13 @@ class Info:
                 for node in state["nodes"]
                 if node["process"] != self.processes.get(node["id"], node["process"])
             ]
-            return old + problems(state, self.expect)
+            return old + problems(state, self.expect, self.replicas)
         return [
             f"chain {number} has no other server than node {', '.join(map(str, self.losing))}"
             for number, chain in state["chains"].items()
             if any(target_place(target["id"])[0] in self.losing for target in chain["targets"])
             and not any(
-                (target["public"], target["local"]) == ("SERVING", "UPTODATE")
-                and target_place(target["id"])[0] not in self.losing
+                (target["public"], target["local"]) == _GOOD and target_place(target["id"])[0] not in self.losing
                 for target in chain["targets"]
             )
         ]

@@ -39,6 +39,10 @@ options:
         this process, which tells a service that was just restarted from what is left of the old one.
     type: dict
     default: {}
+  replicas:
+    description: So many serving replicas are enough for each chain, since one that is being moved has more; V(0) asks for all.
+    type: int
+    default: 0
   expect:
     description: Least number of services that must report, by V(mgmtd), V(meta) and V(storage).
     type: dict
@@ -108,6 +112,7 @@ def main() -> None:
             "wait_healthy_seconds": {"type": "int", "default": 0},
             "losing_nodes": {"type": "list", "elements": "int", "default": []},
             "processes": {"type": "dict", "default": {}},
+            "replicas": {"type": "int", "default": 0},
             "expect": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,

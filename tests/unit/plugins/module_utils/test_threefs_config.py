@@ -1,0 +1,300 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Configuration of 3FS: _threefs_config, _threefs_profiles, _threefs_publish, _threefs_checks and _threefs_layout."""
+
+from __future__ import annotations
+
+import json
+import typing as t
+from pathlib import Path
+
+import pytest
+
+from ansible_collections.agentfleet.metal.plugins.module_utils import _threefs_checks, _threefs_layout
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused, apply_all
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import encode_token
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_config import Config
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_profiles import PROFILES
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_publish import Published
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_toml import Toml
+
+SHIPPED = Path(__file__).resolve().parents[3] / "doubles/threefs/configs"
+ETC = "/etc/3fs/stage"
+BASE: dict[str, t.Any] = {
+    "cluster": "stage",
+    "release": "/opt/3fs/1",
+    "services": ["mgmtd", "meta", "storage", "fuse", "monitor"],
+    "node_ids": {"mgmtd": 1, "meta": 100, "storage": 10001},
+    "mgmtd": ["mgmtd1", "10.0.0.2:8100"],
+    "monitor": "10.0.0.3",
+    "fdb_cluster": "metal:abc@10.0.0.1:4500",
+    "target_paths": ["/storage/data1/3fs", "/storage/data2/3fs"],
+    "mountpoint": "/3fs/stage",
+    "token": encode_token(0, 77),
+    "fuse_token": encode_token(2001, 78),
+    "clickhouse": {"host": "10.0.0.4", "port": "8999", "password": "planted-password"},
+    "skip_checks": ["rdma", "clock", "memory"],
+    "publish": True,
+}
+
+
+@pytest.fixture
+def host(fake_host: t.Any) -> t.Any:
+    """A host with the files that ship with a release."""
+    files = {f"/opt/3fs/1/configs/{path.name}": path.read_text() for path in SHIPPED.glob("*.toml")}
+    return fake_host.files({**files, "/opt/3fs/1/bin/admin_cli": ""})
+
+
+def config(host: t.Any, **params: t.Any) -> Config:
+    """The resource, with a name service of its own."""
+    return Config(host, {**BASE, **params}, resolve={"mgmtd1": "10.0.0.1"}.__getitem__)
+
+
+def written(host: t.Any, name: str, **params: t.Any) -> dict[str, t.Any]:
+    """Write everything and parse one file."""
+    resource = config(host, publish=False, **params)
+    apply_all(resource, resource.plan(resource.observe()))
+    return Toml(host.read(f"{ETC}/{name}.toml")).data
+
+
+def test_all_services_of_a_host_in_one_call(host: t.Any) -> None:
+    launcher = written(host, "storage_main_launcher")
+    assert launcher["cluster_id"] == "stage"
+    assert launcher["mgmtd_client"]["mgmtd_server_addresses"] == ["RDMA://10.0.0.1:8000", "RDMA://10.0.0.2:8100"]
+    names = {name for name in host.names(ETC) if name.endswith(".toml")}
+    assert names == {
+        "admin_cli.toml",
+        "monitor_collector_main.toml",
+        *(
+            f"{p}_{k}.toml"
+            for p in ("mgmtd_main", "meta_main", "storage_main", "hf3fs_fuse_main")
+            for k in ("app", "launcher")
+        ),
+    }
+    assert Toml(host.read(f"{ETC}/storage_main_app.toml")).data == {"allow_empty_node_id": False, "node_id": 10001}
+    assert host.read("/var/lib/3fs/stage/fdb.cluster") == BASE["fdb_cluster"]
+
+
+def test_main_files_are_made_where_they_are_published(host: t.Any) -> None:
+    resource = config(host)
+    texts = {name: Toml(text).data for name, text in resource._mains(resource.observe()).items()}
+    storage, mgmtd, meta = texts["storage"]["server"], texts["mgmtd"]["server"], texts["meta"]["server"]
+    assert [group["listener"]["listen_port"] for group in storage["base"]["groups"]] == [8002, 9002], (
+        "upstream's collide"
+    )
+    assert storage["targets"]["target_paths"] == BASE["target_paths"]
+    assert mgmtd["service"]["authenticate"] is True and meta["meta"]["authenticate"] is True
+    assert meta["fdb"]["clusterFile"] == "/var/lib/3fs/stage/fdb.cluster"
+    reporters = [texts[name]["common"]["monitor"]["reporters"] for name in texts]
+    assert all(
+        r == [{"type": "monitor_collector", "monitor_collector": {"remote_ip": "10.0.0.3:10000"}}] for r in reporters
+    )
+    logs = [handler["file_path"] for text in texts.values() for handler in text["common"]["log"]["handlers"]]
+    assert all(path.startswith("/var/log/3fs/stage/") for path in logs)
+
+
+def test_a_second_run_plans_nothing_and_secrets_are_for_root_alone(host: t.Any) -> None:
+    resource = config(host, publish=False)
+    steps = resource.plan(resource.observe())
+    shown = json.dumps([step.public() for step in steps])
+    apply_all(resource, steps)
+    assert resource.plan(resource.observe()) == []
+    secrets = (BASE["token"], BASE["fuse_token"], "planted-password")
+    assert not [secret for secret in secrets if secret in shown + repr(steps)]
+    for path in Path(host.root).rglob("*"):
+        if path.is_file() and any(secret in path.read_text(errors="replace") for secret in secrets):
+            assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_declared_keys_and_profiles(host: t.Any) -> None:
+    settings = {
+        "storage_main": {
+            "server.aio_read_worker.num_threads": 256,
+            "**.ibsocket.max_sge": 1,
+            "server.base.groups[RDMA].io_worker.ibsocket.gid_index": 3,
+            "+server.brand_new": "x",
+        }
+    }
+    resource = config(host, profiles=["large_io", "small_io"], settings=settings)
+    server = Toml(resource._mains(resource.observe())["storage"]).data["server"]
+    assert server["aio_read_worker"]["num_threads"] == 256, "a declared key is stronger than a profile"
+    assert server["forward_client"]["io_worker"]["ibsocket"]["buf_size"] == 163840
+    assert server["base"]["groups"][0]["io_worker"]["ibsocket"]["gid_index"] == 3, (
+        "commented out in the file that ships"
+    )
+    assert "gid_index" not in server["base"]["groups"][1]["io_worker"]["ibsocket"]
+    assert server["base"]["groups"][0]["io_worker"]["num_event_loop"] == 8 and server["brand_new"] == "x"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_each_profile_fits_the_files(host: t.Any, profile: str) -> None:
+    resource = config(host, profiles=[profile])
+    before = config(host)
+    assert resource._mains(resource.observe()) != before._mains(before.observe())
+
+
+def test_comments_of_the_files_that_ship_stay(host: t.Any) -> None:
+    resource = config(host)
+    text = resource._mains(resource.observe())["storage"]
+    assert "listen_port = 8002 # of the RDMA handshake, over TCP" in text and "# DOUBLE of the file" in text
+
+
+def test_a_cluster_file_that_the_daemons_rewrote_is_the_same(host: t.Any) -> None:
+    resource = config(host, publish=False)
+    apply_all(resource, resource.plan(resource.observe()))
+    host.write("/var/lib/3fs/stage/fdb.cluster", "# DO NOT EDIT!\n" + BASE["fdb_cluster"] + "\n")
+    assert resource.plan(resource.observe()) == []
+    moved = config(host, publish=False, fdb_cluster="metal:new@10.0.0.9:4500")
+    assert [step.object for step in moved.plan(moved.observe())] == ["/var/lib/3fs/stage/fdb.cluster"]
+
+
+def test_check_mode_before_anything_is_installed(fake_host: t.Any) -> None:
+    resource = config(fake_host)
+    resource.predicting = True
+    steps = resource.plan(resource.observe())
+    assert f"{ETC}/storage_main.toml" in [step.object for step in steps] and steps[-1].verb == "initialize"
+    assert "not installed yet" in resource.result(resource.observe())["warnings"][0]
+
+
+def test_a_name_that_nobody_knows(host: t.Any) -> None:
+    def unknown(_name: str) -> str:
+        raise OSError
+
+    with pytest.raises(Refused) as refused:
+        Config(host, BASE, resolve=unknown)
+    assert refused.value.option == "mgmtd[0]" and "cannot be resolved" in refused.value.problem
+
+
+# -- publishing ----------------------------------------------------------------------
+
+
+def test_the_first_time_is_init_cluster_and_later_only_what_differs(host: t.Any) -> None:
+    published = Published(host, "stage", {}, 0)
+    assert [step.verb for step in published.plan({"initialized": False, "kept": None}, {})] == ["initialize"]
+    texts = dict.fromkeys(("mgmtd", "meta", "storage", "fuse"), "a = 1\n")
+    kept: dict[str, t.Any] = {"MGMTD": "a = 1\n", "META": "a = 2\n", "STORAGE": None, "FUSE": "a = 1\n"}
+    steps = published.plan({"initialized": True, "kept": kept}, texts)
+    assert [(step.object, step.before, step.after) for step in steps] == [
+        ("main configuration of meta", "a = 2", "a = 1"),
+        ("main configuration of storage", None, "as rendered"),
+    ]
+    assert published.plan({"initialized": True, "kept": None}, texts) == [], "nobody answers: a later call tells"
+
+
+# -- checks of the host ----------------------------------------------------------------
+
+
+def port(**more: t.Any) -> dict[str, t.Any]:
+    """A port that is good."""
+    good = {"device": "mlx5_0", "port": 1, "state": "ACTIVE", "link_layer": "Ethernet", "gids": 2, "roce_v2": 1}
+    return {**good, **more}
+
+
+@pytest.mark.parametrize(
+    ("ports", "interfaces", "problem"),
+    [
+        ([port()], ["eth0"], ""),
+        ([port(link_layer="InfiniBand", roce_v2=0)], ["enp1s0"], ""),
+        ([], ["eth0"], "no RDMA device, and 3FS moves data by nothing else"),
+        ([port(state="DOWN")], ["eth0"], "no RDMA port is ACTIVE (mlx5_0/1 DOWN)"),
+        ([port(roce_v2=0)], ["eth0"], "RoCE v2 GID"),
+        ([port()], ["ib0"], "no interface has a name that 3FS listens on"),
+    ],
+)
+def test_rdma(ports: list[t.Any], interfaces: list[str], problem: str) -> None:
+    seen = {"ports": ports, "interfaces": interfaces, "clock": True, "memory_bytes": 64 << 30}
+    found = _threefs_checks.failures(seen, ["storage"], [], False)
+    assert [text for _check, text, _remedy in found if problem and problem in text] == [x[1] for x in found]
+    assert bool(found) == bool(problem)
+
+
+def test_a_device_that_is_asked_for_must_be_there() -> None:
+    seen = {"ports": [port()], "interfaces": ["eth0"], "clock": True, "memory_bytes": 64 << 30}
+    assert "mlx5_9" in _threefs_checks.failures(seen, ["meta"], ["mlx5_9"], False)[0][1]
+    assert _threefs_checks.failures({**seen, "ports": []}, ["monitor"], [], False) == []
+
+
+# -- the cluster of the inventory ----------------------------------------------------------
+
+HOSTS: dict[str, dict[str, t.Any]] = {
+    f"h{n}": {
+        "services": ["mgmtd", "meta", "storage"],
+        "node": n,
+        "disks": 2,
+        "devices": [],
+        "weight": None,
+        "domain": None,
+    }
+    for n in (1, 2, 3)
+}
+WISH: dict[str, t.Any] = {
+    "tables": [{"id": 1}],
+    "replicas": 3,
+    "targets_per_disk": 6,
+    "stripe": 12,
+    "directories": [],
+    "users": [{"uid": 0, "admin": True}],
+    "fuse_uid": 0,
+    "token_secret": "x" * 20,
+}
+
+
+def refusal(hosts: t.Any = None, leaving: t.Sequence[str] = (), **wish: t.Any) -> Refused:
+    """Why a cluster is refused."""
+    with pytest.raises(Refused) as refused:
+        _threefs_layout.check(hosts or HOSTS, {**WISH, **wish}, leaving)
+    return refused.value
+
+
+def test_a_cluster_that_can_work() -> None:
+    _threefs_layout.check(HOSTS, WISH)
+    assert _threefs_layout.nodes(HOSTS, {"id": 1}, ["h2"]) == [{"id": 10001, "disks": 2}, {"id": 10003, "disks": 2}]
+
+
+@pytest.mark.parametrize(
+    ("change", "option", "problem"),
+    [
+        (
+            {"hosts": {name: HOSTS[name] for name in ("h1", "h2")}},
+            "threefs_tables[0].replicas",
+            "2 storage hosts cannot hold 3",
+        ),
+        ({"leaving": ["h3"]}, "threefs_tables[0].replicas", "when the drained ones are gone"),
+        ({"leaving": ["h9"]}, "threefs_drain_hosts", "no storage host"),
+        ({"stripe": 13}, "threefs_stripe", "will have 12 chains only"),
+        ({"tables": [{"id": 42}]}, "threefs_tables[0].id", "out of range"),
+        ({"tables": [{"id": 1}, {"id": 1}]}, "threefs_tables[1].id", "another table has it"),
+        ({"tables": [{"id": 1, "hosts": ["h9"]}]}, "threefs_tables[0].hosts", "no storage host"),
+        ({"directories": [{"chain_table": 5}]}, "threefs_directories[0].chain_table", "no such table"),
+        ({"directories": [{"chain_table": 1, "stripe": 99}]}, "threefs_directories[0].stripe", "12 chains only"),
+        ({"users": [{"uid": 5, "admin": True}]}, "threefs_users", "uid 0 is missing"),
+        ({"token_secret": "short"}, "threefs_token_secret", "fewer than 20"),
+        ({"hosts": {**HOSTS, "h4": {**HOSTS["h1"]}}}, "h4.threefs_node", "h1 has it"),
+        (
+            {"hosts": {**HOSTS, "h4": {**HOSTS["h1"], "node": 100}}},
+            "h4.threefs_node",
+            "too large for a host with mgmtd",
+        ),
+        ({"hosts": {**HOSTS, "h4": {**HOSTS["h1"], "node": 0}}}, "h4.threefs_node", "not a number of a host"),
+        (
+            {"hosts": {**HOSTS, "h4": {**HOSTS["h1"], "node": 4, "devices": ["a"]}}},
+            "h4.threefs_devices",
+            "2 mount points",
+        ),
+        ({"hosts": {**HOSTS, "h4": {**HOSTS["h1"], "node": 4, "disks": 0}}}, "threefs_mounts", "no disk"),
+        (
+            {"hosts": {"h1": {**HOSTS["h1"], "services": ["storage"]}}},
+            "threefs_services",
+            "no host of the group has mgmtd",
+        ),
+        (
+            {"hosts": {**HOSTS, "h4": {**HOSTS["h1"], "node": 4, "services": ["fuse"]}}, "fuse_uid": 9},
+            "threefs_fuse_uid",
+            "no such user",
+        ),
+    ],
+)
+def test_a_cluster_that_cannot_work(change: dict[str, t.Any], option: str, problem: str) -> None:
+    refused = refusal(**change)
+    assert refused.option == option and problem in refused.problem and refused.remedy

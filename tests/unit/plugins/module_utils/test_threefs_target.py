@@ -1,0 +1,311 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Targets, chains, users, directories and gates against the doubles: _threefs_target, _threefs_user, _threefs_directory,
+_threefs_info, _threefs_admin and _threefs."""
+
+from __future__ import annotations
+
+import typing as t
+
+import pytest
+
+pytest.importorskip("tomllib", reason="the doubles read TOML as only Python 3.11 and newer can")
+
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, apply_all
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import encode_token, token_uid
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import Admin, Answer, hide
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_directory import Directories
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_info import Info, look, problems
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_target import Targets
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_user import Users
+from ansible_collections.agentfleet.metal.tests.unit.threefs_lab import ROOT_TOKEN, Lab
+
+
+@pytest.fixture
+def lab(tmp_path: t.Any, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    """Three storage nodes with two disks each."""
+    return Lab(tmp_path, monkeypatch)
+
+
+def target(node: int, disk: int, index: int = 0) -> int:
+    """Upstream's formula, with prefix 1."""
+    return ((1_000_000 + node) * 1000 + disk + 1) * 100 + index + 1
+
+
+def table(chains: dict[int, list[int]], number: int = 1) -> dict[str, t.Any]:
+    """The generator's two files."""
+    width = len(next(iter(chains.values())))
+    rows = "".join(",".join(map(str, [chain, *targets])) + "\n" for chain, targets in chains.items())
+    order = "".join(f"{chain}\n" for chain in chains)
+    return {"id": number, "chains": "ChainId" + ",TargetId" * width + "\n" + rows, "order": "ChainId\n" + order}
+
+
+FIRST = {
+    100100001: [target(10001, 0), target(10002, 0)],
+    100100002: [target(10002, 1), target(10001, 1)],
+}
+# the first chain moves from node 10002 to 10003, the second stays, a third is new
+GROWN = {
+    100100001: [target(10001, 0), target(10003, 0)],
+    100100002: FIRST[100100002],
+    100100003: [target(10003, 1), target(10002, 0)],
+}
+
+
+def converge(lab: Lab, kind: type = Targets, **params: t.Any) -> list[str]:
+    """Observe, plan, apply; returns the verbs."""
+    resource = kind(lab.host, {"cluster": "stage", "wait_seconds": 60, **params})
+    steps = resource.plan(resource.observe())
+    apply_all(resource, steps)
+    return [step.verb for step in steps]
+
+
+def test_targets_come_before_chains_and_chains_before_tables(lab: Lab) -> None:
+    verbs = converge(lab, tables=[table(FIRST)])
+    assert verbs == ["create", "upload", "upload"]
+    assert lab.chains() == {str(chain): set(targets) for chain, targets in FIRST.items()}
+    assert converge(lab, tables=[table(FIRST)]) == []
+
+
+def test_an_error_text_with_exit_code_0_is_an_error_and_the_next_run_goes_on(lab: Lab) -> None:
+    lab.trap("create-target", after=2)
+    with pytest.raises(HostError, match=r"create-target .*: 9\(Unknown\) provoked.*Done before it: nothing"):
+        converge(lab, tables=[table(FIRST)])
+    assert lab.chains() == {}, "no chain may refer to a target that is not there"
+    assert converge(lab, tables=[table(FIRST)]) == ["create", "upload", "upload"]
+    assert converge(lab, tables=[table(FIRST)]) == []
+
+
+def test_what_passes_by_itself_is_tried_again(lab: Lab) -> None:
+    lab.trap("list-chains", error="6004(MgmtdClient::kRoutingInfoNotReady)")
+    assert converge(lab, tables=[table(FIRST)]) == ["create", "upload", "upload"]
+
+
+def test_chains_with_data_are_not_moved_unasked(lab: Lab) -> None:
+    converge(lab, tables=[table(FIRST)])
+    with pytest.raises(Refused) as refused:
+        converge(lab, tables=[table(GROWN)])
+    assert "1 chains that hold data have other targets" in refused.value.problem
+    assert "migrate: true" in refused.value.remedy
+
+
+@pytest.mark.parametrize(
+    "command", ["create-target", "update-chain", "offline-target", "set-preferred-target-order", "upload-chains"]
+)
+def test_an_interrupted_growth_is_continued(lab: Lab, command: str) -> None:
+    converge(lab, tables=[table(FIRST)])
+    lab.trap(command)
+    with pytest.raises(HostError, match="provoked"):
+        converge(lab, tables=[table(GROWN)], migrate=True)
+    assert all(len(serving) >= 2 for serving in lab.chains().values()), "no chain has fewer replicas for our sake"
+    converge(lab, tables=[table(GROWN)], migrate=True)
+    assert lab.chains() == {str(chain): set(targets) for chain, targets in GROWN.items()}
+    held = {node: sorted(int(tid) for tid in one.found) for node, one in lab.storages.items()}
+    wanted = sorted(number for targets in GROWN.values() for number in targets)
+    assert sorted(number for numbers in held.values() for number in numbers) == wanted, (
+        "nothing is left beside the chains"
+    )
+    assert converge(lab, tables=[table(GROWN)], migrate=True) == []
+
+
+def test_targets_that_are_exchanged_in_a_circle_are_refused(lab: Lab) -> None:
+    converge(lab, tables=[table(FIRST)])
+    circle = {
+        100100001: [target(10001, 0), target(10002, 1)],
+        100100002: [target(10002, 0), target(10001, 1)],
+    }
+    with pytest.raises(Refused) as refused:
+        converge(lab, tables=[table(circle)], migrate=True)
+    assert "in a circle" in refused.value.problem
+
+
+def test_a_lost_node_is_replaced_and_forgotten(lab: Lab) -> None:
+    converge(lab, tables=[table(FIRST)])
+    lab.stop(10002)
+    lab.sleep(20)
+    after = {
+        100100001: [target(10001, 0), target(10003, 0)],
+        100100002: [target(10003, 1), target(10001, 1)],
+    }
+    verbs = converge(lab, tables=[table(after)], migrate=True, retire_nodes=[10002])
+    assert verbs == ["move", "unregister"] or verbs == ["move", "upload", "unregister"]
+    assert lab.chains() == {str(chain): set(targets) for chain, targets in after.items()}
+    assert "10002" not in lab.database.document["keys"]["nodes"]
+
+
+def test_a_new_disk_is_filled_by_the_others(lab: Lab) -> None:
+    converge(lab, tables=[table(FIRST)])
+    disk = {"node_id": 10002, "disk_index": 0}
+    assert converge(lab, recreate_disks=[disk]) == []
+    lab.stop(10002)
+    for path in (lab.root / "disks/10002/0").glob("*/*"):
+        path.unlink()
+        path.parent.rmdir()
+    lab.sleep(20)
+    lab.add(10002)
+    lab.sleep(3)
+    assert lab.chains()["100100001"] == {target(10001, 0)}
+    assert converge(lab, recreate_disks=[disk]) == ["recreate"]
+    assert lab.chains()["100100001"] == set(FIRST[100100001])
+    assert converge(lab, recreate_disks=[disk]) == []
+
+
+def test_the_last_replica_that_served_is_not_given_up(lab: Lab) -> None:
+    converge(lab, tables=[table(FIRST)])
+    for node in (10001, 10002):  # both replicas of chain 1 go, 10001 last
+        lab.stop(node)
+        lab.sleep(20)
+    for path in (lab.root / "disks").glob("*/0/*/*"):
+        path.unlink()
+        path.parent.rmdir()
+    for node in (10001, 10002):
+        lab.add(node)
+    lab.sleep(3)
+    last = next(
+        int(tid)
+        for tid, public in lab.database.document["keys"]["chains"]["100100001"]["targets"]
+        if public == "LASTSRV"
+    )
+    with pytest.raises(HostError, match="LASTSRV"):
+        converge(lab, recreate_disks=[{"node_id": last // 100000 % 1000000, "disk_index": 0}])
+
+
+def test_new_targets_on_a_silent_node_are_refused(lab: Lab) -> None:
+    lab.stop(10002)
+    lab.sleep(20)
+    with pytest.raises(Refused) as refused:
+        converge(lab, tables=[table(FIRST)])
+    assert refused.value.value == [10002] and "do not report" in refused.value.problem
+
+
+def test_a_gate_says_what_is_not_well_and_waits_within_bounds(lab: Lab) -> None:
+    converge(lab, tables=[table(FIRST)])
+    info = Info(lab.host, {"cluster": "stage", "wait_healthy_seconds": 30, "expect": {"storage": 3}})
+    result = info.result(info.observe())
+    assert result["healthy"] and result["primary"] == 1
+    assert result["chains"] == {"count": 2, "by_status": {"SERVING": 2}}
+    assert result["targets_by_node"] == {"10001": 2, "10002": 2}
+    lab.stop(10002)
+    lab.sleep(20)
+    with pytest.raises(
+        HostError, match=r"not well after 30 seconds: storage 10002 on \S+ is HEARTBEAT_FAILED; 2 of 3 storage"
+    ):
+        info.observe()
+    state = look(Admin(lab.host, "stage"))
+    assert [text for text in problems(state, {}, replicas=1) if "chain" in text] == []
+    assert problems(state, {"storage": 3})[1] == "2 of 3 storage report"
+
+
+def test_a_gate_knows_what_would_be_lost_with_a_node(lab: Lab) -> None:
+    converge(lab, tables=[table(FIRST)])
+    gate = {"cluster": "stage", "losing_nodes": [10001]}
+    info = Info(lab.host, gate)
+    assert info.result(info.observe())["healthy"]
+    lab.stop(10002)
+    lab.sleep(20)
+    assert "no other server than node 10001" in Info(lab.host, gate).result(info.observe())["problems"][0]
+
+
+def test_a_restarted_service_must_report_as_the_new_process(lab: Lab) -> None:
+    info = Info(lab.host, {"cluster": "stage", "processes": {"10001": 1}})
+    assert info.result(info.observe())["problems"][0].startswith("storage 10001 still reports as process")
+
+
+# -- users ---------------------------------------------------------------------------
+
+
+def user(uid: int, name: str, generation: int = 1, **more: t.Any) -> dict[str, t.Any]:
+    """A user whose token is of a generation."""
+    previous = {"previous_token": encode_token(uid, generation - 1)} if generation > 1 else {}
+    return {"uid": uid, "name": name, "token": encode_token(uid, generation), **previous, **more}
+
+
+ROOT = {"root": True, "admin": True}
+
+
+def test_users_from_nothing_and_tokens_nowhere_in_arguments(lab: Lab) -> None:
+    lab.database.document["keys"]["users"] = {}
+    wish = [user(2001, "search"), user(0, "root", **ROOT)]
+    assert converge(lab, Users, users=wish) == ["add", "add"]
+    assert converge(lab, Users, users=wish) == []
+    assert not [word for word in lab.argv if encode_token(2001, 1) in word or ROOT_TOKEN in word]
+
+
+def test_the_token_that_the_module_acts_under_can_be_rotated(lab: Lab) -> None:
+    wish = [user(0, "root", 2, **ROOT)]
+    resource = Users(lab.host, {"cluster": "stage", "users": wish})
+    steps = resource.plan(resource.observe())
+    assert [step.verb for step in steps] == ["set token of"]
+    shown = repr([step.public() for step in steps]) + repr(steps)
+    assert encode_token(0, 2) not in shown and ROOT_TOKEN not in shown
+    apply_all(resource, steps)
+    assert resource.result(resource.observe())["users"][0]["token_current"]
+    assert converge(lab, Users, users=wish) == []
+    stored = lab.database.document["keys"]["users"]["0"]
+    assert stored["tokens"][0]["token"] == ROOT_TOKEN, "the old one is in force for a while"
+
+
+def test_an_old_token_can_end_at_once(lab: Lab) -> None:
+    converge(lab, Users, users=[user(0, "root", 2, **ROOT)], old_token_days=0)
+    assert lab.database.document["keys"]["users"]["0"]["tokens"] == []
+
+
+def test_without_a_token_in_force_nothing_is_done(lab: Lab) -> None:
+    with pytest.raises(HostError, match="no token given is one of an admin"):
+        converge(lab, Users, users=[user(0, "root", 7, **ROOT)])
+
+
+def test_users_are_changed_and_removed(lab: Lab) -> None:
+    converge(lab, Users, users=[user(0, "root", **ROOT), user(2001, "search"), user(2002, "ads")])
+    wish = [user(0, "root", **ROOT), user(2001, "find", groups=[5]), {"uid": 2002, "state": "absent"}]
+    assert converge(lab, Users, users=wish) == ["change", "remove"]
+    assert converge(lab, Users, users=wish) == []
+
+
+def test_tokens_decode_to_their_uid() -> None:
+    assert [token_uid(encode_token(uid, 99)) for uid in (0, 2001, 4294967295)] == [0, 2001, 4294967295]
+    good = encode_token(7, 1)
+    assert token_uid("A" + good[1:]) is None and token_uid(good[:-4]) is None and token_uid("no token") is None
+
+
+def test_a_token_is_never_in_a_message(lab: Lab) -> None:
+    lab.trap("user-set-token")
+    with pytest.raises(HostError) as failed:
+        converge(lab, Users, users=[user(0, "root", 2, **ROOT)])
+    assert encode_token(0, 2) not in str(failed.value) and "(hidden)" in str(failed.value)
+    assert (
+        hide("user-add --token abc 0 root; user-switch -t def")
+        == "user-add --token (hidden) 0 root; user-switch -t (hidden)"
+    )
+
+
+# -- directories ------------------------------------------------------------------------
+
+
+def test_a_tenants_directory_with_its_layout(lab: Lab) -> None:
+    converge(lab, tables=[table(FIRST)])
+    wish = [
+        {"path": "/search/hot", "uid": 2001, "mode": "0750", "chain_table": 1, "chunk_size": "4MiB", "stripe": 2},
+        {"path": "/search", "uid": 2001},
+    ]
+    verbs = converge(lab, Directories, directories=wish)
+    assert verbs == ["create", "set owner of", "create", "set owner of", "set layout of"]
+    assert converge(lab, Directories, directories=wish) == []
+    with pytest.raises(Refused) as refused:
+        converge(lab, Directories, directories=[{"path": "/a", "chain_table": 2}])
+    assert "no such table" in refused.value.problem and "there are: 1" in refused.value.remedy
+    with pytest.raises(Refused) as refused:
+        converge(lab, Directories, directories=[{"path": "/a", "chain_table": 1, "stripe": 9}])
+    assert "2 chains only" in refused.value.problem
+
+
+def test_columns_are_read_by_their_header() -> None:
+    rows = Answer("list", "Id  Desc        Target  Target\n1   two words   a       b\n2               c\n").table()
+    assert rows == [{"Id": "1", "Desc": "two words", "Target": ["a", "b"]}, {"Id": "2", "Desc": "", "Target": ["c"]}]
+
+
+def test_a_lost_answer_is_not_taken_for_success(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab.double, "execute", lambda admin, line: None)
+    with pytest.raises(HostError, match="after 0 of 1 commands"):
+        Admin(lab.host, "stage").run("list-nodes")
