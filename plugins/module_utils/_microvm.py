@@ -245,7 +245,7 @@ class MicroVms:
             return [], [f"another driver: {running['driver']}"]
         driver = _vmm.driver(running["driver"])
         for change in _vmm.changes(running, spec):
-            reason = driver.restart_reason(change, running)
+            reason = "" if change.key == "resources" else driver.restart_reason(change, running)
             if reason:
                 reasons.append(f"{change}: {reason}")
             else:
@@ -292,14 +292,18 @@ class MicroVms:
 
     def _files(self, spec: _vmm.Spec) -> dict[str, tuple[str, int]]:
         argv = _vmm.driver(spec["driver"]).command(spec)
-        maximum = spec["memory_max_bytes"] + spec["image_bytes"] + OVERHEAD
         texts = {
-            "drop_in": units.drop_in(spec, argv, spec["resources"].get("memory_max_bytes", maximum)),
+            "drop_in": units.drop_in(spec, argv, self._memory_max(spec)),
             spec["config"]: _microvm_data.config(spec),
         }
         if spec["data"]:
             texts[spec["data"]] = self.wanted[spec["name"]]["user_data"]
         return units.files_of(spec, texts)
+
+    @staticmethod
+    def _memory_max(spec: _vmm.Spec) -> int:
+        """What a VMM can need: guest RAM, image pages that the guest writes, and itself."""
+        return spec["memory_max_bytes"] + spec["image_bytes"] + OVERHEAD
 
     def _stale(self, files: t.Mapping[str, tuple[str, int]]) -> dict[str, tuple[str, int]]:
         return {p: f for p, f in files.items() if not self.host.exists(p) or self.host.read(p) != f[0].strip()}
@@ -391,8 +395,11 @@ class MicroVms:
             self._taps(name)
         for change in changes:
             self._before(name, change)
-            with _vmm.driver(running["driver"]).machine(self.host, running) as machine:
-                machine.change(change, self.specs[name])
+            if change.key == "resources":
+                self._limit(name)
+            else:
+                with _vmm.driver(running["driver"]).machine(self.host, running) as machine:
+                    machine.change(change, self.specs[name])
             running = _vmm.applied(running, change)
             # Written at once: whoever is interrupted here goes on with the next change.
             self.host.write(running_spec(name), json.dumps(running, indent=2, sort_keys=True) + "\n", 0o600)
@@ -415,6 +422,14 @@ class MicroVms:
 
     def _taps(self, name: str) -> None:
         self.host.run([f"{LIBRARY}/microvm-taps", "up", name])
+
+    def _limit(self, name: str) -> None:
+        """Apply the limits of the drop-in to the control group; reloading systemd alone does not."""
+        settings = units.limits(self.specs[name], self._memory_max(self.specs[name]))
+        assignments = [f"{key}={value}" for key, value in settings.items()]
+        self.host.run(["systemctl", "set-property", "--runtime", unit(name), *assignments])
+        # It also writes them down for later, where they would hide what the drop-in says then.
+        shutil.rmtree(self.host.path(f"/run/systemd/system.control/{unit(name)}.d"), ignore_errors=True)
 
     def _before(self, name: str, change: _vmm.Change) -> None:
         if change.before is not None:

@@ -126,9 +126,9 @@ exec 9>&-
 
 install -m 600 "{HOME}/$name/spec.json" "{RUN}/$name.spec.json"
 [ ! -s "{HOME}/$name/taps" ] || {LIBRARY}/microvm-taps up "$name"
-if [ -d "{VOLUMES}/$name" ]; then
-    chown --reference="{RUN}/$name" "{VOLUMES}/$name" "{VOLUMES}/$name"/*
-fi
+mkdir -p "{VOLUMES}/$name" # also for volumes that come later: the VMM sees only what is there now
+chmod 700 "{VOLUMES}/$name"
+chown -R --reference="{RUN}/$name" "{VOLUMES}/$name"
 [ ! -s "{HOME}/$name/devices" ] || cp "{HOME}/$name/devices" "{RUN}/$name.devices"
 [ ! -e "{RUN}/$name.devices" ] || while read -r address; do
     group=$(readlink -e "/sys/bus/pci/devices/$address/iommu_group")
@@ -141,6 +141,7 @@ END = f"""\
 # Written by agentfleet.metal. After a microVM has ended, or did not start: nothing of it stays.
 set -u
 rm -f "{SLOTS}/$1" "{RUN}/$1.spec.json"
+[ ! -d "{VOLUMES}/$1" ] || rmdir --ignore-fail-on-non-empty "{VOLUMES}/$1"
 [ ! -e "{RUN}/$1.taps" ] || {LIBRARY}/microvm-taps down "$1"
 if [ -e "{RUN}/$1.devices" ]; then
     while read -r address; do
@@ -234,12 +235,28 @@ def quoted(words: t.Sequence[str]) -> str:
     return " ".join(one(word).replace("%%d/", "%d/") for word in words)
 
 
-def drop_in(spec: Spec, argv: t.Sequence[str], memory_max: int) -> str:
-    """What of a microVM's unit is its own.
+def limits(spec: Spec, memory_max: int) -> dict[str, str]:
+    """Setting -> value of a microVM's control group; empty is systemd's default.
 
     :param memory_max: limit of all memory that its VMM may have, in bytes
     """
-    name, resources = spec["name"], spec["resources"]
+    resources = spec["resources"]
+    quota = resources.get("cpu_quota_percent")
+    return {
+        "MemoryMax": str(resources.get("memory_max_bytes", memory_max)),
+        "CPUWeight": str(resources.get("cpu_weight", "")),
+        "CPUQuota": f"{quota}%" if quota else "",
+        "IOWeight": str(resources.get("io_weight", "")),
+        "TasksMax": str(resources.get("tasks_max", "")),
+    }
+
+
+def drop_in(spec: Spec, argv: t.Sequence[str], memory_max: int) -> str:
+    """What of a microVM's unit is its own.
+
+    :param memory_max: see :func:`limits`
+    """
+    name = spec["name"]
     sockets = " ".join(f"agentfleet-virtiofsd@{name}:{share['tag']}.socket" for share in spec["shares"])
     lines = [f"# Written by agentfleet.metal from {HOME}/{name}/spec.json"]
     if sockets:
@@ -248,13 +265,8 @@ def drop_in(spec: Spec, argv: t.Sequence[str], memory_max: int) -> str:
     lines += [f"LoadCredential={disk}:{HOME}/{name}/{disk}" for disk in (spec["config"], spec["data"]) if disk]
     # By default all instances of a template share one dynamic user.
     lines += [f"User=af{derived(name, 'user').hex()[:12]}", f"Slice=agentfleet-{spec['tenant']}.slice"]
-    lines += [f"Restart={RESTART[spec['restart_policy']]}", f"MemoryMax={memory_max}", "MemorySwapMax=0"]
-    for key, setting, suffix in (
-        ("cpu_weight", "CPUWeight", ""), ("cpu_quota_percent", "CPUQuota", "%"), ("io_weight", "IOWeight", ""),
-        ("tasks_max", "TasksMax", ""),
-    ):  # fmt: skip
-        if key in resources:
-            lines.append(f"{setting}={resources[key]}{suffix}")
+    lines += [f"Restart={RESTART[spec['restart_policy']]}", "MemorySwapMax=0"]
+    lines += [f"{setting}={value}" for setting, value in limits(spec, memory_max).items() if value]
     last = _vmm.driver(spec["driver"]).unit_lines(spec)
     return "\n".join(lines) + "\n" + _snapshot.unit_lines(spec) + "".join(f"{line}\n" for line in last)
 

@@ -130,7 +130,7 @@ class Change:
 # Key -> what names an item of its list.
 _NAMED = {"volumes": "name", "shares": "tag", "networks": "network"}
 # Nothing that the machine itself has: systemd's part, or derived from what is compared anyway.
-_OUTSIDE = {"autostart", "restart_policy", "resources", "config", "image", "restore_from"}
+_OUTSIDE = {"autostart", "restart_policy", "config", "image", "restore_from"}
 
 
 def changes(before: Spec, after: Spec) -> list[Change]:

@@ -361,6 +361,17 @@ def test_what_can_be_applied_live_is_and_then_nothing_is_left(machines: t.Any) -
     assert resource.result(resource.observe())["instances"][0]["restart_required"] is False
 
 
+def test_limits_of_what_runs_are_set_at_once_and_written_down_once(machines: t.Any) -> None:
+    run(machines, call({"name": "a1"}))
+    machines.files({"/run/systemd/system.control/agentfleet-microvm@a1.service.d/50-CPUWeight.conf": ""})
+    params = call({"name": "a1", "resources": {"cpu_weight": 50}})
+    assert words(run(machines, params))[-1] == "change microVM a1"
+    (line,) = [line for line in machines.calls if line.startswith("systemctl set-property")]
+    assert line.endswith("agentfleet-microvm@a1.service MemoryMax=555745280 CPUWeight=50 CPUQuota= IOWeight= TasksMax=")
+    assert machines.names("/run/systemd/system.control") == []
+    assert run(machines, params) == []
+
+
 def test_an_interrupted_change_goes_on_where_it_was(machines: t.Any, monkeypatch: t.Any) -> None:
     before = {"name": "a1", "vcpus_max": 4, "memory_max": "512MiB"}
     after = call({**before, "vcpus": 2, "memory": "384MiB"})

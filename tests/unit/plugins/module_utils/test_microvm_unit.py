@@ -176,6 +176,7 @@ def test_a_start_takes_a_turn_and_an_end_leaves_nothing(tmp_path: t.Any, script:
         (run / f"{name}.taps").unlink()
     assert sorted(os.listdir(run)) == ["slots", "slots.lock"]
     assert os.listdir(run / "slots") == []
+    assert os.listdir(tmp_path / "var/lib/agentfleet/volumes/a1") == ["data"]
 
 
 def test_an_end_without_a_start_is_no_error(tmp_path: t.Any, script: t.Any) -> None:
