@@ -1,0 +1,191 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""FoundationDB: _fdb."""
+
+from __future__ import annotations
+
+import json
+import typing as t
+
+import pytest
+
+from ansible_collections.agentfleet.metal.plugins.module_utils._fdb import (
+    Database,
+    Servers,
+    check_layout,
+    connection,
+    coordinators_of,
+)
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, apply_all
+
+RELEASE = "/opt/foundationdb/1"
+MACHINES = ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
+THREE = [f"{address}:4500" for address in MACHINES]
+FILE = "/etc/foundationdb/fdb.cluster"
+SERVERS: dict[str, t.Any] = {
+    "release": RELEASE,
+    "connection": "metal:abc@" + ",".join(THREE),
+    "address": "10.0.0.1",
+    "machines": MACHINES,
+    "coordinators": THREE,
+    "redundancy": "double",
+    "processes": 2,
+}
+DATABASE = {"release": RELEASE, "machines": MACHINES, "coordinators": THREE, "redundancy": "double", "wait_seconds": 2}
+CLI = f"{RELEASE}/bin/fdbcli"
+
+
+@pytest.fixture
+def host(fake_host: t.Any, monkeypatch: pytest.MonkeyPatch) -> t.Any:
+    """A host with the programs, whose clock jumps."""
+    clock = iter(range(10_000))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    fake_host.answers["systemctl"] = ""
+    return fake_host.files({f"{RELEASE}/bin/{name}": "" for name in ("fdbmonitor", "fdbcli", "fdbserver")})
+
+
+def status(mode: str = "", available: bool = True, coordinators: t.Sequence[str] = THREE, up: bool = True) -> str:
+    """What ``status json`` prints, after a line that is no JSON."""
+    configuration = {"redundancy_mode": mode, "storage_engine": "ssd-2"} if mode else {}
+    known = [{"address": address, "reachable": up} for address in coordinators]
+    return "Using cluster file\n" + json.dumps(
+        {
+            "client": {
+                "coordinators": {"coordinators": known, "quorum_reachable": up},
+                "database_status": {"available": available},
+            },
+            "cluster": {
+                "configuration": configuration,
+                "data": {"state": {"healthy": available}},
+                "machines": {address: {} for address in MACHINES},
+            },
+        }
+    )
+
+
+class Cli:
+    """fdbcli of one database, on a fake host."""
+
+    def __init__(self, host: t.Any, mode: str = "") -> None:
+        self.host, self.mode, self.said = host, mode, ""
+        host.files({FILE: SERVERS["connection"]})
+        host.answers[CLI] = self
+
+    def __call__(self, host: t.Any) -> t.Any:
+        """Answer the last command line."""
+        command = host.calls[-1].split("--exec ")[1]
+        assert "--timeout" in host.calls[-1], "without it fdbcli waits for ever"
+        if command == "status json":
+            return status(self.mode)
+        self.said = command
+        if command.startswith("configure"):
+            if " new " in command and self.mode:
+                return (1, "ERROR: Database already exists! To change configuration, don't say `new'\n", "")
+            self.mode = next(mode for mode in ("single", "double", "triple") if mode in command)
+        elif command.startswith("coordinators"):
+            host.files({FILE: "# rewritten\nmetal:new@" + ",".join(command.split()[1:])})
+        return "done\n"
+
+
+def test_a_host_from_nothing(host: t.Any) -> None:
+    servers = Servers(host, {**SERVERS, "backup_agents": 1, "backup": {"directory": "/backup", "keep": 3}})
+    steps = servers.plan(servers.observe())
+    assert [step.verb for step in steps].count("start") == 3, "fdbmonitor and both timers"
+    apply_all(servers, steps)
+    conf = host.read("/etc/foundationdb/foundationdb.conf")
+    assert "[fdbserver.4500]" in conf and "[fdbserver.4501]" in conf and "[backup_agent.1]" in conf
+    assert "public-address = 10.0.0.1:$ID" in conf and "locality-machineid = 10.0.0.1" in conf
+    unit = host.read("/etc/systemd/system/foundationdb-backup.service")
+    assert "head -n -3" in unit and unit.index("wait -C") < unit.index("start -C"), (
+        "an interrupted backup is waited for"
+    )
+    assert "restorable: true" in host.read("/etc/systemd/system/foundationdb-backup-check.service")
+    assert host.calls[-1].startswith("systemctl enable --quiet --now foundationdb-backup")
+
+
+def test_a_cluster_file_that_servers_rewrote_is_left_alone(host: t.Any) -> None:
+    host.files({FILE: "# by the servers\nmetal:abc@10.0.0.9:4500\n"})
+    servers = Servers(host, SERVERS)
+    assert FILE not in [step.object for step in servers.plan(servers.observe())]
+    assert servers.result(servers.observe())["connection"] == "metal:abc@10.0.0.9:4500"
+
+
+def test_a_second_database_has_everything_of_its_own(host: t.Any) -> None:
+    host.files({"/etc/foundationdb/foundationdb.conf": "[fdbserver.4500]\n"})
+    servers = Servers(host, {**SERVERS, "name": "second", "port": 4600})
+    objects = " ".join(step.object for step in servers.plan(servers.observe()))
+    assert "/etc/foundationdb-second/fdb.cluster" in objects and "foundationdb-second.service" in objects
+    assert "/var/lib/foundationdb-second" in objects and "/var/lib/foundationdb " not in objects
+
+
+def test_a_database_is_created_once(host: t.Any) -> None:
+    cli = Cli(host)
+    database = Database(host, DATABASE)
+    steps = database.plan(database.observe())
+    assert [step.verb for step in steps] == ["configure"]
+    apply_all(database, steps)
+    assert cli.said == "configure new double ssd"
+    assert database.plan(database.observe()) == []
+
+
+def test_another_run_was_faster(host: t.Any) -> None:
+    cli = Cli(host)
+    database = Database(host, DATABASE)
+    steps = database.plan(database.observe())
+    cli.mode = "double"
+    apply_all(database, steps)
+    assert "new" in cli.said, "that it exists already is what was wanted"
+
+
+def test_redundancy_and_coordinators_are_changed(host: t.Any) -> None:
+    cli = Cli(host, "single")
+    host.files({FILE: "metal:abc@10.0.0.1:4500"})
+    database = Database(host, DATABASE)
+    steps = database.plan(database.observe())
+    assert [(step.verb, step.before) for step in steps] == [
+        ("configure", {"redundancy": "single", "engine": "ssd-2"}),
+        ("move", ["10.0.0.1:4500"]),
+    ]
+    apply_all(database, steps)
+    assert cli.said == "coordinators " + " ".join(THREE)
+    assert database.result(database.observe())["connection"] == "metal:new@" + ",".join(THREE)
+
+
+def test_an_error_text_is_an_error_whatever_the_exit_code(host: t.Any) -> None:
+    Cli(host, "single")
+    database = Database(host, DATABASE)
+    steps = database.plan(database.observe())
+    host.answers[CLI] = "ERROR: Not enough machines\n"
+    with pytest.raises(HostError, match="Not enough machines"):
+        apply_all(database, steps)
+
+
+def test_waiting_is_bounded_and_says_who_is_silent(host: t.Any) -> None:
+    host.files({FILE: SERVERS["connection"]})
+    host.answers[CLI] = status(up=False)
+    database = Database(host, DATABASE)
+    with pytest.raises(
+        HostError, match=r"a majority of coordinators answers: not within 2 seconds; silent: 10.0.0.1:4500"
+    ):
+        database.observe()
+
+
+def test_check_mode_before_anything_is_there(fake_host: t.Any) -> None:
+    fake_host.answers["systemctl"] = ""
+    for resource in (Servers(fake_host, SERVERS), Database(fake_host, DATABASE)):
+        resource.predicting = True
+        assert resource.plan(resource.observe())
+
+
+def test_the_smallest_layouts_that_can_work() -> None:
+    assert check_layout("single", ["10.0.0.1:4500"], ["10.0.0.1"]) == ["10.0.0.1:4500"]
+    assert check_layout("double", THREE[::-1], MACHINES) == THREE
+    five = [f"10.0.0.{number}" for number in range(1, 6)]
+    assert len(check_layout("triple", [f"{address}:4500" for address in five], five)) == 5
+
+
+def test_cluster_files() -> None:
+    assert connection("# comment\n\nmetal:abc@10.0.0.1:4500\n") == "metal:abc@10.0.0.1:4500"
+    assert connection("nonsense") == "" and coordinators_of("a:b@2:1,1:1") == ["1:1", "2:1"]

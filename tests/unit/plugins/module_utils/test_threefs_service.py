@@ -1,0 +1,193 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Units and disks of 3FS: _threefs_service and _threefs_disk."""
+
+from __future__ import annotations
+
+import json
+import typing as t
+
+import pytest
+
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, apply_all
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_disk import Disks, label, mount_unit
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_service import UNITS, Services
+
+DESCRIBED = {
+    "cluster": "stage",
+    "release": "/opt/3fs/1",
+    "binaries": "/opt/3fs/1/bin",
+    "services": ["storage", "fuse", "monitor"],
+    "node_ids": {"storage": 10001},
+    "ports": {"storage": {"rdma": 8002}},
+    "target_paths": ["/storage/data1/3fs"],
+    "mountpoint": "/3fs/stage",
+}
+STORAGE, FUSE = f"{UNITS}/threefs-stage-storage.service", f"{UNITS}/threefs-stage-fuse.service"
+
+
+class Systemd:
+    """systemctl with units that run."""
+
+    def __init__(self, host: t.Any) -> None:
+        self.host, self.running, self.dies = host, {}, False
+        host.answers["systemctl"] = self
+
+    def __call__(self, host: t.Any) -> t.Any:
+        """Answer the last command line."""
+        words = host.calls[-1].split()[1:]
+        units = [word for word in words if word.endswith(".service")]
+        if words[0] == "restart":
+            digest = next(x for x in host.read(f"{UNITS}/{units[0]}").split() if x.startswith("Environment=AGENTFLEET"))
+            self.running[units[0]] = str(100 + len(self.running))
+            host.files({f"/proc/{self.running[units[0]]}/environ": digest.removeprefix("Environment=")})
+        if words[0] == "stop":
+            self.running.pop(units[0], None)
+        if words[:2] == ["show", "-P"]:
+            return "0\n" if self.dies else self.running.get(units[0], "0") + "\n"
+        if words[0] == "show":
+            return "\n\n".join(
+                f"Id={unit}\nActiveState={'active' if unit in self.running else 'inactive'}\n"
+                f"MainPID={self.running.get(unit, '0')}\nUnitFileState={'enabled' if unit in self.running else 'disabled'}"
+                for unit in units
+            )
+        return ""
+
+
+@pytest.fixture
+def host(fake_host: t.Any, monkeypatch: pytest.MonkeyPatch) -> t.Any:
+    """A host whose services are described."""
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    fake_host.systemd = Systemd(fake_host)
+    fake_host.answers["clickhouse-client"] = "1\n"
+    etc = {f"/etc/3fs/stage/{name}": name for name in ("storage_main_launcher.toml", "fuse.token")}
+    return fake_host.files({"/etc/3fs/stage/cluster.json": json.dumps(DESCRIBED), **etc})
+
+
+def converge(host: t.Any, **params: t.Any) -> list[tuple[str, str]]:
+    """Observe, plan, apply."""
+    services = Services(host, {"cluster": "stage", **params})
+    steps = services.plan(services.observe())
+    apply_all(services, steps)
+    return [(step.verb, step.object.rpartition("-")[2].removesuffix(".service")) for step in steps]
+
+
+def test_units_are_better_than_upstreams(host: t.Any) -> None:
+    assert ("start", "storage") in converge(host)
+    storage, fuse = host.read(STORAGE), host.read(FUSE)
+    assert "RequiresMountsFor=/storage/data1/3fs" in storage and "TimeoutStopSec=5min" in storage
+    assert "LimitMEMLOCK=infinity" in storage and "Restart=on-failure" in storage and "ProtectHome=yes" in storage
+    assert "ExecStopPost=-/bin/sh -c 'mountpoint -q /3fs/stage" in fuse and "Protect" not in fuse, (
+        "the mount must be seen"
+    )
+    assert "--app_cfg /etc/3fs/stage/storage_main_app.toml" in storage
+    assert converge(host) == []
+
+
+def test_what_runs_with_an_older_configuration_is_found_by_what_runs(host: t.Any) -> None:
+    converge(host)
+    host.files({"/etc/3fs/stage/storage_main_launcher.toml": "other"})
+    held = Services(host, {"cluster": "stage", "restart": False})
+    apply_all(held, held.plan(held.observe()))
+    result = held.result(held.observe())
+    assert result["outdated"] == ["threefs-stage-storage.service"] and "threefs_rolling" in result["warnings"][0]
+    assert result["processes"] == {"10001": int(host.systemd.running["threefs-stage-storage.service"])}
+    assert converge(host) == [("restart", "storage")], "the unit was written by the run that did not restart it"
+    assert converge(host) == []
+
+
+def test_a_service_that_does_not_stay_up_is_an_error(host: t.Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100_000))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    host.systemd.dies = True
+    host.answers["journalctl"] = "target path /storage/data1/3fs does not exist"
+    with pytest.raises(HostError, match="does not stay up: target path"):
+        converge(host, services=["storage"])
+
+
+def test_tables_of_the_monitor_are_made_when_they_are_missing(host: t.Any) -> None:
+    host.answers["clickhouse-client"] = "0\n"
+    services = Services(host, {"cluster": "stage", "services": ["monitor"]})
+    steps = services.plan(services.observe())
+    assert steps[0].object == "tables of the monitor in ClickHouse"
+    with pytest.raises(HostError, match="clickhouse_schema: false"):
+        services.apply(steps[0])
+    host.files({"/opt/3fs/1/deploy/sql/3fs-monitor.sql": "CREATE"})
+    services.apply(steps[0])
+    assert host.calls[-1].endswith("clickhouse-client.xml -n")
+
+
+def test_stopping_and_removing(host: t.Any) -> None:
+    converge(host)
+    assert converge(host, services=["storage"], state="stopped") == [("stop", "storage")]
+    assert converge(host, state="absent") == [
+        ("stop", "monitor"),
+        ("stop", "fuse"),
+        ("remove", "storage"),
+        ("remove", "fuse"),
+        ("remove", "monitor"),
+    ]
+    assert converge(host, state="absent") == [] and not host.exists(STORAGE)
+
+
+# -- disks -------------------------------------------------------------------------------
+
+DISK = {"device": "nvme-a", "mount": "/storage/data-1"}
+PATH = "/dev/disk/by-id/nvme-a"
+OURS = f"TYPE=xfs\nLABEL={label('stage', '/storage/data-1')}\nBLOCK_SIZE=4096\n"
+
+
+def disks(host: t.Any, blkid: t.Any, mountinfo: str = "", **params: t.Any) -> Disks:
+    """One disk with what blkid says of it."""
+    host.files({PATH: "", "/sys/class/block/nvme-a/dev": "259:1", "/proc/self/mountinfo": mountinfo})
+    host.answers.update({f"blkid --probe --output export {PATH}": blkid, "mkfs.xfs": "", "systemctl": "", "umount": ""})
+    return Disks(host, {"cluster": "stage", "disks": [DISK], **params})
+
+
+def test_an_empty_disk_is_formatted_and_mounted_by_its_id(fake_host: t.Any) -> None:
+    resource = disks(fake_host, (2, "", ""))
+    steps = resource.plan(resource.observe())
+    assert [step.verb for step in steps] == ["format", "write", "mount", "create"] and not steps[0].disruptive
+    apply_all(resource, steps)
+    assert f"mkfs.xfs -q -L {label('stage', '/storage/data-1')} -s size=4096 {PATH}" in fake_host.calls
+    unit = fake_host.read(f"{UNITS}/{mount_unit('/storage/data-1')}")
+    assert f"What={PATH}" in unit and "noatime" in unit
+    assert resource.result(resource.observe())["target_paths"] == ["/storage/data-1/3fs"]
+
+
+def test_a_disk_of_ours_is_only_mounted(fake_host: t.Any) -> None:
+    resource = disks(fake_host, OURS, "29 1 259:1 / /storage/data-1 rw - xfs x rw\n")
+    fake_host.files({"/storage/data-1/3fs": None})
+    steps = resource.plan(resource.observe())
+    assert [step.verb for step in steps] == ["write"]
+    apply_all(resource, steps)
+    assert resource.plan(resource.observe()) == []
+
+
+def test_data_are_lost_only_by_name(fake_host: t.Any) -> None:
+    resource = disks(fake_host, "TYPE=ext4\nLABEL=home\n", erase=["nvme-a"])
+    step = resource.plan(resource.observe())[0]
+    assert (step.verb, step.before, step.why, step.disruptive) == ("format", "ext4", "loses ext4 home", True)
+    resource.apply(step)
+    assert fake_host.calls[-1].startswith("mkfs.xfs -f ")
+
+
+def test_a_replaced_disk_is_unmounted_when_that_is_said(fake_host: t.Any) -> None:
+    old = "29 1 8:1 / /storage/data-1 rw - xfs x rw\n"
+    unasked = disks(fake_host, (2, "", ""), old)
+    with pytest.raises(Refused):
+        unasked.plan(unasked.observe())
+    resource = disks(fake_host, (2, "", ""), old, replaced=["/storage/data-1"])
+    assert [step.verb for step in resource.plan(resource.observe())] == [
+        "unmount",
+        "format",
+        "write",
+        "mount",
+        "create",
+    ]
+
+
+def test_names_of_mount_units() -> None:
+    assert mount_unit("/storage/data-1/a b") == "storage-data\\x2d1-a\\x20b.mount"
+    assert len(label("a_very_long_name_of_a_cluster", "/storage/data1")) == 12
