@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import random
 import typing as t
+from array import array
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._placement import Cluster, bound, fair_meetings
 
@@ -47,7 +48,7 @@ class Blocks:
         self.domains = domains
         scale = sum(factors) / len(factors)
         self.cost = [scale / factor for factor in factors]
-        self.count = [0] * (self.orbits * self.orbits * length)
+        self.count = array("H", bytes(2 * self.orbits * self.orbits * length))
         self.blocks = blocks
         self.random = random.Random(seed)
         self.energy = 0.0

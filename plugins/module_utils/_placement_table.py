@@ -346,12 +346,14 @@ def _cluster(params: t.Mapping[str, t.Any], replicas: int, erasure: bool) -> Clu
     if not 1 <= targets < INDICES:
         raise Refused("targets_per_disk", targets, "out of range", "A target's id leaves room for 1 to 99 on a disk")
     nodes: list[Node] = []
+    ids: set[int] = set()
     for number, item in enumerate(params["nodes"]):
         option = f"nodes[{number}]"
         if not 1 <= item["id"] < NODE_IDS:
             raise Refused(f"{option}.id", item["id"], "a target's id has six digits for the node", "Use 1 to 999999")
-        if item["id"] in [node.id for node in nodes]:
+        if item["id"] in ids:
             raise Refused(f"{option}.id", item["id"], "the id is used twice", "Give each node its own")
+        ids.add(item["id"])
         if not 1 <= item["disks"] < DISKS:
             raise Refused(
                 f"{option}.disks", item["disks"], "out of range", "A target's id leaves room for 1 to 999 disks"
