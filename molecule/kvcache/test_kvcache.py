@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-POOLS = f"@{HERE}/pools.yml"
+POOLS = f"@{HERE}/vars/pools.yml"
 ENGINE = "/opt/agentfleet/mooncake/bin/python3"
 KIB = 1 << 10
 # The master forgets a store after 10 s of silence, and etcd a master after about as long. The rest is emulation.
