@@ -386,8 +386,8 @@ POOL = {
         "choices": ["fp32", "bf16", "fp16", "fp8", "int8", "int4", "fp4", "fp8_ds_mla"],
         "default": "bf16",
     },
-    "bytes_per_token": {"type": "int"},
-    "page_tokens": {"type": "int", "default": 64},
+    "bytes_per_token": {"type": "int", "no_log": False},  # of a language model
+    "page_tokens": {"type": "int", "default": 64, "no_log": False},
     "tensor_parallel": {"type": "int", "default": 1},
     "capacity": {"type": "str"},
     "replicas": {"type": "int", "default": 1},
