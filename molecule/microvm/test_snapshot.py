@@ -9,8 +9,6 @@ The tests build on each other: each starts from the state that the one before le
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import time
 import typing as t
 
@@ -31,39 +29,15 @@ WARM = {"name": "snap-warm", "microvm": "snap-parent"}
 BACK_SECONDS = 600
 
 
-def command(lab: t.Any, module: str, **arguments: t.Any) -> list[str]:
-    """One call of a module on metal1."""
-    from conftest import VARIABLES  # of molecule/
-
-    return [
-        "ansible", "metal1", "--inventory=inventories/lab", f"--extra-vars={json.dumps(VARIABLES)}", "--one-line",
-        f"--module-name=agentfleet.metal.{module}", f"--args={json.dumps(arguments)}",
-    ]  # fmt: skip
-
-
-def environment(lab: t.Any) -> dict[str, str]:
-    return {**os.environ, "ANSIBLE_CONFIG": str(lab.root / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
-
-
-def call(lab: t.Any, module: str, **arguments: t.Any) -> dict[str, t.Any]:
-    """Call a module and return its result, also when it failed."""
-    done = subprocess.run(
-        command(lab, module, **arguments), cwd=lab.root, env=environment(lab), capture_output=True, text=True,
-        timeout=1500, check=False,
-    )  # fmt: skip
-    assert "=> {" in done.stdout, done.stdout + done.stderr
-    return t.cast("dict[str, t.Any]", json.loads(done.stdout.partition("=> ")[2].splitlines()[0]))
-
-
-def succeed(lab: t.Any, module: str, **arguments: t.Any) -> dict[str, t.Any]:
-    result = call(lab, module, **arguments)
-    assert not result.get("failed"), result.get("msg", result)
-    return result
+def refused(lab: t.Any, module: str, **arguments: t.Any) -> str:
+    """The message of a call that must not succeed."""
+    played = lab.finish(lab.start_module(module, **arguments))
+    assert played.rc != 0
+    return str(played.failures())
 
 
 def microvm(lab: t.Any, *instances: t.Any, **arguments: t.Any) -> dict[str, t.Any]:
-    return succeed(
-        lab,
+    return lab.module(
         "microvm",
         instances=instances,
         networks=NETWORKS,
@@ -74,7 +48,7 @@ def microvm(lab: t.Any, *instances: t.Any, **arguments: t.Any) -> dict[str, t.An
 
 
 def info(lab: t.Any, *names: str) -> list[dict[str, t.Any]]:
-    found = succeed(lab, "microvm_info", names=names, agent_timeout_seconds=60)["instances"]
+    found = lab.module("microvm_info", names=names, agent_timeout_seconds=60)["instances"]
     assert all(one["ready"] for one in found), found
     return t.cast("list[dict[str, t.Any]]", found)
 
@@ -95,16 +69,15 @@ BEFORE: set[str] = set()
 
 
 def test_a_snapshot_of_a_running_microvm_leaves_it_running(host: t.Any, lab: t.Any) -> None:
-    lab.succeed("images")
     BEFORE.update(leaks(host))
     (started,) = microvm(lab, PARENT)["instances"]
-    result = succeed(lab, "microvm_snapshot", snapshots=[WARM])
+    result = lab.module("microvm_snapshot", snapshots=[WARM])
     assert result["changed"]
     (snapshot,) = result["snapshots"]
     assert snapshot["usable"] and snapshot["disk_bytes"] < snapshot["memory_bytes"]
     (parent,) = info(lab, "snap-parent")
     assert parent["pid"] == started["pid"]
-    assert not succeed(lab, "microvm_snapshot", snapshots=[WARM])["changed"]
+    assert not lab.module("microvm_snapshot", snapshots=[WARM])["changed"]
     assert host.run(f"stat -c %a {STORE}").stdout.strip() == "700"
 
 
@@ -120,7 +93,9 @@ def test_clones_are_warm_and_cheap_and_each_is_itself(host: t.Any, lab: t.Any) -
         assert one["agent"]["uptime_seconds"] > 0 and one["private_bytes"] < parent["private_bytes"]
         assert abs(one["agent"]["time"] - time.time()) < 300
         # The address answers, from the MAC of this microVM and of no other.
-        told = json.loads(host.run(f"curl -s -m 60 http://{one['address']}:1024/").stdout)
+        url = f"http://{one['address']}:1024/"
+        ask = f"from urllib.request import urlopen; print(urlopen('{url}', timeout=60).read().decode())"
+        told = json.loads(host.run(f'python3 -c "{ask}"').stdout)
         assert told["hostname"] == one["name"]
     neighbours = host.run("ip neigh show dev afsnap").stdout.split()
     macs = [neighbours[number + 1] for number, word in enumerate(neighbours) if word == "lladdr"]
@@ -133,7 +108,7 @@ def test_a_clone_whose_vmm_is_killed_starts_from_its_snapshot_again(host: t.Any,
     host.run(f"kill -9 {before['pid']}")
     end = time.monotonic() + BACK_SECONDS
     while True:
-        (after,) = succeed(lab, "microvm_info", names=["snap-clone1"], agent_timeout_seconds=30)["instances"]
+        (after,) = lab.module("microvm_info", names=["snap-clone1"], agent_timeout_seconds=30)["instances"]
         if after["ready"] and after["pid"] != before["pid"]:
             break
         assert time.monotonic() < end, after
@@ -144,58 +119,55 @@ def test_a_clone_whose_vmm_is_killed_starts_from_its_snapshot_again(host: t.Any,
 def test_setting_a_clone_back(lab: t.Any) -> None:
     (before,) = info(lab, "snap-clone2")
     wish = [{"name": "snap-warm", "microvm": "snap-clone2"}]
-    assert succeed(lab, "microvm_snapshot", state="restored", snapshots=wish, timeout_seconds=600)["changed"]
+    assert lab.module("microvm_snapshot", state="restored", snapshots=wish, timeout_seconds=600)["changed"]
     (after,) = info(lab, "snap-clone2")
     assert after["pid"] != before["pid"] and after["agent"]["uptime_seconds"] < before["agent"]["uptime_seconds"]
 
 
 def test_what_does_not_fit_is_refused(host: t.Any, lab: t.Any) -> None:
-    in_use = call(lab, "microvm_snapshot", state="absent", snapshots=[WARM])
-    assert "in use by snap-clone1, snap-clone2" in in_use["msg"]
+    in_use = refused(lab, "microvm_snapshot", state="absent", snapshots=[WARM])
+    assert "in use by snap-clone1, snap-clone2" in in_use
     manifest = f"{STORE}/snap-warm/manifest.json"
     host.run(f'cp -p {manifest} /root/manifest && sed -i \'s/"version": "/&0./\' {manifest}')
     other = {"name": "snap-clone3", "from_snapshot": "snap-warm", "networks": ATTACHED}
-    refused = call(lab, "microvm", instances=[other], networks=NETWORKS)
-    assert "it was made with version '0." in refused["msg"]
+    why = refused(lab, "microvm", instances=[other], networks=NETWORKS)
+    assert "it was made with version '0." in why
     host.run(f"cp -p /root/manifest {manifest} && rm /root/manifest")
     host.run(
         f"cp -p {STORE}/snap-warm/ram /root/ram && printf X | dd of={STORE}/snap-warm/ram bs=1 seek=1M conv=notrunc"
     )
-    refused = call(lab, "microvm", instances=[other], networks=NETWORKS)
-    assert "its file ram is damaged" in refused["msg"]
+    why = refused(lab, "microvm", instances=[other], networks=NETWORKS)
+    assert "its file ram is damaged" in why
     # In place, since two VMMs map this file.
     host.run(f"cat /root/ram >{STORE}/snap-warm/ram && touch -r /root/ram {STORE}/snap-warm/ram && rm /root/ram")
-    assert succeed(lab, "microvm_snapshot", verify=True)["snapshots"][0]["usable"]
+    assert lab.module("microvm_snapshot", verify=True)["snapshots"][0]["usable"]
 
 
 def test_a_power_cut_during_a_snapshot_leaves_nothing_of_it(host: t.Any, lab: t.Any) -> None:
     wish = [{"name": "snap-cut", "microvm": "snap-parent"}]
-    running = subprocess.Popen(
-        command(lab, "microvm_snapshot", snapshots=wish), cwd=lab.root, env=environment(lab),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    running = lab.start_module("microvm_snapshot", snapshots=wish)
     end = time.monotonic() + 300
     while not host.file(f"{STORE}/.new-snap-cut").exists:
         assert running.poll() is None and time.monotonic() < end, "the call ended before the power was cut"
         time.sleep(0.1)
     lab.hosts("power_cut")
-    assert running.wait(timeout=300) != 0
+    assert lab.finish(running).rc != 0
     lab.hosts("started")
     host.run("systemctl is-system-running --wait")
     assert host.run(f"ls -A {STORE}").stdout.split() == ["snap-warm"]
     end = time.monotonic() + BACK_SECONDS
     names = ["snap-parent", "snap-clone1", "snap-clone2"]
     while not all(
-        one["ready"] for one in succeed(lab, "microvm_info", names=names, agent_timeout_seconds=60)["instances"]
+        one["ready"] for one in lab.module("microvm_info", names=names, agent_timeout_seconds=60)["instances"]
     ):
         assert time.monotonic() < end
     assert [one["agent"]["hostname"] for one in info(lab, *names)] == names
-    assert succeed(lab, "microvm_snapshot", snapshots=wish)["changed"]
+    assert lab.module("microvm_snapshot", snapshots=wish)["changed"]
 
 
 def test_nothing_is_left(host: t.Any, lab: t.Any) -> None:
     gone = [{"name": one["name"]} for one in (PARENT, *CLONES)]
-    succeed(lab, "microvm", state="absent", instances=gone)
-    succeed(lab, "microvm_snapshot", state="absent", snapshots=[WARM, {"name": "snap-cut"}])
+    lab.module("microvm", state="absent", instances=gone)
+    lab.module("microvm_snapshot", state="absent", snapshots=[WARM, {"name": "snap-cut"}])
     assert leaks(host) - BEFORE == set()
     assert not host.file(STORE).exists
