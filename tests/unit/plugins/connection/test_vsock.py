@@ -8,6 +8,7 @@ The server runs in this process behind a socket like Cloud Hypervisor's; the hos
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import inspect
 import os
@@ -199,6 +200,26 @@ def test_only_the_hosts_root_is_trusted(microvm: MicroVm, monkeypatch: t.Any) ->
     monkeypatch.setattr(microvm.server, "hypervisor", lambda: "Cloud Hypervisor")
     assert microvm.server.trusted((2, 1 << 30))  # its socket has an owner
     assert not microvm.server.trusted((1, 1 << 30))
+
+
+def test_the_source_port_is_one_of_roots_that_is_free() -> None:
+    asked: list[int] = []
+
+    class Taken:
+        def bind(self, address: tuple[int, int]) -> None:
+            asked.append(address[1])
+            if len(asked) < 3:
+                raise OSError(errno.EADDRINUSE, "taken")
+
+    _microvm_exec.bind_reserved(t.cast(socket.socket, Taken()))
+    assert len(set(asked)) == 3 and all(0 < port < 1024 for port in asked)
+
+    class Forbidden:
+        def bind(self, address: tuple[int, int]) -> None:
+            raise PermissionError(errno.EACCES, "not root")
+
+    with pytest.raises(PermissionError):
+        _microvm_exec.bind_reserved(t.cast(socket.socket, Forbidden()))
 
 
 # -- the plugin ---------------------------------------------------------------------
