@@ -286,7 +286,8 @@ def offload_environment(pool: t.Mapping[str, t.Any], directory: str, size: int, 
         "MOONCAKE_OFFLOAD_LOCAL_BUFFER_SIZE_BYTES": str(staging),
         "MOONCAKE_OFFLOAD_BUCKET_MAX_TOTAL_SIZE": str(size),
         "MOONCAKE_OFFLOAD_BUCKET_MAX_PHYSICAL_BYTES": str(size),
-        "MOONCAKE_OFFLOAD_BUCKET_SIZE_LIMIT_BYTES": str(min(256 << 20, max(1 << 20, size // 16))),
+        # Objects are written when they fill a bucket, and only then: a smaller one leaves fewer behind in a crash.
+        "MOONCAKE_OFFLOAD_BUCKET_SIZE_LIMIT_BYTES": str(min(64 << 20, max(1 << 20, size // 64))),
         "MOONCAKE_OFFLOAD_BUCKET_EVICTION_POLICY": pool["eviction_policy"],
         "MOONCAKE_OFFLOAD_HEARTBEAT_INTERVAL_SECONDS": "2",
     }
