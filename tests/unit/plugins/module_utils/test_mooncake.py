@@ -71,3 +71,60 @@ def test_node_that_is_not_memory(fake_host: t.Any, monkeypatch: pytest.MonkeyPat
 
     with pytest.raises(HostError, match="is not one online NUMA node"):
         _mooncake.node_of_memdevs(fake_host, ["0x1", "0x2"])
+
+
+def pool(**more: t.Any) -> dict[str, t.Any]:
+    master = {"address": "10.0.0.1", "port": 50051, "metrics_address": "10.0.0.1", "metrics_port": 9003}
+    tiers = [{"name": "dram", "medium": "dram", "size_bytes": 100}, {"name": "cxl", "medium": "cxl", "size_bytes": 300}]
+    policy = {"eviction_high_watermark": 0.9, "write_policy": "write_back", "eviction_policy": "fifo"}
+    return {"name": "a", "etcd": [], "tenants": [], "tiers": tiers, "master": master, **policy, **more}
+
+
+DISK = {"name": "ssd", "medium": "ssd", "size_bytes": 4000, "path": "/srv/a"}
+
+
+def test_a_plain_master_offers_nothing_that_was_not_asked_for() -> None:
+    flags = _mooncake.master_flags(pool())
+    assert flags["eviction_high_watermark_ratio"] == 0.9 and flags["metrics_host"] == "10.0.0.1"
+    assert not [name for name in flags if "enable" in name or "tenant" in name or "ha_" in name]
+
+
+def test_write_back_goes_to_the_disk_when_room_is_needed() -> None:
+    flags = _mooncake.master_flags(pool(tiers=[*pool()["tiers"], DISK]))
+    assert (flags["enable_offload"], flags["offload_on_evict"]) == ("true", "true")
+    through = _mooncake.master_flags(pool(tiers=[*pool()["tiers"], DISK], write_policy="write_through"))
+    assert through["offload_on_evict"] == "false"
+
+
+def test_each_store_has_its_share_of_the_disk() -> None:
+    with_disk = pool(tiers=[*pool()["tiers"], DISK])
+    assert [_mooncake.offload_share(with_disk, tier) for tier in with_disk["tiers"][:2]] == [
+        ("/srv/a/dram", 1000),
+        ("/srv/a/cxl", 3000),
+    ]
+    assert _mooncake.offload_share(pool(), pool()["tiers"][0]) == ("", 0)
+
+
+def test_a_store_that_crashed_waits_until_it_is_forgotten(tmp_path: t.Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(_mooncake.time, "sleep", waits.append)
+    _mooncake._after_a_crash(str(tmp_path))  # the first start ever
+    (tmp_path / "1.bucket").write_text("")
+    _mooncake._after_a_crash(str(tmp_path))
+    assert waits == [_mooncake.CLIENT_TTL_SECONDS + 2]
+    (tmp_path / ".closed").write_text("")
+    _mooncake._after_a_crash(str(tmp_path))  # it had taken leave
+    assert len(waits) == 1 and not (tmp_path / ".closed").exists()
+
+
+def test_percentiles_of_few_and_of_one() -> None:
+    assert _mooncake._percentiles([0.001]) == {"p50": 1000.0, "p99": 1000.0}
+    assert _mooncake._percentiles([0.001, 0.002, 0.003])["p50"] == 2000.0
+
+
+def test_a_devdax_of_the_region_of_these_devices(fake_host: t.Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_mooncake, "observe_cxl", lambda host: cxl("devdax"))
+    assert _mooncake.devdax_of_memdevs(fake_host, ["0x1", "0x2"]) == "/dev/dax0.0"
+    monkeypatch.setattr(_mooncake, "observe_cxl", lambda host: cxl("system-ram"))
+    with pytest.raises(HostError, match="has 0 devices in devdax mode"):
+        _mooncake.devdax_of_memdevs(fake_host, ["0x1", "0x2"])
