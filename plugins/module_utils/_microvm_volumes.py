@@ -113,3 +113,5 @@ def delete(host: Host, names: t.Iterable[str]) -> None:
     """Delete all volumes of these microVMs."""
     for name in names:
         shutil.rmtree(host.path(f"{VOLUMES}/{name}"))
+    with contextlib.suppress(OSError):  # others have volumes
+        os.rmdir(host.path(VOLUMES))
