@@ -1,0 +1,50 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The units of shares: what virtiofsd is told, and what becomes of a microVM whose virtiofsd is killed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import typing as t
+
+import pytest
+
+from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_units as units
+
+SHARE = {"tag": "m", "source": "/srv/models", "target": "/mnt/m", "readonly": True, "dax": "never", "cache": "always"}
+
+
+def test_a_share_says_what_virtiofsd_may_do(microvm_spec: dict[str, t.Any]) -> None:
+    microvm_spec["shares"] = [SHARE, {**SHARE, "tag": "w", "readonly": False, "cache": "auto"}]
+    files = units.files_of(t.cast("t.Any", microvm_spec), {"drop_in": ""})
+    assert (
+        files[f"{units.SHARES}/a1:m.env"][0] == 'SHARE_SOURCE="/srv/models"\nSHARE_FLAGS="--cache=always --readonly"\n'
+    )
+    assert files[f"{units.SHARES}/a1:w.env"][0] == 'SHARE_SOURCE="/srv/models"\nSHARE_FLAGS="--cache=auto"\n'
+
+
+def test_a_definition_from_before_cache_policies_still_has_one(microvm_spec: dict[str, t.Any]) -> None:
+    microvm_spec["shares"] = [{key: value for key, value in SHARE.items() if key != "cache"}]
+    files = units.files_of(t.cast("t.Any", microvm_spec), {"drop_in": ""})
+    assert "--cache=auto --readonly" in files[f"{units.SHARES}/a1:m.env"][0]
+
+
+@pytest.mark.parametrize(("result", "restarted"), [("success", ""), ("signal", "a1"), ("exit-code", "a1")])
+def test_a_killed_virtiofsd_takes_its_microvm_along(result: str, restarted: str) -> None:
+    """The unit's own shell line, with systemd's expansions done and systemctl in words."""
+    match = re.search(r"^ExecStopPost=/bin/sh -c '(.*?)'$", units.SHARE_SERVICE.replace("\\\n", " "), re.MULTILINE)
+    assert match
+    script = (
+        match.group(1).replace("%i", "a1:m").replace("$$", "$").replace("%%", "%").replace("exec systemctl", "echo")
+    )
+    done = subprocess.run(
+        ["sh", "-c", script],
+        env={"SERVICE_RESULT": result, "PATH": "/bin:/usr/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    wanted = f"--no-block try-restart agentfleet-microvm@{restarted}.service\n" if restarted else ""
+    assert done.stdout == wanted
