@@ -126,7 +126,7 @@ exec 9>&-
 
 install -m 600 "{HOME}/$name/spec.json" "{RUN}/$name.spec.json"
 [ ! -s "{HOME}/$name/taps" ] || {LIBRARY}/microvm-taps up "$name"
-mkdir -p "{VOLUMES}/$name" # also for volumes that come later: the VMM sees only what is there now
+(umask 022 && mkdir -p "{VOLUMES}/$name") # also for volumes that come later: the VMM sees only what is there now
 chmod 700 "{VOLUMES}/$name"
 chown -R --reference="{RUN}/$name" "{VOLUMES}/$name"
 [ ! -s "{HOME}/$name/devices" ] || cp "{HOME}/$name/devices" "{RUN}/$name.devices"

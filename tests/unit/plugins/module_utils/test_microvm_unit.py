@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import typing as t
@@ -141,7 +142,8 @@ def script(tmp_path: t.Any) -> t.Callable[..., subprocess.CompletedProcess[str]]
             program.write_text(f'#!/bin/sh\necho {name} "$@" >>{tmp_path}/called\n')
             program.chmod(0o755)
         (tmp_path / "usr/local/lib/agentfleet/microvm-parallel").write_text("2\n")
-        return subprocess.run(["sh", "-c", text, "script", *arguments], capture_output=True, text=True, check=False)
+        argv = ["sh", "-c", f"umask 077\n{text}", "script", *arguments]
+        return subprocess.run(argv, capture_output=True, text=True, check=False)
 
     return run
 
@@ -177,6 +179,16 @@ def test_a_start_takes_a_turn_and_an_end_leaves_nothing(tmp_path: t.Any, script:
     assert sorted(os.listdir(run)) == ["slots", "slots.lock"]
     assert os.listdir(run / "slots") == []
     assert os.listdir(tmp_path / "var/lib/agentfleet/volumes/a1") == ["data"]
+
+
+def test_the_first_start_lets_vmms_reach_their_volumes_and_nobody_else(tmp_path: t.Any, script: t.Any) -> None:
+    define(tmp_path, "a1")
+    shutil.rmtree(tmp_path / "var/lib/agentfleet/volumes")
+    assert script(_microvm_units.START, "a1").returncode == 0
+    volumes = tmp_path / "var/lib/agentfleet/volumes"
+    assert [os.stat(path).st_mode & 0o777 for path in (volumes, volumes / "a1")] == [0o755, 0o700]
+    script(_microvm_units.END, "a1")
+    assert os.listdir(volumes) == []
 
 
 def test_an_end_without_a_start_is_no_error(tmp_path: t.Any, script: t.Any) -> None:
