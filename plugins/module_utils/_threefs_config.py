@@ -64,6 +64,7 @@ class Config:
         resolve: t.Callable[[str], str] = socket.gethostbyname,
     ) -> None:
         self.host, self._resolve = host, resolve
+        self.restarts: list[str] = []
         self.cluster = check_cluster(params["cluster"])
         self.directory = f"{ETC}/{self.cluster}"
         self.release = str(params["release"]).rstrip("/")
@@ -388,7 +389,24 @@ class Config:
                     data=(text, mode),
                 )
             )
+        self.restarts = self._restarts(observed, {step.object for step in steps})
         return steps + (self.published.plan(observed["published"], self._mains(observed)) if self.published else [])
+
+    def _restarts(self, observed: t.Mapping[str, t.Any], stale: t.Collection[str]) -> list[str]:
+        """Services that these steps concern in what they read only when they start."""
+        before = json.loads(observed["now"].get(description_path(self.cluster)) or "{}")
+        after = self.description()
+        found = []
+        for service in self.services:
+            program = f"{self.directory}/{PROGRAMS[service]}"
+            files = {f"{program}{end}.toml" for end in (("",) if service == "monitor" else ("_launcher", "_app"))}
+            files |= {f"{self.directory}/fuse.token"} if service == "fuse" else set()
+            keys = ("release", "target_paths") if service == "storage" else ("release",)
+            moved = any(before.get(key) != after[key] for key in keys)
+            ports = before.get("ports", {}).get(service) != after["ports"].get(service)
+            if moved or ports or files & set(stale):
+                found.append(service)
+        return found
 
     def _mains(self, observed: t.Mapping[str, t.Any]) -> dict[str, str]:
         """Service -> main configuration as it shall be kept by mgmtd."""
@@ -510,7 +528,7 @@ class Config:
         state = observed["published"] or {}
         kept = state.get("kept") or {}
         told = bool(kept) and all(kept[MANAGED[name]] == text for name, text in self._mains(observed).items())
-        return {"description": self.description(), "published": told, "warnings": missing}
+        return {"description": self.description(), "published": told, "restarts": self.restarts, "warnings": missing}
 
 
 def _given(values: t.Mapping[str, t.Any]) -> dict[str, t.Any]:

@@ -57,6 +57,7 @@ class Services:
         self.library_path = [str(path) for path in params.get("library_path") or []]
         self.timeout = int(params.get("timeout_seconds") or 120)
         self.restart = bool(params.get("restart", True))
+        self.changing = list(params.get("changing") or [])
         self.schema = bool(params.get("clickhouse_schema", True))
 
     # -- observe ------------------------------------------------------------------
@@ -193,7 +194,8 @@ class Services:
                     Step("write", f"{UNITS}/{unit}", before=observed["texts"][unit] or None, after=text, data=text)
                 )
             active = state.get("ActiveState") == "active"
-            if active and observed["running"][unit] != digest:
+            coming = self.predicting and any(unit == unit_name(self.cluster, service) for service in self.changing)
+            if active and (coming or observed["running"][unit] != digest):
                 if not self.restart:
                     continue
                 why = "it runs with another configuration or release"

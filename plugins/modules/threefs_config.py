@@ -224,6 +224,11 @@ published:
   description: Whether mgmtd was seen to keep exactly these main configurations.
   returned: success
   type: bool
+restarts:
+  description: Services that have to be restarted for what this run changed, or would change.
+  returned: success
+  type: list
+  elements: str
 plan:
   description: The steps, each with verb, object, before, after, why and disruptive.
   returned: success

@@ -44,6 +44,13 @@ options:
         it is only reported, since all hosts at once would take all replicas of a chain down.
     type: bool
     default: true
+  changing:
+    description:
+      - In check mode, services whose configuration an earlier task of the run would have changed
+        (RV(agentfleet.metal.threefs_config#module:restarts)).
+    type: list
+    elements: str
+    default: []
   clickhouse_schema:
     description: Whether the monitor's tables are made in ClickHouse when they are missing. Needs C(clickhouse-client).
     type: bool
@@ -113,6 +120,7 @@ def main() -> None:
             "state": {"type": "str", "choices": ["started", "stopped", "absent"], "default": "started"},
             "library_path": {"type": "list", "elements": "str", "default": []},
             "restart": {"type": "bool", "default": True},
+            "changing": {"type": "list", "elements": "str", "default": []},
             "clickhouse_schema": {"type": "bool", "default": True},
             "timeout_seconds": {"type": "int", "default": 120},
         },

@@ -130,7 +130,7 @@ def main() -> None:
                 },
             },
             "admin_tokens": {"type": "list", "elements": "str", "no_log": True},
-            "old_token_days": {"type": "int", "default": 7},
+            "old_token_days": {"type": "int", "default": 7, "no_log": False},
         },
         supports_check_mode=True,
     )

@@ -149,6 +149,26 @@ def test_a_cluster_file_that_the_daemons_rewrote_is_the_same(host: t.Any) -> Non
     assert [step.object for step in moved.plan(moved.observe())] == ["/var/lib/3fs/stage/fdb.cluster"]
 
 
+@pytest.mark.parametrize(
+    ("change", "restarts"),
+    [
+        ({}, []),
+        ({"settings": {"storage_main": {"server.aio_read_worker.num_threads": 64}}}, []),
+        ({"settings": {"storage_main_launcher": {"client.default_timeout": "5s"}}}, ["storage"]),
+        ({"ports": {"meta": {"tcp": 9101}}}, ["meta"]),
+        ({"fuse_token": encode_token(2001, 99)}, ["fuse"]),
+        ({"target_paths": [*BASE["target_paths"], "/storage/data3/3fs"]}, ["storage"]),
+    ],
+)
+def test_what_mgmtd_hands_out_needs_no_restart(host: t.Any, change: dict[str, t.Any], restarts: list[str]) -> None:
+    first = config(host, publish=False)
+    apply_all(first, first.plan(first.observe()))
+    then = config(host, publish=False, **change)
+    observed = then.observe()
+    then.plan(observed)
+    assert then.result(observed)["restarts"] == restarts
+
+
 def test_check_mode_before_anything_is_installed(fake_host: t.Any) -> None:
     resource = config(fake_host)
     resource.predicting = True

@@ -97,6 +97,14 @@ def test_what_runs_with_an_older_configuration_is_found_by_what_runs(host: t.Any
     assert converge(host) == []
 
 
+def test_check_mode_knows_what_an_earlier_task_would_have_changed(host: t.Any) -> None:
+    converge(host)
+    services = Services(host, {"cluster": "stage", "changing": ["storage"]})
+    assert services.plan(services.observe()) == []
+    services.predicting = True
+    assert [step.object for step in services.plan(services.observe())] == ["threefs-stage-storage.service"]
+
+
 def test_a_service_that_does_not_stay_up_is_an_error(host: t.Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100_000))
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
