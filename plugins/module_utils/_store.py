@@ -248,9 +248,9 @@ class Store:
 
     def _check_damage(self, observed: t.Mapping[str, t.Any]) -> None:
         """What no transfer of this call will repair is an error."""
-        repaired = {image["digest"] for image in self.images if image["files"]}
+        repaired = {file["sha256"] for image in self.images for file in image["files"].values()}
         for entry in observed["damaged"]:
-            if entry["digest"] not in repaired:
+            if entry["expected"] not in repaired:
                 names = [name for name, digest in observed["names"].items() if digest == entry["digest"]]
                 raise HostError(
                     f"image {entry['digest']} ({', '.join(names) or 'no name'}): {entry['file']} is damaged on this host: "
@@ -339,31 +339,40 @@ class Store:
         work = tempfile.mkdtemp(prefix=".arriving-", dir=store)
         try:
             os.mkdir(f"{work}/image")
+            arrived = set()
             for name, file in sorted(image["files"].items()):
-                self._arrive(image, name, file, work)
+                if self._arrive(image, name, file, work):
+                    arrived.add(file["sha256"])
                 os.link(self.host.path(f"{BLOBS}/{file['sha256']}"), f"{work}/image/{name}")
             self._check_manifest(image, f"{work}/image/{MANIFEST}")
             os.chmod(f"{work}/image", 0o755)
-            if os.path.exists(
-                f"{store}/{digest}"
-            ):  # damaged before: each file is switched, running microVMs keep theirs
-                for name in sorted(image["files"]):
-                    os.replace(f"{work}/image/{name}", f"{store}/{digest}/{name}")
+            if os.path.exists(f"{store}/{digest}"):  # it had a damaged file
+                os.replace(f"{work}/image/{MANIFEST}", f"{store}/{digest}/{MANIFEST}")
             else:
                 os.rename(f"{work}/image", f"{store}/{digest}")
+            self._relink(arrived, f"{work}/link")
         finally:
             shutil.rmtree(work, ignore_errors=True)
         for file in image["files"].values():
             for path in self.host.glob(f"{self.incoming}/{PREFIX}{file['sha256']}.*zst"):
                 self.host.remove(path)
 
-    def _arrive(self, image: t.Mapping[str, t.Any], name: str, file: t.Mapping[str, t.Any], work: str) -> None:
-        """Make a blob of what arrived, verified; nothing to do when it is there."""
+    def _relink(self, arrived: t.Collection[str], new: str) -> None:
+        """Let all images have the blobs that arrived; running microVMs keep the damaged files that they have open."""
+        for digest, manifest in stored(self.host).items():
+            for name, entry in manifest["files"].items():
+                blob, path = (self.host.path(x) for x in (f"{BLOBS}/{entry['sha256']}", image_path(digest, name)))
+                if entry["sha256"] in arrived and not (os.path.exists(path) and os.path.samefile(blob, path)):
+                    os.link(blob, new)
+                    os.replace(new, path)
+
+    def _arrive(self, image: t.Mapping[str, t.Any], name: str, file: t.Mapping[str, t.Any], work: str) -> bool:
+        """Make a blob of what arrived, verified; false when nothing did because it is there."""
         digest, blob = file["sha256"], self.host.path(f"{BLOBS}/{file['sha256']}")
         sources = self.host.glob(f"{self.incoming}/{PREFIX}{digest}.*zst")
         if not sources:
             if os.path.exists(blob) and os.path.getsize(blob) == int(file["size_bytes"]):
-                return
+                return False
             raise HostError(
                 f"{name} of image {image['name']} did not arrive in {self.incoming}. Send what image_store names in blobs"
             )
@@ -389,6 +398,7 @@ class Store:
             )
         os.chmod(new, 0o444)
         os.replace(new, blob)
+        return True
 
     @staticmethod
     def _check_manifest(image: t.Mapping[str, t.Any], path: str) -> None:

@@ -273,6 +273,15 @@ def test_damage_is_repaired_by_sending_the_file_again(tmp_path: Path) -> None:
     assert run(store(Host(str(tmp_path)), image, other, verify=True)) == []
 
 
+def test_damage_of_a_shared_file_is_repaired_for_all_by_sending_one(tmp_path: Path) -> None:
+    image, other = built(tmp_path, "agent", b"one"), built(tmp_path, "other", b"two")
+    send(tmp_path, image, other)
+    damage(tmp_path, image, "initrd")
+    assert send(tmp_path, image, verify=True) == [f"{sha256(INITRD)}.zst"]
+    assert path(tmp_path, other["digest"], "initrd").read_bytes() == INITRD
+    assert run(store(Host(str(tmp_path)), verify=True)) == []
+
+
 # -- garbage ------------------------------------------------------------------------
 
 
