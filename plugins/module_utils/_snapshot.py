@@ -57,12 +57,16 @@ R! {STORE}/.new-*
 BLOCK = 1 << 16
 ANEW = "Make it anew on this host: microvm_snapshot with state present"
 IDENTITY_SECONDS = 60
+# What says in /proc/cpuinfo which CPU it is: of x86, then of Arm.
+CPU = (
+    "vendor_id", "cpu family", "model", "stepping", "model name",
+    "CPU implementer", "CPU variant", "CPU part", "CPU revision",
+)  # fmt: skip
 # What the machine is made of: a clone has it from its snapshot, whatever its own declaration says.
 INHERITED = (
     "driver", "program", "accelerator", "image", "image_digest", "image_path", "image_bytes", "kernel", "initrd",
     "kernel_arguments", "vcpus", "vcpus_max", "memory_bytes", "memory_max_bytes", "memory_zones", "hugepage_bytes",
     "thp", "balloon_bytes", "free_page_reporting", "hotplug_slots", "volumes", "shares", "devices", "rate_limits",
-    "hotplug_slots",
 )  # fmt: skip
 
 
@@ -128,10 +132,8 @@ def key_of(host: Host, spec: _vmm.Spec) -> dict[str, str]:
     }
     if spec["accelerator"] == "kvm":
         fields = dict(re.findall(r"^([a-zA-Z_ ]+?)\s*:\s*(.*)$", host.read("/proc/cpuinfo").partition("\n\n")[0], re.M))
-        key["cpu"] = " ".join(
-            fields.get(name, "?") for name in ("vendor_id", "cpu family", "model", "stepping", "model name")
-        )
-        features = " ".join(sorted(fields.get("flags", "").split()))
+        key["cpu"] = " ".join(fields[name] for name in CPU if name in fields)
+        features = " ".join(sorted((fields.get("flags") or fields.get("Features", "")).split()))
         key["cpu_features"] = hashlib.sha256(features.encode()).hexdigest()[:16]
     return key
 
