@@ -43,6 +43,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import (
 )
 
 HOME = "/opt/agentfleet/cloud-hypervisor"
+NO_VERSION = f"{HOME}/default/cloud-hypervisor"  # of a microVM that was declared before there was one
 VIRTIO_MEM_ALIGNMENT = 128 << 20  # of what can be plugged
 BLOCK = 2 << 20  # of virtio-mem
 SAVE_SECONDS = 600
@@ -96,7 +97,10 @@ def refusals(version: tuple[int, ...]) -> list[str]:
 
 def program(host: Host, before: str) -> str:
     """The default version's own path for a new microVM; one that was made keeps its."""
-    return before or f"{HOME}/{host.link_name(f'{HOME}/default') or 'default'}/cloud-hypervisor"
+    if before not in ("", NO_VERSION):
+        return before
+    link = host.link_name(f"{HOME}/default")
+    return f"{HOME}/{link}/cloud-hypervisor" if link else NO_VERSION
 
 
 def version(host: Host, path: str) -> str:

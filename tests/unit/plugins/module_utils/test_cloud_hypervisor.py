@@ -179,8 +179,9 @@ def test_without_program_or_kvm(fake_host: t.Any) -> None:
 
 
 def test_a_microvm_keeps_its_version_and_a_new_one_gets_the_default(fake_host: t.Any) -> None:
+    declared_early = driver.program(fake_host, "")
     fake_host.files({"/opt/agentfleet/cloud-hypervisor/default": "-> 53.0"})
-    assert driver.program(fake_host, "") == PROGRAM
+    assert driver.program(fake_host, "") == driver.program(fake_host, declared_early) == PROGRAM
     old = "/opt/agentfleet/cloud-hypervisor/51.2/cloud-hypervisor"
     assert driver.program(fake_host, old) == old
     fake_host.answers[f"{PROGRAM} --version"] = "cloud-hypervisor v53.0-dirty\nMigration Protocol Versions: 0\n"
