@@ -92,7 +92,9 @@ class Cluster:
 
     def read(self) -> dict:
         for _turn in range(3):
-            answers = [answer for answer in (ask(x, {"op": "get", "as": self.name}) for x in self.coordinators) if answer]
+            answers = [
+                answer for answer in (ask(x, {"op": "get", "as": self.name}) for x in self.coordinators) if answer
+            ]
             forward = next((answer["forward"] for answer in answers if "forward" in answer), None)
             if forward:
                 self._follow(forward)
@@ -211,7 +213,12 @@ def fdbserver(arguments: list[str]) -> int:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
                 probe.connect((host, 9))
                 own = probe.getsockname()[0]  # what "auto" stands for
-            request = {"op": "register", "as": cluster.name, "address": f"{own}:{server.port}", "machine": server.machine}
+            request = {
+                "op": "register",
+                "as": cluster.name,
+                "address": f"{own}:{server.port}",
+                "machine": server.machine,
+            }
             answer = ask(coordinator, request)
             if answer and "forward" in answer:
                 cluster._follow(answer["forward"])
@@ -252,7 +259,7 @@ def _conf(path: str) -> dict[str, list[str]]:
         kind, _dot, number = section.partition(".")
         if not number:
             continue
-        values = {**({"cluster-file": general["cluster-file"]}), **dict(parser[kind] if kind in parser else {})}
+        values = {"cluster-file": general["cluster-file"], **(parser[kind] if parser.has_section(kind) else {})}
         values.update(parser[section])
         values = {k.replace("_", "-"): v.replace("$ID", number) for k, v in values.items()}
         command = values.pop("command")
@@ -332,7 +339,9 @@ def _status(cluster: Cluster, kind: str) -> int:
             "data": {"state": {"healthy": state == "healthy", "name": state}},
             "recovery_state": {"name": "fully_recovered" if available else "configuration_missing"},
             "machines": {p["machine"]: {"address": p["address"].rpartition(":")[0]} for p in found["processes"]},
-            "processes": {p["address"]: {"address": p["address"], "machine_id": p["machine"]} for p in found["processes"]},
+            "processes": {
+                p["address"]: {"address": p["address"], "machine_id": p["machine"]} for p in found["processes"]
+            },
             "messages": [],
         }
     sys.stdout.write(json.dumps(report) + "\n" if kind == "json" else minimal + "\n")
@@ -375,7 +384,9 @@ def _coordinators(cluster: Cluster, wanted: list[str]) -> int:
         need = {"single": 1, "double": 3, "triple": 5}[found["document"]["redundancy"]]
         machines = {process["machine"]: process["address"] for process in found["processes"]}
         if len(machines) < need:
-            sys.stdout.write("ERROR: Too few fdbserver machines to provide coordination at the current redundancy level\n")
+            sys.stdout.write(
+                "ERROR: Too few fdbserver machines to provide coordination at the current redundancy level\n"
+            )
             return 1
         wanted = sorted(machines.values())[:need]
     if sorted(wanted) == sorted(cluster.coordinators):

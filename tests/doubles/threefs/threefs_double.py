@@ -40,10 +40,11 @@ import subprocess
 import sys
 import threading
 import time
+
 import tomllib
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
-from fdb_double import Cluster, Unavailable, ask  # noqa: E402
+from fdb_double import Cluster, Unavailable, ask
 
 TRAPS = os.environ.get("THREEFS_DOUBLE_TRAPS", "/var/lib/3fs-double/traps.json")
 RELEASE = os.environ.get("THREEFS_DOUBLE_RELEASE", "")
@@ -281,7 +282,11 @@ class Mgmtd:
         config = keys["configs"]["MGMTD"]
         if config["version"] != self.config_version:
             self.config, self.config_version = tomllib.loads(config["content"]), config["version"]
-        self.heartbeats[str(self.node_id)] = {**self.own(), "seen": now, "address": f"{own_address(self.fdb)}:{self.port}"}
+        self.heartbeats[str(self.node_id)] = {
+            **self.own(),
+            "seen": now,
+            "address": f"{own_address(self.fdb)}:{self.port}",
+        }
         self.update_chains(keys, now)
 
     def own(self) -> dict:
@@ -382,16 +387,35 @@ class Mgmtd:
                 status = "PRIMARY_MGMTD"
             else:
                 status = "HEARTBEAT_CONNECTED" if fresh else "HEARTBEAT_FAILED" if beat else "HEARTBEAT_CONNECTING"
-            nodes.append({"node_id": int(identity), "type": node["type"], "status": status, **({} if beat is None else {
-                key: beat[key] for key in ("hostname", "pid", "release", "config_version", "address", "seen")})})
-        owners = {tid: (beat["node_id"], info) for beat in self.heartbeats.values() for tid, info in beat.get("targets", {}).items()}
+            nodes.append(
+                {
+                    "node_id": int(identity),
+                    "type": node["type"],
+                    "status": status,
+                    **(
+                        {}
+                        if beat is None
+                        else {
+                            key: beat[key]
+                            for key in ("hostname", "pid", "release", "config_version", "address", "seen")
+                        }
+                    ),
+                }
+            )
+        owners = {
+            tid: (beat["node_id"], info)
+            for beat in self.heartbeats.values()
+            for tid, info in beat.get("targets", {}).items()
+        }
         return {
             "nodes": nodes,
             "chains": keys.get("chains", {}),
             "tables": keys.get("tables", {}),
             "configs": {kind: config["version"] for kind, config in keys.get("configs", {}).items()},
-            "targets": {tid: {"node": node, "local": self.local(tid, now), **{k: info[k] for k in ("disk", "used", "chain")}}
-                        for tid, (node, info) in owners.items()},
+            "targets": {
+                tid: {"node": node, "local": self.local(tid, now), **{k: info[k] for k in ("disk", "used", "chain")}}
+                for tid, (node, info) in owners.items()
+            },
         }
 
     def on_get_config(self, request: dict, peer: str) -> dict:
@@ -425,7 +449,9 @@ class Mgmtd:
                     continue
                 double = [tid for tid in targets if tid in taken]
                 if double:
-                    raise Status(5007, "Mgmtd::kInvalidChainTable", f"TargetId({double[0]}) duplicated. chain id: {chain}")
+                    raise Status(
+                        5007, "Mgmtd::kInvalidChainTable", f"TargetId({double[0]}) duplicated. chain id: {chain}"
+                    )
                 taken.update(targets)
                 chains[chain] = {
                     "version": 1,
@@ -474,7 +500,9 @@ class Mgmtd:
                 if state is None:
                     raise Status(5017, "Mgmtd::kTargetNotFound", f"target {target} is not found in chain {chain}")
                 if state != "OFFLINE":
-                    raise Status(3, "InvalidArg", f"Do not allow to remove target {target} from chain {chain}: state is {state}")
+                    raise Status(
+                        3, "InvalidArg", f"Do not allow to remove target {target} from chain {chain}: state is {state}"
+                    )
                 item["targets"] = [pair for pair in item["targets"] if pair[0] != target]
                 item["preferred"] = [tid for tid in item["preferred"] if tid != target]
             item["version"] += 1
@@ -501,11 +529,17 @@ class Mgmtd:
         if identity not in nodes:
             raise Status(5001, "Mgmtd::kNodeNotFound")
         if nodes[identity]["status"] not in ("DISABLED", "HEARTBEAT_FAILED"):
-            raise Status(3, "InvalidArg", f"Do not allow to unregister NodeId({identity}) of status {nodes[identity]['status']}")
+            raise Status(
+                3, "InvalidArg", f"Do not allow to unregister NodeId({identity}) of status {nodes[identity]['status']}"
+            )
         for chain, item in self.keys().get("chains", {}).items():
             for tid, _public in item["targets"]:
                 if (int(tid) // 100000) % 1000000 == int(identity):
-                    raise Status(3, "InvalidArg", f"Do not allow to unregister NodeId({identity}): referenced by {tid} of {chain}")
+                    raise Status(
+                        3,
+                        "InvalidArg",
+                        f"Do not allow to unregister NodeId({identity}): referenced by {tid} of {chain}",
+                    )
         self.edit(lambda keys: keys["nodes"].pop(identity))
         self.heartbeats.pop(identity, None)
         return {}
@@ -620,7 +654,9 @@ def meta_main(arguments: list[str]) -> int:
     peers = Peers(dig(launcher, "mgmtd_client.mgmtd_server_addresses") or [], launcher["cluster_id"])
     stored = first_config(peers, "META")
     config = tomllib.loads(stored["content"])
-    fdb = Cluster(dig(config, "server.fdb.clusterFile") or dig(config, "server.kv_engine.fdb.clusterFile") or die("no fdb"))
+    fdb = Cluster(
+        dig(config, "server.fdb.clusterFile") or dig(config, "server.kv_engine.fdb.clusterFile") or die("no fdb")
+    )
 
     def answer(request: dict, peer: str) -> dict:
         fdb.reload()
@@ -728,7 +764,9 @@ class Targets:
         with self.lock:
             if request["op"] == "create_target":
                 if request["disk"] >= len(self.paths):
-                    raise Status(3, "InvalidArg", f"disk index {request['disk']} exceeds {len(self.paths)} target paths")
+                    raise Status(
+                        3, "InvalidArg", f"disk index {request['disk']} exceeds {len(self.paths)} target paths"
+                    )
                 path = self.paths[request["disk"]]
                 if tid in self.found and self.found[tid]["local"] != "OFFLINE":
                     return {}
@@ -822,7 +860,11 @@ def clickhouse_client(arguments: list[str]) -> int:
         sys.stderr.write("Code: 516. DB::Exception: Authentication failed\n")
         return 4
     store = os.path.join(os.path.dirname(TRAPS), "clickhouse.json")
-    tables = json.loads(open(store, encoding="utf-8").read()) if os.path.exists(store) else []
+    try:
+        with open(store, encoding="utf-8") as file:
+            tables = json.load(file)
+    except OSError:
+        tables = []
     query = words[words.index("--query") + 1] if "--query" in words else sys.stdin.read()
     asked = re.search(r"EXISTS TABLE ([`\w.]+)", query)
     if asked and "CREATE" not in query:
@@ -913,7 +955,11 @@ class Admin:
         o, rest = parse(words, ("mgmtd", "meta", "storage", "fuse"), ("allow-config-existed", "skip-config-check"))
         need(rest, 3)
         layout = {"table": int(rest[0]), "chunk": int(rest[1]), "stripe": int(rest[2])}
-        table = [[f"Init filesystem, root directory layout: chain table ChainTableId({rest[0]}), chunksize {rest[1]}, stripesize {rest[2]}\n"]]
+        table = [
+            [
+                f"Init filesystem, root directory layout: chain table ChainTableId({rest[0]}), chunksize {rest[1]}, stripesize {rest[2]}\n"
+            ]
+        ]
 
         def root(keys: dict) -> None:
             keys.setdefault("fs", {}).setdefault("/", {"uid": 0, "gid": 0, "perm": "0755", "layout": layout})
@@ -947,7 +993,10 @@ class Admin:
             ["Uid", str(user["uid"])],
             ["Name", user["name"]],
             ["Token", f"{user['token']}(Expired at N/A)"],
-            *(["Token", f"{x['token']}(Expired at {time.strftime('%F %T', time.gmtime(x['end']))})"] for x in user["tokens"][::-1]),
+            *(
+                ["Token", f"{x['token']}(Expired at {time.strftime('%F %T', time.gmtime(x['end']))})"]
+                for x in user["tokens"][::-1]
+            ),
             ["IsRootUser", str(user["root"]).lower()],
             ["IsAdmin", str(user["admin"]).lower()],
             ["Gid", str(user["uid"])],
@@ -969,8 +1018,15 @@ class Admin:
             if decode_token(o["token"]) != int(rest[0]):
                 raise Status(4, "InvalidFormat", "Could not set token from other uid")
             groups = [int(gid) for gid in o.get("groups", "").split(",") if gid]
-            users[rest[0]] = {"uid": int(rest[0]), "name": rest[1], "token": o["token"], "tokens": [], "groups": groups,
-                              "root": "root" in o, "admin": "admin" in o}
+            users[rest[0]] = {
+                "uid": int(rest[0]),
+                "name": rest[1],
+                "token": o["token"],
+                "tokens": [],
+                "groups": groups,
+                "root": "root" in o,
+                "admin": "admin" in o,
+            }
             return users[rest[0]]
 
         return self._attributes(self.edit(change))
@@ -993,7 +1049,9 @@ class Admin:
         return self._attributes(self.edit(change))
 
     def do_user_set_token(self, words: list[str]) -> list[list[str]]:
-        o, rest = parse(words, ("token", "max-active-tokens", "last-token-lifetime-days"), ("new", "invalidate-existed-tokens"))
+        o, rest = parse(
+            words, ("token", "max-active-tokens", "last-token-lifetime-days"), ("new", "invalidate-existed-tokens")
+        )
         need(rest, 1)
 
         def change(keys: dict) -> dict:
@@ -1007,7 +1065,9 @@ class Admin:
                 return user
             if "invalidate-existed-tokens" not in o:
                 old = [x for x in user["tokens"] if x["end"] > time.time() and x["token"] != o["token"]]
-                old.append({"token": user["token"], "end": time.time() + 86400 * float(o.get("last-token-lifetime-days", 7))})
+                old.append(
+                    {"token": user["token"], "end": time.time() + 86400 * float(o.get("last-token-lifetime-days", 7))}
+                )
                 if len(old) + 1 >= int(o.get("max-active-tokens", 5)):
                     raise Status(30, "TooManyTokens", f"count of tokens by now: {len(old)}. max: 5")
                 user["tokens"] = old
@@ -1031,7 +1091,14 @@ class Admin:
         users = self.keys().get("users", {})
         self._ensure_admin(users)
         return [["Uid", "Name", "Token", "IsRoot", "IsAdmin", "Gids"]] + [
-            [str(u["uid"]), u["name"], u["token"], str(u["root"]).lower(), str(u["admin"]).lower(), ", ".join(map(str, u["groups"]))]
+            [
+                str(u["uid"]),
+                u["name"],
+                u["token"],
+                str(u["root"]).lower(),
+                str(u["admin"]).lower(),
+                ", ".join(map(str, u["groups"])),
+            ]
             for u in users.values()
         ]
 
@@ -1059,13 +1126,30 @@ class Admin:
 
     def do_list_nodes(self, words: list[str]) -> list[list[str]]:
         routing = self.routing()
-        table = [["Id", "Type", "Status", "Hostname", "Pid", "Tags", "LastHeartbeatTime", "ConfigVersion", "ReleaseVersion"]]
+        table = [
+            ["Id", "Type", "Status", "Hostname", "Pid", "Tags", "LastHeartbeatTime", "ConfigVersion", "ReleaseVersion"]
+        ]
         for node in sorted(routing["nodes"], key=lambda node: (node["type"], node["node_id"])):
             version = node.get("config_version", 0)
             shown = f"{version}(UPTODATE)" if version == routing["configs"].get(node["type"]) else str(version)
-            seen = time.strftime("%F %T", time.gmtime(node["seen"])) if "seen" in node and node["type"] != "MGMTD" else "N/A"
-            table.append([str(node["node_id"]), node["type"], node["status"], node.get("hostname", ""), str(node.get("pid", 0)),
-                          "[]", seen, shown, node.get("release", "")])
+            seen = (
+                time.strftime("%F %T", time.gmtime(node["seen"]))
+                if "seen" in node and node["type"] != "MGMTD"
+                else "N/A"
+            )
+            table.append(
+                [
+                    str(node["node_id"]),
+                    node["type"],
+                    node["status"],
+                    node.get("hostname", ""),
+                    str(node.get("pid", 0)),
+                    "[]",
+                    seen,
+                    shown,
+                    node.get("release", ""),
+                ]
+            )
         return table
 
     def do_list_chains(self, words: list[str]) -> list[list[str]]:
@@ -1073,13 +1157,36 @@ class Admin:
         widest = max((len(item["targets"]) for item in routing["chains"].values()), default=0)
         table = [["ChainId", "ReferencedBy", "ChainVersion", "Status", "PreferredOrder", *["Target"] * widest]]
         for chain, item in sorted(routing["chains"].items(), key=lambda pair: int(pair[0])):
-            used = [tid for tid, versions in routing["tables"].items() if any(chain in version["chains"] for version in versions)]
+            used = [
+                tid
+                for tid, versions in routing["tables"].items()
+                if any(chain in version["chains"] for version in versions)
+            ]
             states = [public for _tid, public in item["targets"]]
             serving = states.count("SERVING")
-            status = "SYNCING" if "SYNCING" in states else "SERVING" if serving == len(states) else \
-                f"SERVING({serving}/{len(states)})" if serving else "UNAVAILABLE"
-            cells = [f"{tid}({public}-{routing['targets'].get(tid, {'local': 'OFFLINE'})['local']})" for tid, public in item["targets"]]
-            table.append([chain, ",".join(used) or "N/A", str(item["version"]), status, f"[{','.join(item['preferred'])}]", *cells])
+            status = (
+                "SYNCING"
+                if "SYNCING" in states
+                else "SERVING"
+                if serving == len(states)
+                else f"SERVING({serving}/{len(states)})"
+                if serving
+                else "UNAVAILABLE"
+            )
+            cells = [
+                f"{tid}({public}-{routing['targets'].get(tid, {'local': 'OFFLINE'})['local']})"
+                for tid, public in item["targets"]
+            ]
+            table.append(
+                [
+                    chain,
+                    ",".join(used) or "N/A",
+                    str(item["version"]),
+                    status,
+                    f"[{','.join(item['preferred'])}]",
+                    *cells,
+                ]
+            )
         return table
 
     def do_list_targets(self, words: list[str]) -> list[list[str]]:
@@ -1088,15 +1195,27 @@ class Admin:
             chained = {tid for item in routing["chains"].values() for tid, _public in item["targets"]}
             return [["TargetId", "LocalState", "NodeId", "DiskIndex", "UsedSize"]] + [
                 [tid, info["local"], str(info["node"]), str(info["disk"]), str(info["used"])]
-                for tid, info in routing["targets"].items() if tid not in chained]
+                for tid, info in routing["targets"].items()
+                if tid not in chained
+            ]
         table = [["TargetId", "ChainId", "Role", "PublicState", "LocalState", "NodeId", "DiskIndex", "UsedSize"]]
         for chain, item in routing["chains"].items():
             last = len(item["targets"]) - 1
             for place, (tid, public) in enumerate(item["targets"]):
                 info = routing["targets"].get(tid)
                 role = "HEAD" if place == 0 else "TAIL" if place == last else "MIDDLE"
-                table.append([tid, chain, role, public, info["local"] if info else "OFFLINE", str(info["node"]) if info else "N/A",
-                              str(info["disk"]) if info else "N/A", str(info["used"]) if info else "0"])
+                table.append(
+                    [
+                        tid,
+                        chain,
+                        role,
+                        public,
+                        info["local"] if info else "OFFLINE",
+                        str(info["node"]) if info else "N/A",
+                        str(info["disk"]) if info else "N/A",
+                        str(info["used"]) if info else "0",
+                    ]
+                )
         return table
 
     def do_list_chain_tables(self, words: list[str]) -> list[list[str]]:
@@ -1105,7 +1224,15 @@ class Admin:
         for identifier, versions in routing["tables"].items():
             for number, version in enumerate(versions, 1):
                 counts = {len(routing["chains"][chain]["targets"]) for chain in version["chains"]}
-                table.append([identifier, str(number), str(len(version["chains"])), "/".join(map(str, sorted(counts))), version["desc"]])
+                table.append(
+                    [
+                        identifier,
+                        str(number),
+                        str(len(version["chains"])),
+                        "/".join(map(str, sorted(counts))),
+                        version["desc"],
+                    ]
+                )
         return table
 
     def do_dump_chain_table(self, words: list[str]) -> list[list[str]]:
@@ -1115,20 +1242,34 @@ class Admin:
         if not versions:
             raise Status(3, "InvalidArg", f"ChainTableId({rest[0]}) not found")
         with open(rest[1], "w", encoding="utf-8") as file:
-            file.write("ChainId\n" + "".join(f"{chain}\n" for chain in versions[int(o.get("version", len(versions))) - 1]["chains"]))
+            file.write(
+                "ChainId\n"
+                + "".join(f"{chain}\n" for chain in versions[int(o.get("version", len(versions))) - 1]["chains"])
+            )
         return [[f"Dump {rest[0]} to {rest[1]} succeeded"]]
 
     def do_create_target(self, words: list[str]) -> list[list[str]]:
-        o, _rest = parse(words, ("node-id", "disk-index", "target-id", "chain-id"), ("add-chunk-size", "use-new-chunk-engine"))
+        o, _rest = parse(
+            words, ("node-id", "disk-index", "target-id", "chain-id"), ("add-chunk-size", "use-new-chunk-engine")
+        )
         item = self.routing()["chains"].get(o["chain-id"])
         if item and len(item["targets"]) > 1 and [o["target-id"], "LASTSRV"] in item["targets"]:
-            raise Status(7003, "StorageClient::kRoutingError", f"creation of this target is prohibited {o['target-id']}")
-        self.at_storage(int(o["node-id"]), op="create_target", target=int(o["target-id"]), disk=int(o["disk-index"]),
-                        chain=int(o["chain-id"]))
+            raise Status(
+                7003, "StorageClient::kRoutingError", f"creation of this target is prohibited {o['target-id']}"
+            )
+        self.at_storage(
+            int(o["node-id"]),
+            op="create_target",
+            target=int(o["target-id"]),
+            disk=int(o["disk-index"]),
+            chain=int(o["chain-id"]),
+        )
         return [[f"Create target {o['target-id']} on disk {o['disk-index']} of {o['node-id']} succeeded"]]
 
     def do_create_targets(self, words: list[str]) -> list[list[str]]:
-        o, rest = parse(words, ("node-id", "disk-index"), ("allow-existing-target", "add-chunk-size", "use-new-chunk-engine"))
+        o, rest = parse(
+            words, ("node-id", "disk-index"), ("allow-existing-target", "add-chunk-size", "use-new-chunk-engine")
+        )
         disks = {int(o["disk-index"]), *map(int, rest)}
         routing, lines = self.routing(), []
         for chain, item in routing["chains"].items():
@@ -1162,7 +1303,9 @@ class Admin:
     def do_upload_chains(self, words: list[str]) -> list[list[str]]:
         o, rest = parse(words, (), ("set-preferred-target-order",))
         rows = csv(rest[0], "ChainId", "TargetId")
-        self.call(op="set_chains", chains={row[0]: row[1:] for row in rows}, preferred="set-preferred-target-order" in o)
+        self.call(
+            op="set_chains", chains={row[0]: row[1:] for row in rows}, preferred="set-preferred-target-order" in o
+        )
         return [[f"Upload {len(rows)} chains succeeded"]]
 
     def do_upload_chain_table(self, words: list[str]) -> list[list[str]]:
@@ -1195,7 +1338,9 @@ class Admin:
     def do_set_perm(self, words: list[str]) -> list[list[str]]:
         o, rest = parse(short(words, {"-u": "--uid", "-g": "--gid", "-p": "--perm"}), ("uid", "gid", "perm"))
         perm = o["perm"].zfill(4) if "perm" in o else None
-        self.at_meta(op="set_perm", path=rest[0], perm=perm, **{key: int(o[key]) if key in o else None for key in ("uid", "gid")})
+        self.at_meta(
+            op="set_perm", path=rest[0], perm=perm, **{key: int(o[key]) if key in o else None for key in ("uid", "gid")}
+        )
         return []
 
     def do_set_layout(self, words: list[str]) -> list[list[str]]:
@@ -1207,11 +1352,20 @@ class Admin:
     def do_stat(self, words: list[str]) -> list[list[str]]:
         o, rest = parse(words, (), ("display-layout",))
         inode = self.at_meta(op="stat", path=rest[0])["inode"]
-        table = [["Type", "Directory"], ["Permission", inode["perm"]], ["Uid", str(inode["uid"])], ["Gid", str(inode["gid"])]]
+        table = [
+            ["Type", "Directory"],
+            ["Permission", inode["perm"]],
+            ["Uid", str(inode["uid"])],
+            ["Gid", str(inode["gid"])],
+        ]
         if "display-layout" in o:
             layout = inode["layout"]
-            table += [["Layout-ChainTable", str(layout["table"])], ["Layout-ChainTableVersion", "0"],
-                      ["Layout-ChunkSize", str(layout["chunk"])], ["Layout-StripeSize", str(layout["stripe"])]]
+            table += [
+                ["Layout-ChainTable", str(layout["table"])],
+                ["Layout-ChainTableVersion", "0"],
+                ["Layout-ChunkSize", str(layout["chunk"])],
+                ["Layout-StripeSize", str(layout["stripe"])],
+            ]
         return table
 
 
@@ -1219,7 +1373,9 @@ def short(words: list[str], names: dict[str, str]) -> list[str]:
     return [names.get(word, word) for word in words]
 
 
-def parse(words: list[str], valued: tuple[str, ...], switches: tuple[str, ...] = ()) -> tuple[dict[str, str], list[str]]:
+def parse(
+    words: list[str], valued: tuple[str, ...], switches: tuple[str, ...] = ()
+) -> tuple[dict[str, str], list[str]]:
     options: dict[str, str] = {}
     rest: list[str] = []
     queue = list(words)
@@ -1285,7 +1441,9 @@ def printed(table: list[list[str]]) -> None:
         for column, cell in enumerate(row):
             widths[column] = max(widths[column], len(cell) + 2)
     for row in table:
-        sys.stdout.write("".join(cell.ljust(widths[c]) if c + 1 < len(row) else cell for c, cell in enumerate(row)) + "\n")
+        sys.stdout.write(
+            "".join(cell.ljust(widths[c]) if c + 1 < len(row) else cell for c, cell in enumerate(row)) + "\n"
+        )
 
 
 def execute(admin: Admin, line: str) -> bool:
