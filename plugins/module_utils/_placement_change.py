@@ -32,7 +32,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._placement_seats 
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
 
-ROUNDS, STEPS_OF_A_SEAT, STEPS = 3, 20, 30_000  # of the search
+ROUNDS, STEPS_OF_A_SEAT, STEPS, REPAIRS = 3, 20, 30_000, 20_000  # of the search
 
 
 class Move(t.NamedTuple):
@@ -172,7 +172,14 @@ def _changed(
         for seats in (holes, fresh):
             blocks.improve(seats, min(STEPS, STEPS_OF_A_SEAT * len(seats)))
     empty = set(holes)
-    _repair(blocks, holes + fresh)
+    clash = _repair(blocks, holes + fresh)
+    if clash:
+        raise Refused(
+            "nodes",
+            [existing[block].id if block < len(existing) else "new" for block in clash[:5]],
+            "these chains could not be changed so that each has its targets in different failure domains",
+            "Change nodes in smaller steps, or make a new table with discard_existing",
+        )
     chains = []
     for block, row in enumerate(blocks.blocks):
         old = existing[block].seats if block < len(existing) else []
@@ -224,24 +231,26 @@ def _release(
     return left, list(sitting.values())
 
 
-def _repair(blocks: Blocks, seats: list[tuple[int, int]]) -> None:
-    """Where a chain has two targets in one failure domain after all, let more and more others change too."""
+def _repair(blocks: Blocks, seats: t.Sequence[Place]) -> list[int]:
+    """Where a chain has two targets in one failure domain after all, let more and more others change too.
+
+    Returns the blocks in which that did not help.
+    """
     everything = [(block, seat) for block, row in enumerate(blocks.blocks) for seat in range(len(row))]
-    for _round in range(6):
-        domains = blocks.domains
-        clash = {block for block, row in enumerate(blocks.blocks) if len({domains[point] for point in row}) < len(row)}
+    for extra in (0, 64, 256, 1024, 4096, 16384):
+        clash = _clash(blocks)
         if not clash:
-            return
+            break
         blocks.random.shuffle(everything)
-        extra = everything[: 64 << (2 * _round)]
-        wanted = {*extra, *(place for place in seats if place[0] in clash)}
-        blocks.improve(sorted(wanted), 20_000)
-    raise Refused(
-        "nodes",
-        sorted(clash)[:5],
-        "the existing chains could not be changed so that each has its targets in different failure domains",
-        "Change nodes in smaller steps, or make a new table with discard_existing",
-    )
+        wanted = {*everything[:extra], *(place for place in seats if place[0] in clash)}
+        blocks.improve(sorted(wanted), REPAIRS)
+    return _clash(blocks)
+
+
+def _clash(blocks: Blocks) -> list[int]:
+    """Blocks with two points of one failure domain."""
+    domains = blocks.domains
+    return [number for number, row in enumerate(blocks.blocks) if len({domains[point] for point in row}) < len(row)]
 
 
 def _number_targets(chains: t.Sequence[Chain], taken: t.Iterable[Seat]) -> None:

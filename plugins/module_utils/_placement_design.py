@@ -29,7 +29,6 @@ NEAR = 1.002  # unequal nodes seldom reach it, so this is the end of the search
 STEPS_OF_A_SEAT, STEPS = 2_000, 150_000  # of the search
 COLD, COLDER = 1.8, 5.0  # inverse temperatures at the begin and the end of the search
 
-
 Place = tuple[int, int]  # a block and a seat of it
 
 
@@ -103,8 +102,8 @@ class Blocks:
             self._meet(point, members, 1)
             members[seat] = point
 
-    def _exchange(self, heat: float, changes: t.Sequence[tuple[int, int, int]]) -> bool:
-        """Give seats (block, seat) to other points, if that is better or, rarely, a little worse."""
+    def _exchange(self, cold: float, changes: t.Sequence[tuple[int, int, int]]) -> bool:
+        """Give seats (block, seat) to other points, if that is better or, seldom and less so when it is cold, a little worse."""
         before = self.energy
         undo = [(block, seat, self.blocks[block][seat]) for block, seat, _point in changes]
         for block, seat, _point in changes:
@@ -112,7 +111,7 @@ class Blocks:
         for block, seat, point in changes:
             self.sit(block, seat, point)
         change = self.energy - before
-        if change <= 0 or self.random.random() < math.exp(-change * heat):
+        if change <= 0 or self.random.random() < math.exp(-change * cold):
             return True
         for block, seat, _point in changes:
             self.sit(block, seat, -1)
@@ -165,7 +164,7 @@ class Blocks:
         for step in range(steps if seats else 0):
             if self.energy <= goal:
                 return
-            heat = COLD + (COLDER - COLD) * step / steps
+            cold = COLD + (COLDER - COLD) * step / steps
             first = int(draw() * len(seats))
             block, seat = seats[first]
             members = blocks[block]
@@ -176,12 +175,12 @@ class Blocks:
             if new == old or guest is None:
                 continue
             if home is guest and length > 1:
-                self._exchange(heat, ((block, seat, new),))
+                self._exchange(cold, ((block, seat, new),))
                 continue
             second = guest[int(draw() * len(guest))]
             block2, seat2 = seats[second]
             new2 = old // length * length + (int(draw() * length) if length > 1 else 0)
-            if block2 != block and self._exchange(heat, ((block, seat, new), (block2, seat2, new2))):
+            if block2 != block and self._exchange(cold, ((block, seat, new), (block2, seat2, new2))):
                 home[where[first]], guest[where[second]] = second, first
                 where[first], where[second] = where[second], where[first]
 
@@ -207,8 +206,8 @@ class Blocks:
             choice = min((int(draw() * len(mates)) for _try in range(TRIES)), key=fit)
             other, chair = mates[choice]
             host = blocks[other][chair]
-            heat = COLD + (COLDER - COLD) * step / steps
-            if other != block and self._exchange(heat, ((block, seat, host), (other, chair, guest))):
+            cold = COLD + (COLDER - COLD) * step / steps
+            if other != block and self._exchange(cold, ((block, seat, host), (other, chair, guest))):
                 left[number], mates[choice] = ((other, chair), disk), (block, seat)
 
 
@@ -220,19 +219,21 @@ def _orbits(cluster: Cluster) -> t.Iterator[tuple[int, list[int]]]:
     """
     domains = cluster.domains()
     racks = len(set(domains))
-    spread: dict[t.Any, list[list[int]]] = {}  # kind of node -> domain -> nodes
+    spread: dict[int, dict[int, list[int]]] = {}  # slots -> domain -> nodes
     for node, (item, domain) in enumerate(zip(cluster.nodes, domains)):
-        spread.setdefault(item.slots, [[] for _ in range(racks)])[domain].append(node)
+        spread.setdefault(item.slots, {}).setdefault(domain, []).append(node)
     found: dict[int, list[int]] = {}
-    if racks < len(domains):
-        apart = [nodes for by_domain in spread.values() for nodes in by_domain if nodes]
-        if all(len({len(nodes) for nodes in by_domain}) == 1 for by_domain in spread.values()):
-            mixed = [[node for row in zip(*by_domain) for node in row] for by_domain in spread.values()]
-            for length in _divisors([len(nodes) for nodes in mixed]):
-                if length % racks == 0:
-                    found[length] = [node for nodes in mixed for node in nodes]
-    else:
-        apart = [[node for nodes in by_domain for node in nodes] for by_domain in spread.values()]
+    apart = [nodes for by_domain in spread.values() for nodes in by_domain.values()]
+    if racks == len(domains):
+        apart = [[node for nodes in by_domain.values() for node in nodes] for by_domain in spread.values()]
+    elif all(len({len(by_domain.get(rack, ())) for rack in range(racks)}) == 1 for by_domain in spread.values()):
+        mixed = [
+            [node for row in zip(*(by_domain[rack] for rack in range(racks))) for node in row]
+            for by_domain in spread.values()
+        ]
+        for length in _divisors([len(nodes) for nodes in mixed]):
+            if length % racks == 0:
+                found[length] = [node for nodes in mixed for node in nodes]
     for length in _divisors([len(nodes) for nodes in apart]):
         found.setdefault(length, [node for nodes in apart for node in nodes])
     for length in sorted(found, reverse=True):
@@ -266,9 +267,8 @@ def design(cluster: Cluster, seed: int) -> list[list[int]]:
         )
         seats = [(block, seat) for block in range(number) for seat in range(replicas)]
         blocks.fill(seats, {orbit: slots[nodes[orbit * length]] for orbit in range(blocks.orbits)})
-        blocks.improve(
-            seats, min(STEPS, STEPS_OF_A_SEAT * len(seats)), goal=near * least / length + 0.5
-        )  # the smallest step is about 4
+        goal = near * least / length + 0.5  # the smallest step is about 4
+        blocks.improve(seats, min(STEPS, STEPS_OF_A_SEAT * len(seats)), goal)
         quality = blocks.energy * length / least
         if best is None or quality < best[0]:
             best = quality, blocks.develop(nodes)
