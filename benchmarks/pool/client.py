@@ -28,7 +28,7 @@ def main() -> None:
     config.preferred_segment = segment
     found = {}
     for size in map(int, sys.argv[4:]):
-        memory = [mmap.mmap(-1, size) for _ in range(2)]
+        memory = [mmap.mmap(-1, size) for _copy in range(2)]
         source, target = (ctypes.addressof(ctypes.c_char.from_buffer(one)) for one in memory)
         memory[0][:] = os.urandom(size)
         for address in (source, target):

@@ -261,7 +261,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
             combine_vars(one.get_vars(), get_vars_from_inventory_sources(self.loader, sources, [one], "all")),
         )  # fmt: skip
         names = {"ansible_connection"}
-        for connection in {"ssh", str(have.get("ansible_connection", "ssh"))}:  # which may be a template
+        for connection in sorted({"ssh", str(have.get("ansible_connection", "ssh"))}):  # which may be a template
             if connection_loader.get(connection, class_only=True):  # makes its variables known
                 names |= set(C.config.get_plugin_vars("connection", connection))
         names &= set(have)

@@ -515,7 +515,9 @@ class CloudHypervisorMachine:
             device: {
                 key: value
                 for key, value in values.items()
-                if type(value) is int and not ("_latency_" in key and not values.get(key.partition("_")[0] + "_ops"))
+                if isinstance(value, int)
+                and not isinstance(value, bool)
+                and not ("_latency_" in key and not values.get(key.partition("_")[0] + "_ops"))
             }
             for device, values in self._api.get("vm.counters").items()
         }

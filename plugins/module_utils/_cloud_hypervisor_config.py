@@ -21,7 +21,7 @@ CLI = "cli"
 
 def _named(cli: str) -> t.Any:
     """A required field whose name on the command line is another one."""
-    return field(metadata={CLI: cli})
+    return field(metadata={CLI: cli})  # pylint: disable=invalid-field-call
 
 
 def _cli(value: t.Any) -> str:

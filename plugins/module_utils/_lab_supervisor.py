@@ -122,7 +122,7 @@ class Supervisor:
             except ConnectionResetError:
                 received = b""
             if not received:
-                return reason
+                return reason or ("" if self._owned() else "its directory is gone")
             *lines, buffer = (buffer + received).split(b"\n")
             for line in lines:
                 event = json.loads(line)

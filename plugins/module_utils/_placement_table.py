@@ -157,7 +157,8 @@ class ChainTable:
         if self.only_check:
             self._judge_foreign(existing, found, others)
             return []
-        assert self.cluster is not None
+        if self.cluster is None:
+            raise AssertionError("the nodes are known here: only a foreign table is judged without them")
         self.kept = existing is not None
         self.placement = place(
             self.cluster,
@@ -266,7 +267,8 @@ class ChainTable:
         return int(self.stripe) if self.stripe is not None else max(1, min(STRIPE, chains))
 
     def _why(self) -> str:
-        assert self.placement is not None
+        if self.placement is None:
+            raise AssertionError("a plan was made")
         if not self.kept:
             return f"{len(self.placement.chains)} {'groups' if self.erasure else 'chains'}, new"
         return f"{len(self.placement.moves)} targets move; at least {self.placement.least} must"
@@ -279,7 +281,8 @@ class ChainTable:
         """Figures, the judgement, and what moves."""
         judgement: Judgement = self.judgement
         table = self._table(self.directory, self.files or observed["files"])
-        assert table is not None
+        if table is None:
+            raise AssertionError("the files were written")
         outcome: dict[str, t.Any] = {
             "chain_table": {
                 "directory": self.directory,

@@ -467,7 +467,11 @@ class QemuMachine:
     def counters(self) -> dict[str, dict[str, int]]:
         """Counters of the disks."""
         return {
-            str(device["qdev"]): {key: value for key, value in device["stats"].items() if type(value) is int}
+            str(device["qdev"]): {
+                key: value
+                for key, value in device["stats"].items()
+                if isinstance(value, int) and not isinstance(value, bool)
+            }
             for device in self.qmp.ask("query-blockstats")
         }
 

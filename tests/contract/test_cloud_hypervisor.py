@@ -23,6 +23,7 @@ import yaml
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _cloud_hypervisor_config as config
 
+NONE = type(None)
 RECORDED = Path(__file__).with_name("cloud_hypervisor.yml")
 SOURCE = "vmm/src/api/openapi/cloud-hypervisor.yaml of the project cloud-hypervisor"
 OPENAPI = os.environ.get("AGENTFLEET_CLOUD_HYPERVISOR_OPENAPI")
@@ -78,7 +79,7 @@ def ours(annotation: t.Any) -> t.Any:
     """The kind of one of our fields; values of a Literal as a set."""
     if t.get_origin(annotation) is t.Literal:
         return set(t.get_args(annotation))
-    options = [one for one in t.get_args(annotation) if one is not type(None)]
+    options = [one for one in t.get_args(annotation) if one is not NONE]
     if t.get_origin(annotation) is tuple:
         return [ours(options[0])]
     if options:
@@ -122,7 +123,7 @@ def full(schema: t.Any) -> t.Any:
     def value(annotation: t.Any) -> t.Any:
         if t.get_origin(annotation) is t.Literal:
             return t.get_args(annotation)[0]
-        options = [one for one in t.get_args(annotation) if one is not type(None)]
+        options = [one for one in t.get_args(annotation) if one is not NONE]
         if t.get_origin(annotation) is tuple:
             return (value(options[0]),)
         if options:

@@ -234,7 +234,12 @@ def main() -> None:
         device = "eth0" if where else "up0"
         for words in (f"address add {address}/24", f"address add {address6}/64 nodad"):
             run(
-                *where, "ip", *words.split(" nodad")[0].split(), "dev", device, *(["nodad"] if "nodad" in words else [])
+                *where,
+                "ip",
+                *words.replace(" nodad", "").split(),
+                "dev",
+                device,
+                *(["nodad"] if "nodad" in words else []),
             )
         run(*where, "ip", "link", "set", device, "up")
     run("ip", "netns", "exec", "outside", "ip", "route", "add", "10.88.0.0/24", "via", MANAGEMENT)
@@ -272,7 +277,7 @@ def switches() -> list[str]:
 def egress(policy: str) -> list[t.Any]:
     """Change a network while guests run; whether one of them gets out then, and whether the host forwards."""
     changed = {**NETWORKS[0], "egress": policy, "egress_allow": []}
-    (network,) = _network.Networks([changed]).found.values()
+    network = next(iter(_network.Networks([changed]).found.values()))
     write(_network_host.policy_path(network["bridge"]), network["policy"])
     script("load")
     return [connects("blue1", OUTSIDE, 80) == "open", *switches()[:2]]

@@ -520,8 +520,10 @@ def vsock(answer: bytes) -> t.Iterator[tuple[driver.Host, list[bytes]]]:
 
 
 def test_a_connection_is_handed_over_after_the_greeting(spec: t.Any) -> None:
-    with vsock(b"OK 1073741824\nhello") as (host, heard), driver.connect(host, spec, 1024, 5) as connection:
-        assert connection.recv(5) == b"hello" and heard == [b"CONNECT 1024\n"]
+    with vsock(b"OK 1073741824\nhello") as (host, heard):
+        connection = driver.connect(host, spec, 1024, 5)
+        with connection:
+            assert connection.recv(5) == b"hello" and heard == [b"CONNECT 1024\n"]
 
 
 @pytest.mark.parametrize("answer", [b"", b"NO\n", b"x" * 64])

@@ -410,7 +410,7 @@ def test_an_old_build_that_was_killed_is_cleared_away(builder: Builder) -> None:
 @BUILDS
 def test_another_run_that_built_it_meanwhile(builder: Builder) -> None:
     late = builder.images({})
-    (step,) = t.cast("list[Step]", late.plan(late.observe()))
+    (step,) = t.cast(list[Step], late.plan(late.observe()))
     builder.build({})
     log = Path(late.result(late.observe())["images"][0]["log"])
     before = log.stat().st_mtime_ns

@@ -82,7 +82,7 @@ def test_link_local_addresses_are_those_of_the_standard() -> None:
 
 
 def test_everything_is_refused_that_is_not_declared() -> None:
-    (network,) = _network.Networks([NETWORK]).found.values()
+    network = next(iter(_network.Networks([NETWORK]).found.values()))
     mac = _network.bridge_mac("br0")
     assert network["policy"] == (
         "# Written by agentfleet.metal. Network agents.\n"
@@ -92,7 +92,7 @@ def test_everything_is_refused_that_is_not_declared() -> None:
 
 
 def test_a_policy_is_nft_commands() -> None:
-    (network,) = _network.Networks(
+    networks = _network.Networks(
         [
             {
                 **NETWORK, "egress": "nat", "host_services": [{"protocol": "udp", "port": 53}],
@@ -104,8 +104,8 @@ def test_a_policy_is_nft_commands() -> None:
                 ],
             }
         ]
-    ).found.values()  # fmt: skip
-    assert network["policy"].splitlines()[3:] == [
+    )  # fmt: skip
+    assert networks.found["agents"]["policy"].splitlines()[3:] == [
         'add element inet agentfleet services { "br0" . udp . 53 }',
         "# forwards ipv4",
         "# forwards ipv6",

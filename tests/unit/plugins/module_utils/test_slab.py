@@ -115,13 +115,13 @@ def test_whatever_a_power_cut_leaves_is_right_or_missing(directory: str, seed: i
     files = [f"{directory}/{name}" for name in sorted(os.listdir(directory))]
     ever: dict[str, set[bytes]] = {}
     with _slab.Slabs(directory) as slabs:
-        for _ in range(12):
+        for _turn in range(12):
             key, data = f"k{chance.randrange(6)}", chance.randbytes(chance.randrange(1, BLOCK))
             slabs.put(key, data)
             ever.setdefault(key, set()).add(data)
     old = {path: Path(path).read_bytes() for path in files}
     with _slab.Slabs(directory) as slabs:
-        for _ in range(12):
+        for _turn in range(12):
             key, data = f"k{chance.randrange(6)}", chance.randbytes(chance.randrange(1, BLOCK))
             slabs.put(key, data)
             ever.setdefault(key, set()).add(data)
