@@ -1,7 +1,11 @@
 # Copyright: agentfleet.metal contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""MicroVMs: what is derived, what is planned, and that a second run plans nothing."""
+"""MicroVMs: what is derived, what is planned, and that a second run plans nothing.
+
+The resource as a whole: wishes are read by _microvm_spec, resolved against the host by _microvm_resolve, disks are
+made by _microvm_volumes, and _microvm_info looks.
+"""
 
 from __future__ import annotations
 
