@@ -16,13 +16,13 @@ import re
 import shutil
 import tempfile
 import typing as t
-import urllib.error
-import urllib.request
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 
 RECORD = ".agentfleet.json"
+# Opens a URL, with a bound in seconds: Ansible's own open_url, which this file must not import.
+Fetch = t.Callable[[str, int], t.Any]
 _URL = re.compile(r"^(https?|file)://")
 _KINDS = {
     "archive": (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst"),
@@ -46,8 +46,8 @@ class Artifact:
 
     predicting = False
 
-    def __init__(self, host: Host, params: t.Mapping[str, t.Any]) -> None:
-        self.host = host
+    def __init__(self, host: Host, params: t.Mapping[str, t.Any], fetch: Fetch | None = None) -> None:
+        self.host, self.fetch = host, fetch
         self.sources = [dict(source) for source in params["sources"]]
         if not self.sources:
             raise Refused("sources", [], "there is nothing to install", "Name an archive or package and its SHA-256")
@@ -164,9 +164,11 @@ class Artifact:
             target = self.host.path(src)
         else:
             try:
-                with urllib.request.urlopen(src, timeout=60) as answer, open(target, "wb") as file:
+                if self.fetch is None:
+                    raise OSError("nothing that fetches was given")
+                with self.fetch(src, 60) as answer, open(target, "wb") as file:
                     shutil.copyfileobj(answer, file, _BLOCK)
-            except (OSError, urllib.error.URLError) as error:
+            except OSError as error:  # URLError is one
                 raise HostError(
                     f"{src} cannot be fetched: {error}. Check the URL, or bring the file to the host"
                 ) from error

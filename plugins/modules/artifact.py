@@ -99,6 +99,7 @@ refused:
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.urls import open_url
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._artifact import Artifact
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
@@ -107,7 +108,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import conv
 
 def build(params: t.Mapping[str, t.Any], host: Host) -> Artifact:
     """The resource that the options declare."""
-    return Artifact(host, params)
+    return Artifact(host, params, lambda url, seconds: open_url(url, timeout=seconds))
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import json
 import shutil
 import tarfile
 import typing as t
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,11 @@ import pytest
 from ansible_collections.agentfleet.metal.plugins.module_utils._artifact import Artifact
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, apply_all
+
+
+def opened(url: str, seconds: int) -> t.Any:
+    """What a URL gives, as Ansible's open_url does for the module."""
+    return urllib.request.build_opener().open(url, timeout=seconds)
 
 
 def pack(path: Path, files: dict[str, bytes]) -> dict[str, str]:
@@ -32,7 +38,7 @@ def pack(path: Path, files: dict[str, bytes]) -> dict[str, str]:
 
 def install(host: Host, *sources: dict[str, str], **params: t.Any) -> str:
     """Observe, plan, apply; where the release is."""
-    artifact = Artifact(host, {"sources": sources, "directory": "/opt/3fs", **params})
+    artifact = Artifact(host, {"sources": sources, "directory": "/opt/3fs", **params}, opened)
     apply_all(artifact, artifact.plan(artifact.observe()))
     assert artifact.plan(artifact.observe()) == []
     return str(artifact.result(artifact.observe())["path"])
