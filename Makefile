@@ -7,7 +7,8 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 
 VENV := .venv
 COLLECTIONS := build/collections
-# Molecule scenarios, in the order of their depth; each is a directory of molecule/.
+# Molecule scenarios, in the order of their depth; each is a directory of molecule/. The others (microvm, kvcache, threefs) are run by
+# name until each has been seen to pass as a whole.
 SCENARIO ?= host default
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
