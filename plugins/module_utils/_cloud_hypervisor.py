@@ -40,12 +40,13 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import (
     Unsupported,
     Volume,
     disks,
+    memory_does_not_plug,
+    too_many_vcpus,
 )
 
 HOME = "/opt/agentfleet/cloud-hypervisor"
 NO_VERSION = f"{HOME}/default/cloud-hypervisor"  # of a microVM that was declared before there was one
 VIRTIO_MEM_ALIGNMENT = 128 << 20  # of what can be plugged
-BLOCK = 2 << 20  # of virtio-mem
 SAVE_SECONDS = 600
 CONSOLE_LINES = 60
 SOCKET_SECONDS = 120  # from the process's start
@@ -345,23 +346,6 @@ def restart_reason(change: Change, running: Spec) -> str:
     return reason(change, running) if reason else f"Cloud Hypervisor reads {change.key} when it starts"
 
 
-def _vcpus(change: Change, running: Spec) -> str:
-    if change.after > running["vcpus_max"]:
-        return f"it was started for at most {running['vcpus_max']} virtual CPUs"
-    return ""
-
-
-def _memory_size(change: Change, running: Spec) -> str:
-    booted = sum(zone["size_bytes"] for zone in running["memory_zones"])
-    if change.after > running["memory_max_bytes"]:
-        return f"it was started for at most {running['memory_max_bytes'] >> 20} MiB"
-    if change.after < booted:
-        return f"the {booted >> 20} MiB that it was started with cannot be unplugged; a balloon can take of them"
-    if (change.after - booted) % BLOCK:
-        return "memory is plugged in blocks of 2 MiB"
-    return ""
-
-
 def _balloon(_change: Change, running: Spec) -> str:
     return "it was started without a balloon, since it has PCI devices" if running["devices"] else ""
 
@@ -400,8 +384,8 @@ def _device_change(change: Change, running: Spec) -> str:
 
 
 _REASONS: dict[str, t.Callable[[Change, Spec], str]] = {
-    "vcpus": _vcpus,
-    "memory_bytes": _memory_size,
+    "vcpus": too_many_vcpus,
+    "memory_bytes": memory_does_not_plug,
     "balloon_bytes": _balloon,
     "volumes": _volume,
     "networks": _new_or_gone,

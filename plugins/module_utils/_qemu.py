@@ -28,14 +28,21 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names im
 from ansible_collections.agentfleet.metal.plugins.module_utils._network import Interface
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 from ansible_collections.agentfleet.metal.plugins.module_utils._qmp import Qmp
-from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import Change, Disk, Spec, Unsupported, disks
+from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import (
+    Change,
+    Disk,
+    Spec,
+    Unsupported,
+    disks,
+    memory_does_not_plug,
+    too_many_vcpus,
+)
 
 PROGRAM = "/usr/bin/qemu-system-x86_64"
 PACKAGE = "qemu-system-x86"
 # 8.2 brought rom=off: a read-only image file that a guest can map privately. Before it, a guest's
 # write to its image device kills the machine.
 MINIMUM = (8, 2)
-PLUG_BLOCK = 2 << 20  # of virtio-mem
 UNPLUG_SECONDS = 30
 CONSOLE_LINES = 60
 PERIPHERAL = "/machine/peripheral"  # where devices with an id are
@@ -329,20 +336,7 @@ def restart_reason(change: Change, running: Spec) -> str:
 def _vcpus(change: Change, running: Spec) -> str:
     if running["accelerator"] != "kvm":
         return "Linux takes no CPU that comes later where it sees no hypervisor that it knows"
-    if change.after > running["vcpus_max"]:
-        return f"it was started for at most {running['vcpus_max']} virtual CPUs"
-    return ""
-
-
-def _memory_size(change: Change, running: Spec) -> str:
-    booted = sum(zone["size_bytes"] for zone in running["memory_zones"])
-    if change.after > running["memory_max_bytes"]:
-        return f"it was started for at most {running['memory_max_bytes'] >> 20} MiB"
-    if change.after < booted:
-        return f"the {booted >> 20} MiB that it was started with cannot be unplugged; a balloon can take of them"
-    if (change.after - booted) % PLUG_BLOCK:
-        return "memory is plugged in blocks of 2 MiB"
-    return ""
+    return too_many_vcpus(change, running)
 
 
 def _balloon(_change: Change, running: Spec) -> str:
@@ -384,7 +378,7 @@ def _limits_change(change: Change, running: Spec) -> str:
 
 _REASONS: dict[str, t.Callable[[Change, Spec], str]] = {
     "vcpus": _vcpus,
-    "memory_bytes": _memory_size,
+    "memory_bytes": memory_does_not_plug,
     "balloon_bytes": _balloon,
     "volumes": _volume,
     "networks": _new_or_gone,

@@ -22,6 +22,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._network import I
 
 AGENT_PORT = 1024
 CONFIG_SERIAL, DATA_SERIAL = "agentfleet-config", "agentfleet-data"  # a serial has at most 20 characters
+PLUG_BLOCK = 2 << 20  # of virtio-mem
 
 
 class Zone(t.TypedDict):
@@ -158,6 +159,25 @@ def applied(running: Spec, change: Change) -> Spec:
         items = [one for one in result[change.key] if _item(change.key, one) != change.item]
         result[change.key] = items + ([] if change.after is None else [change.after])
     return t.cast(Spec, result)
+
+
+def too_many_vcpus(change: Change, running: Spec) -> str:
+    """Why virtual CPUs cannot be plugged, or empty."""
+    if change.after > running["vcpus_max"]:
+        return f"it was started for at most {running['vcpus_max']} virtual CPUs"
+    return ""
+
+
+def memory_does_not_plug(change: Change, running: Spec) -> str:
+    """Why memory cannot be plugged or unplugged by virtio-mem, or empty."""
+    booted = sum(zone["size_bytes"] for zone in running["memory_zones"])
+    if change.after > running["memory_max_bytes"]:
+        return f"it was started for at most {running['memory_max_bytes'] >> 20} MiB"
+    if change.after < booted:
+        return f"the {booted >> 20} MiB that it was started with cannot be unplugged; a balloon can take of them"
+    if (change.after - booted) % PLUG_BLOCK:
+        return "memory is plugged in blocks of 2 MiB"
+    return ""
 
 
 def _item(key: str, item: t.Any) -> str:
