@@ -43,10 +43,10 @@ $(COLLECTIONS)/.ready: requirements/ansible.txt requirements/collections.yml .ci
 	@touch $@
 
 # Needs root only when something is missing; where sudo wants a password: ANSIBLE_BECOME_ASK_PASS=true make setup
-build/.packages: roles/lab/tasks/packages.yml $(COLLECTIONS)/.ready
+build/.packages: roles/lab/tasks/packages.yml .ci/programs.yml $(COLLECTIONS)/.ready
 	@echo "== system packages of the lab"
 	@ansible localhost -i localhost, --connection local -e ansible_python_interpreter=$(CURDIR)/$(VENV)/bin/python \
-	  -m include_role -a 'name=agentfleet.metal.lab tasks_from=packages.yml'
+	  -e @.ci/programs.yml -m include_role -a 'name=agentfleet.metal.lab tasks_from=packages.yml'
 	@touch $@
 
 ## lint: ruff, mypy, yamllint, ansible-lint, changelog fragments, generated READMEs
