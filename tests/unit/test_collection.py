@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar, trust_as_template
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(path.stem for path in ROOT.glob("plugins/modules/[a-z]*.py"))
@@ -97,6 +99,22 @@ def test_dependencies_are_those_that_are_used() -> None:
     )
     unpacked = {item["name"] for item in load("requirements/collections.yml")["collections"]}
     assert used("roles", "playbooks", "plugins", "inventories", "benchmarks", "molecule", "ansible.cfg") <= unpacked
+
+
+@pytest.mark.parametrize(
+    ("drivers", "wanted"),
+    [([], False), ([None], False), (["qemu", None], False), ([None, "cloud_hypervisor", "qemu"], True)],
+)
+def test_microvm_playbook_installs_cloud_hypervisor_where_a_driver_asks_for_it(
+    drivers: list[str | None], wanted: bool
+) -> None:
+    (play,) = load("playbooks/microvm.yml")
+    names = [role["role"] for role in play["roles"]]
+    assert names.index("agentfleet.metal.cloud_hypervisor") < names.index("agentfleet.metal.microvm")
+    (condition,) = [role["when"] for role in play["roles"] if role["role"] == "agentfleet.metal.cloud_hypervisor"]
+    instances = [{"name": "x", **({"driver": driver} if driver else {})} for driver in drivers]
+    templar = Templar(loader=DataLoader(), variables={"microvm_instances": instances})
+    assert templar.evaluate_conditional(trust_as_template(condition)) is wanted
 
 
 def test_no_file_names_a_registry_or_a_place_of_one_machine() -> None:
