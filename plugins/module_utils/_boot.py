@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 import sys
 import typing as t
 
@@ -27,6 +28,10 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import (
 )
 
 PACKAGE = "ansible_collections.agentfleet.metal.plugins.module_utils"
+# What a file of ours imports of the others: `from PACKAGE._a import x` or `from PACKAGE import _a, _b`.
+_IMPORTS = re.compile(
+    rf"^ *from {re.escape(PACKAGE)}(?:\.(?=_)| import )(\w+(?: as \w+)?(?:, _\w+(?: as \w+)?)*)", re.MULTILINE
+)
 LIBRARY = "/usr/local/lib/agentfleet"
 STATE = "/etc/agentfleet"
 UNIT = "/etc/systemd/system/agentfleet-restore.service"
@@ -69,17 +74,21 @@ def wanted(host: Host, concern: str) -> dict[str, t.Any] | None:
     return stored
 
 
-def sources() -> dict[str, str]:
-    """Path below LIBRARY -> text of each module_utils file this process has loaded."""
-    found = {}
-    for name, module in sorted(sys.modules.items()):
-        if name.startswith(PACKAGE + "._") and module is not None:
-            found[name.replace(".", "/") + ".py"] = inspect.getsource(module)
-    return found
+def sources(*names: str) -> dict[str, str]:
+    """Path below LIBRARY -> text of these module_utils files and of all of ours that they import."""
+    found: dict[str, str] = {}
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found[name] = inspect.getsource(importlib.import_module(f"{PACKAGE}.{name}"))
+            waiting += [word for line in _IMPORTS.findall(found[name]) for word in re.findall(r"\b_\w+", line)]
+    return {f"{PACKAGE}.{name}".replace(".", "/") + ".py": text for name, text in sorted(found.items())}
 
 
 def _files(concern: str, desired: t.Mapping[str, t.Any]) -> dict[str, tuple[str, int]]:
-    files = {f"{LIBRARY}/{path}": (text, 0o644) for path, text in sources().items()}
+    code = sources("_boot", CONCERNS[concern][0])
+    files = {f"{LIBRARY}/{path}": (text, 0o644) for path, text in code.items()}
     files[UNIT] = (UNIT_TEXT, 0o644)
     files[f"{STATE}/{concern}.json"] = (json.dumps(desired, indent=2, sort_keys=True) + "\n", 0o644)
     return files

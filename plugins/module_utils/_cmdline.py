@@ -40,6 +40,15 @@ _UB_SIGNS = ("ummu.", "pmd_mapping", "numa_remote", "obmm.")
 _PASSTHROUGH = ("iommu=pt", "iommu.passthrough=1", "iommu.passthrough=on")
 
 
+# The options as Ansible checks them; what they mean is in the documentation of the module kernel_cmdline.
+OPTIONS: dict[str, t.Any] = {
+    "parameters": {"type": "dict", "default": {}},
+    "backend": {"type": "str", "choices": ["auto", "grub_d", "grubby", "openeuler"], "default": "auto"},
+    "guard": {"type": "bool", "default": True},
+    "allow_unbootable": {"type": "bool", "default": False},
+}
+
+
 class KernelCmdline:
     """The wish of the module ``kernel_cmdline``."""
 

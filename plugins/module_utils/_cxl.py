@@ -265,6 +265,29 @@ class Wish:
     present: bool
 
 
+# The options as Ansible checks them; what they mean is in the documentation of the module cxl_region.
+OPTIONS: dict[str, t.Any] = {
+    "regions": {
+        "type": "list",
+        "elements": "dict",
+        "required": True,
+        "options": {
+            "type": {"type": "str", "required": True, "choices": ["ram", "pmem"]},
+            "memdevs": {"type": "list", "elements": "str", "required": True},
+            "size": {"type": "str"},
+            "host_bridges": {"type": "list", "elements": "str"},
+            "interleave_ways": {"type": "int"},
+            "interleave_granularity": {"type": "int"},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+        },
+    },
+    "leave_offline": {"type": "bool", "default": False},
+    "allow_memory_in_use": {"type": "bool", "default": False},
+    "destroy_persistent_data": {"type": "bool", "default": False},
+    "persist": {"type": "bool", "default": True},
+}
+
+
 class CxlRegions:
     """Regions of CXL memory, known by their type and the set of their devices.
 

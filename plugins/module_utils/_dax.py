@@ -72,6 +72,37 @@ class Wish:
         return f"namespace-{self.uuid}" if self.uuid else f"node-{self.numa_node}"
 
 
+# The options as Ansible checks them; what they mean is in the documentation of the module dax_device.
+OPTIONS: dict[str, t.Any] = {
+    "devices": {
+        "type": "list",
+        "elements": "dict",
+        "required": True,
+        "options": {
+            "region": {
+                "type": "dict",
+                "options": {
+                    "memdevs": {"type": "list", "elements": "str", "required": True},
+                    "type": {"type": "str", "choices": ["ram", "pmem"], "default": "ram"},
+                },
+            },
+            "numa_node": {"type": "int"},
+            "namespace_uuid": {"type": "str"},
+            "mode": {"type": "str", "required": True, "choices": ["system-ram", "devdax"]},
+            "online": {"type": "str", "choices": list(ZONES)},
+            "owner": {"type": "str"},
+            "group": {"type": "str"},
+            "file_mode": {"type": "str"},
+            "align": {"type": "str"},
+        },
+    },
+    "auto_online": {"type": "str", "choices": list(POLICIES), "default": "keep"},
+    "allow_memory_in_use": {"type": "bool", "default": False},
+    "destroy_persistent_data": {"type": "bool", "default": False},
+    "persist": {"type": "bool", "default": True},
+}
+
+
 class DaxDevices:
     """Dax devices in their declared mode.
 

@@ -282,7 +282,7 @@ class Pools:
     def _program() -> dict[str, str]:
         return {
             **TEMPLATES,
-            **{f"{_boot.LIBRARY}/{path}": text for path, text in _boot.sources().items()},
+            **{f"{_boot.LIBRARY}/{path}": text for path, text in _boot.sources("_mooncake").items()},
         }
 
     def _running(self, unit: str, observed: t.Mapping[str, t.Any]) -> bool:

@@ -18,6 +18,26 @@ _PREFIX = re.compile(r"^[0-9a-f][02468ace](:[0-9a-f]{2}){4}$")
 _SETTINGS = ("mac", "vlan", "trust", "spoofchk")
 
 
+# The options as Ansible checks them; what they mean is in the documentation of the module sriov_vfs.
+OPTIONS: dict[str, t.Any] = {
+    "functions": {
+        "type": "list",
+        "elements": "dict",
+        "required": True,
+        "options": {
+            "pf": {"type": "str", "required": True},
+            "vfs": {"type": "int", "required": True},
+            "autoprobe": {"type": "bool", "default": False},
+            "mac_prefix": {"type": "str"},
+            "vlan": {"type": "int"},
+            "trust": {"type": "bool"},
+            "spoofchk": {"type": "bool"},
+        },
+    },
+    "destroy_used_vfs": {"type": "bool", "default": False},
+}
+
+
 class SriovVfs:
     """The wish: physical functions, each with its number of VFs and their settings.
 

@@ -34,6 +34,27 @@ ZSWAP_OPTIONS = ("compressor", "zpool", *_PERCENT, *_SWITCHES)
 _TOLERANCE = 0.05  # how far a ratio of weights may be from the ratio of bandwidths
 
 
+# The options as Ansible checks them; what they mean is in the documentation of the module memory_tiering.
+OPTIONS: dict[str, t.Any] = {
+    "demotion": {"type": "bool"},
+    "numa_balancing": {"type": "int", "choices": [0, 1, 2]},
+    "promote_rate_limit_mib": {"type": "int"},
+    "interleave_weights": {"type": "raw"},
+    "zswap": {
+        "type": "dict",
+        "options": {
+            "enabled": {"type": "bool"},
+            "compressor": {"type": "str"},
+            "max_pool_percent": {"type": "int"},
+            "accept_threshold_percent": {"type": "int"},
+            "shrinker_enabled": {"type": "bool"},
+            "zpool": {"type": "str"},
+        },
+    },
+    "persist": {"type": "bool", "default": True},
+}
+
+
 class MemoryTiering:
     """Placement policies of the kernel.
 

@@ -57,6 +57,25 @@ class Observed:
     known_parameters: dict[str, set[str]] = field(default_factory=dict)  # module -> names, when modinfo tells
 
 
+# The options as Ansible checks them; what they mean is in the documentation of the module kernel_tunables.
+OPTIONS: dict[str, t.Any] = {
+    "modules": {"type": "list", "elements": "str", "default": []},
+    "module_options": {"type": "dict", "default": {}},
+    "sysctl": {"type": "dict", "default": {}},
+    "sysfs": {"type": "dict", "default": {}},
+    "hugepages": {
+        "type": "list",
+        "elements": "dict",
+        "default": [],
+        "options": {
+            "node": {"type": "int", "required": True},
+            "size": {"type": "str", "required": True},
+            "count": {"type": "int", "required": True},
+        },
+    },
+}
+
+
 class Tunables:
     """The wish of the module ``kernel_tunables``."""
 

@@ -35,6 +35,29 @@ class Binding(t.NamedTuple):
     driver: str
 
 
+# The options as Ansible checks them; what they mean is in the documentation of the module vfio_bind.
+OPTIONS: dict[str, t.Any] = {
+    "functions": {
+        "type": "list",
+        "elements": "dict",
+        "default": [],
+        "options": {
+            "address": {"type": "str"},
+            "vendor_device": {"type": "str"},
+            "count": {"type": "int"},
+            "numa_node": {"type": "int"},
+            "vf_of": {"type": "str"},
+            "vfs": {"type": "list", "elements": "int"},
+            "driver": {"type": "str", "default": "vfio-pci"},
+            "state": {"type": "str", "choices": ["bound", "unbound"], "default": "bound"},
+        },
+    },
+    "bind_whole_group": {"type": "bool", "default": False},
+    "access_group": {"type": "str"},
+    "memlock": {"type": "str"},
+}
+
+
 class VfioBindings:
     """The wish: functions with their vfio driver (or none), and who may open the nodes.
 

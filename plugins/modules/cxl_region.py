@@ -136,7 +136,7 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._cxl import CxlRegions
+from ansible_collections.agentfleet.metal.plugins.module_utils._cxl import OPTIONS, CxlRegions
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
 
@@ -148,25 +148,7 @@ def build(params: dict[str, t.Any], host: Host) -> CxlRegions:
 
 def main() -> None:
     """Entry point."""
-    region = {
-        "type": {"type": "str", "required": True, "choices": ["ram", "pmem"]},
-        "memdevs": {"type": "list", "elements": "str", "required": True},
-        "size": {"type": "str"},
-        "host_bridges": {"type": "list", "elements": "str"},
-        "interleave_ways": {"type": "int"},
-        "interleave_granularity": {"type": "int"},
-        "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-    }
-    module = AnsibleModule(
-        argument_spec={
-            "regions": {"type": "list", "elements": "dict", "required": True, "options": region},
-            "leave_offline": {"type": "bool", "default": False},
-            "allow_memory_in_use": {"type": "bool", "default": False},
-            "destroy_persistent_data": {"type": "bool", "default": False},
-            "persist": {"type": "bool", "default": True},
-        },
-        supports_check_mode=True,
-    )
+    module = AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True)
     converge(module, lambda: build(module.params, Host()))
 
 

@@ -149,7 +149,7 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._dax import POLICIES, ZONES, DaxDevices
+from ansible_collections.agentfleet.metal.plugins.module_utils._dax import OPTIONS, DaxDevices
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
 
@@ -161,31 +161,7 @@ def build(params: dict[str, t.Any], host: Host) -> DaxDevices:
 
 def main() -> None:
     """Entry point."""
-    region = {
-        "memdevs": {"type": "list", "elements": "str", "required": True},
-        "type": {"type": "str", "choices": ["ram", "pmem"], "default": "ram"},
-    }
-    device = {
-        "region": {"type": "dict", "options": region},
-        "numa_node": {"type": "int"},
-        "namespace_uuid": {"type": "str"},
-        "mode": {"type": "str", "required": True, "choices": ["system-ram", "devdax"]},
-        "online": {"type": "str", "choices": list(ZONES)},
-        "owner": {"type": "str"},
-        "group": {"type": "str"},
-        "file_mode": {"type": "str"},
-        "align": {"type": "str"},
-    }
-    module = AnsibleModule(
-        argument_spec={
-            "devices": {"type": "list", "elements": "dict", "required": True, "options": device},
-            "auto_online": {"type": "str", "choices": list(POLICIES), "default": "keep"},
-            "allow_memory_in_use": {"type": "bool", "default": False},
-            "destroy_persistent_data": {"type": "bool", "default": False},
-            "persist": {"type": "bool", "default": True},
-        },
-        supports_check_mode=True,
-    )
+    module = AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True)
     converge(module, lambda: build(module.params, Host()))
 
 

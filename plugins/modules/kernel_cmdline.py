@@ -99,7 +99,7 @@ refused:
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._cmdline import KernelCmdline
+from ansible_collections.agentfleet.metal.plugins.module_utils._cmdline import OPTIONS, KernelCmdline
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
 
@@ -111,15 +111,7 @@ def build(params, host):
 
 def main():
     """Configure the command line."""
-    module = AnsibleModule(
-        argument_spec={
-            "parameters": {"type": "dict", "default": {}},
-            "backend": {"type": "str", "choices": ["auto", "grub_d", "grubby", "openeuler"], "default": "auto"},
-            "guard": {"type": "bool", "default": True},
-            "allow_unbootable": {"type": "bool", "default": False},
-        },
-        supports_check_mode=True,
-    )
+    module = AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True)
     converge(module, lambda: build(module.params, Host()))
 
 

@@ -127,7 +127,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
-from ansible_collections.agentfleet.metal.plugins.module_utils._tunables import Tunables
+from ansible_collections.agentfleet.metal.plugins.module_utils._tunables import OPTIONS, Tunables
 
 
 def build(params, host):
@@ -137,25 +137,7 @@ def build(params, host):
 
 def main():
     """Set the tunables."""
-    module = AnsibleModule(
-        argument_spec={
-            "modules": {"type": "list", "elements": "str", "default": []},
-            "module_options": {"type": "dict", "default": {}},
-            "sysctl": {"type": "dict", "default": {}},
-            "sysfs": {"type": "dict", "default": {}},
-            "hugepages": {
-                "type": "list",
-                "elements": "dict",
-                "default": [],
-                "options": {
-                    "node": {"type": "int", "required": True},
-                    "size": {"type": "str", "required": True},
-                    "count": {"type": "int", "required": True},
-                },
-            },
-        },
-        supports_check_mode=True,
-    )
+    module = AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True)
     converge(module, lambda: build(module.params, Host()))
 
 

@@ -108,7 +108,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
-from ansible_collections.agentfleet.metal.plugins.module_utils._tiering import MemoryTiering
+from ansible_collections.agentfleet.metal.plugins.module_utils._tiering import OPTIONS, MemoryTiering
 
 
 def build(params: dict[str, t.Any], host: Host) -> MemoryTiering:
@@ -118,25 +118,7 @@ def build(params: dict[str, t.Any], host: Host) -> MemoryTiering:
 
 def main() -> None:
     """Entry point."""
-    zswap = {
-        "enabled": {"type": "bool"},
-        "compressor": {"type": "str"},
-        "max_pool_percent": {"type": "int"},
-        "accept_threshold_percent": {"type": "int"},
-        "shrinker_enabled": {"type": "bool"},
-        "zpool": {"type": "str"},
-    }
-    module = AnsibleModule(
-        argument_spec={
-            "demotion": {"type": "bool"},
-            "numa_balancing": {"type": "int", "choices": [0, 1, 2]},
-            "promote_rate_limit_mib": {"type": "int"},
-            "interleave_weights": {"type": "raw"},
-            "zswap": {"type": "dict", "options": zswap},
-            "persist": {"type": "bool", "default": True},
-        },
-        supports_check_mode=True,
-    )
+    module = AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True)
     converge(module, lambda: build(module.params, Host()))
 
 

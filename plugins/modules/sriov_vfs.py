@@ -111,7 +111,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Resource, converge
-from ansible_collections.agentfleet.metal.plugins.module_utils._sriov import SriovVfs
+from ansible_collections.agentfleet.metal.plugins.module_utils._sriov import OPTIONS, SriovVfs
 
 
 def build(params: dict[str, t.Any], host: Host) -> Resource:
@@ -121,26 +121,7 @@ def build(params: dict[str, t.Any], host: Host) -> Resource:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(
-        argument_spec={
-            "functions": {
-                "type": "list",
-                "elements": "dict",
-                "required": True,
-                "options": {
-                    "pf": {"type": "str", "required": True},
-                    "vfs": {"type": "int", "required": True},
-                    "autoprobe": {"type": "bool", "default": False},
-                    "mac_prefix": {"type": "str"},
-                    "vlan": {"type": "int"},
-                    "trust": {"type": "bool"},
-                    "spoofchk": {"type": "bool"},
-                },
-            },
-            "destroy_used_vfs": {"type": "bool", "default": False},
-        },
-        supports_check_mode=True,
-    )
+    module = AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True)
     converge(module, lambda: build(module.params, Host()))
 
 

@@ -133,7 +133,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Resource, converge
-from ansible_collections.agentfleet.metal.plugins.module_utils._vfio import VfioBindings
+from ansible_collections.agentfleet.metal.plugins.module_utils._vfio import OPTIONS, VfioBindings
 
 
 def build(params: dict[str, t.Any], host: Host) -> Resource:
@@ -143,29 +143,7 @@ def build(params: dict[str, t.Any], host: Host) -> Resource:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(
-        argument_spec={
-            "functions": {
-                "type": "list",
-                "elements": "dict",
-                "default": [],
-                "options": {
-                    "address": {"type": "str"},
-                    "vendor_device": {"type": "str"},
-                    "count": {"type": "int"},
-                    "numa_node": {"type": "int"},
-                    "vf_of": {"type": "str"},
-                    "vfs": {"type": "list", "elements": "int"},
-                    "driver": {"type": "str", "default": "vfio-pci"},
-                    "state": {"type": "str", "choices": ["bound", "unbound"], "default": "bound"},
-                },
-            },
-            "bind_whole_group": {"type": "bool", "default": False},
-            "access_group": {"type": "str"},
-            "memlock": {"type": "str"},
-        },
-        supports_check_mode=True,
-    )
+    module = AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True)
     converge(module, lambda: build(module.params, Host()))
 
 

@@ -63,6 +63,31 @@ def test_defaults_of_a_role_are_those_of_its_spec(role: str) -> None:
     assert [name for name in options if not name.startswith(f"{role}_")] == []
 
 
+def called(tasks: list[dict[str, t.Any]]) -> dict[str, t.Any]:
+    """Module of this collection -> the arguments that a role's tasks give to it."""
+    found = {}
+    for task in tasks:
+        found.update(called(task.get("block", [])))
+        for key, arguments in task.items():
+            if key.startswith("agentfleet.metal."):
+                found[key.rpartition(".")[2]] = arguments
+    return found
+
+
+@pytest.mark.parametrize("role", ["kernel", "cxl", "vfio"])
+def test_preflight_asks_for_what_a_role_will_do(role: str) -> None:
+    variables, tasks = load(f"roles/{role}/vars/main.yml"), called(load(f"roles/{role}/tasks/main.yml"))
+    asked = {module: arguments for module, arguments in tasks.items() if module not in ("boot_guard", "memory_tiering")}
+    assert asked and asked == {module: variables[f"{role}__{module}"] for module in asked}
+    assert [
+        module for module in {*asked, *tasks} - {"boot_guard"} if module not in str(variables[f"{role}__declared"])
+    ] == []
+    if role == "cxl":  # given as it is, each of its keys an option
+        given = tasks["memory_tiering"]
+        assert given == {option: f"{{{{ cxl_tiering.{option} | default(omit) }}}}" for option in given}
+        assert {*given, "persist"} == set(documentation("memory_tiering")["options"])
+
+
 def test_action_group_has_all_modules() -> None:
     assert load("meta/runtime.yml")["action_groups"]["metal"] == MODULES
 

@@ -53,13 +53,15 @@ def test_other_steps_are_left_to_the_resource(fake_host: t.Any) -> None:
     assert _boot.persist_apply(fake_host, Step("create", "region", data={"x": 1})) is False
 
 
-def test_the_copied_code_runs_alone(fake_host: t.Any) -> None:
+@pytest.mark.parametrize("concern", _boot.CONCERNS)
+def test_the_copied_code_runs_alone(concern: str, fake_host: t.Any) -> None:
     """The boot unit's command finds all it imports below the copied library."""
     fake_host.answers[ENABLE] = enabled
-    persist(fake_host, "cxl", {})
+    persist(fake_host, concern, {})
     library = fake_host.path(_boot.LIBRARY)
+    module = _boot.CONCERNS[concern][0]
     done = subprocess.run(
-        [sys.executable, "-c", f"import {_boot.PACKAGE}._boot as b; print(b.__file__)"],
+        [sys.executable, "-c", f"import {_boot.PACKAGE}._boot as b, {_boot.PACKAGE}.{module}; print(b.__file__)"],
         env={"PYTHONPATH": library, "PATH": os.environ["PATH"]},
         cwd=library,
         capture_output=True,
