@@ -38,10 +38,10 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import (
     Share,
     Spec,
     Unsupported,
-    Volume,
     disks,
     memory_does_not_plug,
     too_many_vcpus,
+    volume_stays,
 )
 
 HOME = "/opt/agentfleet/cloud-hypervisor"
@@ -353,16 +353,7 @@ def _balloon(_change: Change, running: Spec) -> str:
 def _volume(change: Change, running: Spec) -> str:
     if change.before is None and running["landlock"] and not running["volumes"]:
         return "it was started without volumes, and is confined to the directories that it was started with"
-    before, after = t.cast("Volume | None", change.before), t.cast("Volume | None", change.after)
-    if any(volume and volume["writable_layer"] for volume in (before, after)) and (before is None or after is None):
-        return "the guest's root is on it"
-    if before is None or after is None or _only_grows(before, after):
-        return ""
-    return "a volume that is attached can only grow"
-
-
-def _only_grows(before: Volume, after: Volume) -> bool:
-    return {**before, "size_bytes": 0} == {**after, "size_bytes": 0} and after["size_bytes"] > before["size_bytes"]
+    return volume_stays(change)
 
 
 def _new_or_gone(change: Change, _running: Spec) -> str:

@@ -394,6 +394,8 @@ class MicroVms:
         if gone < len(networks):
             self._taps(name)
         for change in changes:
+            if change.key == "shares" and change.after is None:
+                self._unmount(running, change.before)
             self._before(name, change)
             if change.key == "resources":
                 self._limit(name)
@@ -409,16 +411,30 @@ class MicroVms:
         self._tell(name, changes)
 
     def _tell(self, name: str, changes: list[_vmm.Change]) -> None:
-        """Let the guest use CPUs and networks that are new; its kernel only sees them."""
+        """Let the guest use CPUs, networks and shares that are new; its kernel only sees them."""
         new = {change.item for change in changes if change.key == "networks" and change.after is not None}
-        if not new and not any(change.key == "vcpus" for change in changes):
+        shares = [change.after for change in changes if change.key == "shares" and change.after is not None]
+        if not new and not shares and not any(change.key == "vcpus" for change in changes):
             return
         networks = self.specs[name]["networks"]
         lines = zip(networks, _network.guest_lines(networks))
-        message = {"networks": [line for interface, line in lines if interface["network"] in new]}
+        message = {
+            "networks": [line for interface, line in lines if interface["network"] in new],
+            "shares": _microvm_data.share_lines(shares),
+        }
         told = state_of.ask_agent(self.host, self.specs[name], 20, "/attached", message) or {"error": "no answer"}
         if "error" in told:
             self.warnings.append(f"microVM {name}: its agent does not use what was attached: {told['error']}")
+
+    def _unmount(self, running: _vmm.Spec, share: _vmm.Share) -> None:
+        """Have a share unmounted before it goes: a guest that uses it keeps it."""
+        message = {"targets": [share["target"]]}
+        told = state_of.ask_agent(self.host, running, 20, "/detaching", message) or {"error": "no answer"}
+        if "error" in told:
+            raise HostError(
+                f"microVM {running['name']}: its agent does not let go of share {share['tag']}: {told['error']}. "
+                "End what uses it there, and run this again"
+            )
 
     def _taps(self, name: str) -> None:
         self.host.run([f"{LIBRARY}/microvm-taps", "up", name])

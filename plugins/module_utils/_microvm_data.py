@@ -18,7 +18,7 @@ import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _network
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
-from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import Spec
+from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import Share, Spec
 
 SECTOR = 512
 # systemd's limit for all credentials of a unit is 1 MiB.
@@ -26,11 +26,16 @@ MOST = 900 << 10
 COMMANDS = "/usr/lib/agentfleet/firstboot.d/user-data"  # in the guest
 
 
+def share_lines(shares: t.Iterable[Share]) -> list[str]:
+    """What a guest mounts: tag, target and options of each share."""
+    return [f"{share['tag']} {share['target']} {'ro' if share['readonly'] else 'rw'}" for share in shares]
+
+
 def config(spec: Spec) -> str:
     """The disk that tells a guest who it is: lines that its first program sources."""
     lists = {
         "networks": _network.guest_lines(spec["networks"]),
-        "shares": [f"{s['tag']} {s['target']} {'ro' if s['readonly'] else 'rw'}" for s in spec["shares"]],
+        "shares": share_lines(spec["shares"]),
         "volumes": [
             f"{v['name']} {v['mount']} {v['filesystem']} {'ro' if v['readonly'] else 'mkfs,grow'}"
             for v in spec["volumes"]

@@ -36,6 +36,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import (
     disks,
     memory_does_not_plug,
     too_many_vcpus,
+    volume_stays,
 )
 
 PROGRAM = "/usr/bin/qemu-system-x86_64"
@@ -350,12 +351,8 @@ def _new_or_gone(change: Change, running: Spec) -> str:
 
 
 def _volume(change: Change, running: Spec) -> str:
-    before, after = change.before, change.after
-    if before is None or after is None:
-        layer = (before or after)["writable_layer"]
-        return "the guest's root is on it" if layer else _new_or_gone(change, running)
-    grown = {**before, "size_bytes": after["size_bytes"]} == after and after["size_bytes"] > before["size_bytes"]
-    return "" if grown else "a volume that is attached can only grow"
+    came_or_went = change.before is None or change.after is None
+    return volume_stays(change) or (_new_or_gone(change, running) if came_or_went else "")
 
 
 def _share_change(change: Change, running: Spec) -> str:

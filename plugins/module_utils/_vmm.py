@@ -180,6 +180,18 @@ def memory_does_not_plug(change: Change, running: Spec) -> str:
     return ""
 
 
+def volume_stays(change: Change) -> str:
+    """Why a volume cannot come, go or change while its guest runs, or empty."""
+    before, after = change.before, change.after
+    if before is None or after is None:
+        volume = before or after
+        if volume["writable_layer"]:
+            return "the guest's root is on it"
+        return "the guest mounts volumes when it starts" if volume["mount"] else ""
+    grown = {**before, "size_bytes": after["size_bytes"]} == after and after["size_bytes"] > before["size_bytes"]
+    return "" if grown else "a volume that is attached can only grow"
+
+
 def _item(key: str, item: t.Any) -> str:
     return str(item[_NAMED[key]]) if key in _NAMED else str(item)
 

@@ -48,6 +48,32 @@ print(json.dumps([link["address"], sorted(a["local"] for a in link["addr_info"] 
 """
 
 
+# Runs in a mount namespace of its own: tmpfs for virtiofs, which needs another end.
+IN_MOUNTS = """
+import importlib.machinery, importlib.util, json, os, sys
+loader = importlib.machinery.SourceFileLoader("agent", sys.argv[1])
+agent = importlib.util.module_from_spec(importlib.util.spec_from_loader("agent", loader))
+loader.exec_module(agent)
+libc = agent.libc
+agent.libc = lambda name, *words: libc(name, *(word if word != "virtiofs" else "tmpfs" for word in words))
+mounts = lambda: [line.split()[:4] for line in open("/proc/mounts") if sys.argv[2] in line]
+wish = {"networks": [], "shares": [f"models {sys.argv[2]}/a/models ro", f"work {sys.argv[2]}/work rw"]}
+agent.use(wish)
+agent.use(wish)
+told = [mounts()]
+gone = {"targets": [f"{sys.argv[2]}/a/models"]}
+busy = open(f"{sys.argv[2]}/work/file", "w")
+agent.let_go(gone)
+agent.let_go(gone)
+told.append(mounts())
+try:
+    agent.let_go({"targets": [f"{sys.argv[2]}/work"]})
+except OSError as error:
+    told.append(str(error))
+print(json.dumps(told))
+"""
+
+
 @pytest.fixture
 def agent(tmp_path: Path, monkeypatch: t.Any) -> t.Any:
     """The agent as a module, with its files below a temporary directory."""
@@ -91,17 +117,18 @@ def test_everybody_may_ask_what_it_is(agent: t.Any) -> None:
     assert told["memory_total_bytes"] > 0
 
 
-@pytest.mark.parametrize("path", ["/identity", "/poweroff"])
+@pytest.mark.parametrize("path", ["/identity", "/poweroff", "/detaching"])
 def test_only_the_host_may_change_it(agent: t.Any, monkeypatch: t.Any, path: str) -> None:
     called: list[str] = []
     monkeypatch.setattr(agent, "become", lambda wish: called.append("become"))
     monkeypatch.setattr(agent, "power_off", lambda: called.append("power_off"))
+    monkeypatch.setattr(agent, "let_go", lambda wish: called.append("let_go"))
     status, told = ask(agent, post(path, {}), trusted=False)
     assert status == "HTTP/1.0 403 Forbidden"
     assert "over vsock" in told["error"]
     assert called == []
     ask(agent, post(path, {}), trusted=True)
-    assert called == ["become" if path == "/identity" else "power_off"]
+    assert called == [{"/identity": "become", "/poweroff": "power_off", "/detaching": "let_go"}[path]]
 
 
 def test_what_is_no_request_changes_nothing(agent: t.Any, monkeypatch: t.Any) -> None:
@@ -165,6 +192,28 @@ def test_the_kernel_takes_the_new_addresses_and_twice_is_once() -> None:
     assert json.loads(done.stdout) == [
         "02:00:00:00:00:02", ["10.9.0.6", "fd00::6"], ["10.9.0.1", "fd00::1"],
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(
+    not shutil.which("unshare")
+    or subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "x", "/mnt"], capture_output=True, check=False
+    ).returncode,
+    reason="this machine lets us mount nothing",
+)
+def test_shares_are_mounted_once_and_let_go_when_nothing_uses_them(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["unshare", "-rm", sys.executable, "-c", IN_MOUNTS, str(AGENT), str(tmp_path)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    mounted, left, refusal = json.loads(done.stdout)
+    assert [(line[0], line[1], line[3][:2]) for line in mounted] == [
+        ("models", f"{tmp_path}/a/models", "ro"), ("work", f"{tmp_path}/work", "rw"),
+    ]  # fmt: skip
+    assert [line[0] for line in left] == ["work"]
+    assert refusal == f"[Errno 16] umount2 {tmp_path}/work 0: Device or resource busy"
 
 
 def test_a_device_that_is_not_there_is_named(agent: t.Any) -> None:

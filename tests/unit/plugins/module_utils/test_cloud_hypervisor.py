@@ -25,7 +25,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import Chang
 
 PROGRAM = "/opt/agentfleet/cloud-hypervisor/53.0/cloud-hypervisor"
 VOLUME = {
-    "name": "data", "size_bytes": 1 << 30, "template": "", "readonly": False, "mount": "/data", "filesystem": "ext4",
+    "name": "data", "size_bytes": 1 << 30, "template": "", "readonly": False, "mount": "", "filesystem": "",
     "writable_layer": False,
 }  # fmt: skip
 SHARE = {"tag": "models", "source": "/srv/models", "target": "/mnt/models", "readonly": True, "dax": "never"}
@@ -234,6 +234,7 @@ def test_unsupported_with_the_remedy(changed: t.Any, option_named: str, remedy: 
         ({"volumes": [VOLUME]}, {"volumes": [{**VOLUME, "size_bytes": 1 << 20}]}, "can only grow"),
         ({"volumes": [VOLUME]}, {"volumes": [{**VOLUME, "readonly": True}]}, "can only grow"),
         ({"volumes": [{**VOLUME, "writable_layer": True}]}, {"volumes": []}, "the guest's root is on it"),
+        ({"volumes": [{**VOLUME, "mount": "/data"}]}, {"volumes": []}, "the guest mounts volumes when it starts"),
         ({}, {"networks": [NETWORK]}, ""),
         ({"networks": [NETWORK]}, {"networks": [{**NETWORK, "mac": "02:00:00:00:00:02"}]}, "cannot change"),
         ({}, {"shares": [SHARE]}, "without shares"),

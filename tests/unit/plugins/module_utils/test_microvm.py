@@ -347,7 +347,7 @@ def test_what_can_be_applied_live_is_and_then_nothing_is_left(machines: t.Any) -
     before = {"name": "a1", "vcpus_max": 4, "memory_max": "512MiB", "hotplug_slots": 2}
     run(machines, call(before))
     after = {
-        **before, "vcpus": 2, "memory": "384MiB", "volumes": [{"name": "data", "size": "1GiB", "mount": "/data"}],
+        **before, "vcpus": 2, "memory": "384MiB", "volumes": [{"name": "data", "size": "1GiB"}],
         "networks": ATTACHED,
     }  # fmt: skip
     steps = run(machines, call(after))
@@ -363,6 +363,30 @@ def test_what_can_be_applied_live_is_and_then_nothing_is_left(machines: t.Any) -
     resource = MicroVms(machines, call(after))
     resource.plan(resource.observe())
     assert resource.result(resource.observe())["instances"][0]["restart_required"] is False
+
+
+def test_a_share_that_comes_is_mounted_and_one_that_goes_is_unmounted_before(
+    machines: t.Any, monkeypatch: t.Any
+) -> None:
+    shares = [{"tag": tag, "source": f"/srv/{tag}"} for tag in ("models", "tools", "data")]
+    machines.files({f"/srv/{share['tag']}": None for share in shares})
+    run(machines, call({"name": "a1", "hotplug_slots": 2, "shares": shares[:2]}))
+
+    def agent(_host: t.Any, spec: t.Any, _seconds: float = 0, path: str = "/", message: t.Any = None) -> dict[str, str]:
+        machines.asked.append(f"{path} {message}")
+        return {"error": "Device or resource busy"} if busy and path == "/detaching" else {"hostname": spec["name"]}
+
+    monkeypatch.setattr(_microvm_state, "ask_agent", agent)
+    params, busy = call({"name": "a1", "hotplug_slots": 2, "shares": shares[1:]}), True
+    with pytest.raises(HostError, match="let go of share models: Device or resource busy. End what uses it there"):
+        run(machines, params)
+    machines.asked.clear()
+    busy = False
+    run(machines, params)
+    assert machines.asked == [
+        "/detaching {'targets': ['/mnt/models']}", "a1: shares models removed", "a1: shares data added",
+        "/attached {'networks': [], 'shares': ['data /mnt/data ro']}",
+    ]  # fmt: skip
 
 
 def test_limits_of_what_runs_are_set_at_once_and_written_down_once(machines: t.Any) -> None:

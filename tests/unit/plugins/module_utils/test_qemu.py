@@ -130,6 +130,7 @@ def test_cpus_come_and_go_but_not_those_of_the_boot(microvm_spec: t.Any) -> None
         (Change("volumes", "data", VOLUME, {**VOLUME, "size_bytes": 2 << 30}), {}, ""),
         (Change("volumes", "data", VOLUME, {**VOLUME, "readonly": True}), {}, "can only grow"),
         (Change("volumes", "data", {**VOLUME, "writable_layer": True}, None), {"hotplug_slots": 1}, "root is on it"),
+        (Change("volumes", "data", None, {**VOLUME, "mount": "/data"}), {"hotplug_slots": 1}, "when it starts"),
         (Change("networks", "agents", INTERFACE, {**INTERFACE, "mac": "x"}), {"hotplug_slots": 1}, "cannot change"),
         (Change("shares", "m", None, {"tag": "m"}), {"hotplug_slots": 1}, "without shares"),
         (Change("devices", "0000:41:00.0", None, "0000:41:00.0"), {"hotplug_slots": 1}, "with a balloon"),
