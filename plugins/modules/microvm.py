@@ -219,7 +219,7 @@ options:
             type: bool
             default: false
           mount:
-            description: Mount point in the guest, which mounts it when it starts. Without one, the guest sees a disk, also while it runs.
+            description: Mount point in the guest, which mounts it when it starts. Without one, it can come and go while it runs.
             type: str
           filesystem:
             description: File system that the guest makes on a blank volume, and lets grow with it. V(ext4) where it is mounted.
