@@ -41,7 +41,7 @@ Runner = t.Callable[[t.Sequence[str], "str | None", float], Completed]
 
 
 def run_process(argv: t.Sequence[str], stdin: str | None, timeout_seconds: float) -> Completed:
-    """Run a command with a bounded wait and the C locale; a missing program has rc 127."""
+    """Run a command with a bounded wait and the C locale, an ordinary user's in sbin, too; a missing program has rc 127."""
     try:
         # There is no AnsibleModule at boot and in tests.
         done = subprocess.run(  # pylint: disable=ansible-bad-function
@@ -53,7 +53,7 @@ def run_process(argv: t.Sequence[str], stdin: str | None, timeout_seconds: float
             errors="replace",
             timeout=timeout_seconds,
             check=False,
-            env={**os.environ, "LC_ALL": "C"},
+            env={**os.environ, "LC_ALL": "C", "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"},
         )
     except FileNotFoundError:
         return Completed(tuple(argv), 127, "", f"{argv[0]}: not found")

@@ -69,6 +69,11 @@ def test_real_commands_are_bounded_and_speak_c(tmp_path: t.Any) -> None:
         host.run(["sh", "-c", "echo why >&2; exit 3"])
 
 
+def test_programs_of_sbin_are_found_as_an_ordinary_user(tmp_path: t.Any, monkeypatch: t.Any) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert Host(str(tmp_path)).run(["sh", "-c", "echo $PATH"]).stdout == "/usr/bin:/bin:/usr/sbin:/sbin\n"
+
+
 def test_json_output_is_parsed_or_explained(fake_host: t.Any) -> None:
     fake_host.answers = {"cxl list": '[{"memdev":"mem0"}]', "cxl list -R": "", "cxl broken": "oops"}
     assert fake_host.run_json(["cxl", "list"]) == [{"memdev": "mem0"}]
