@@ -11,15 +11,21 @@ A kernel is made once for each definition and kept in the cache as a directory: 
 
 from __future__ import annotations
 
+import bz2
 import glob
+import lzma
 import os
 import re
 import shutil
+import struct
+import typing as t
+import zlib
 
+from ansible_collections.agentfleet.metal.plugins.module_utils import _initramfs
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 
-RECIPE = 1  # part of every kernel's digest; raise it when the same definition gives another kernel
+RECIPE = 2  # part of every kernel's digest; raise it when the same definition gives another kernel
 
 # Options that must be y or m (y in a kernel without initramfs), with what breaks without them.
 OPTIONS = {
@@ -58,6 +64,37 @@ FRAGMENT = "".join(
 ) + "# CONFIG_MODULES is not set\n"  # fmt: skip
 SOURCE_PROGRAMS = {"gcc": "gcc", "make": "make", "flex": "flex", "bison": "bison", "bc": "bc", "xz": "xz-utils"}
 SOURCE_FILES = {"/usr/include/libelf.h": "libelf-dev"}
+
+
+# How a kernel package may have packed its kernel: first bytes -> what unpacks it. LZ4 is left to the guest.
+UNPACK: dict[bytes, t.Callable[[bytes], bytes]] = {
+    b"\xfd7zXZ\0": lzma.decompress,
+    b"\x5d\0\0": lzma.decompress,
+    b"\x28\xb5\x2f\xfd": _initramfs.unzstd,
+    b"\x1f\x8b": lambda data: zlib.decompress(data, wbits=31),
+    b"BZh": bz2.decompress,
+}
+
+
+def unpacked(kernel: bytes) -> bytes:
+    """The ELF file in a bzImage, which hypervisors enter directly (PVH); the kernel itself where it is not found.
+
+    A guest that unpacks its own kernel does so at every start, and touches the memory for it twice.
+    """
+    if kernel[0x202:0x206] != b"HdrS" or struct.unpack_from("<H", kernel, 0x206)[0] < 0x208:
+        return kernel
+    start, size = struct.unpack_from("<II", kernel, 0x248)
+    start += 512 * ((kernel[0x1F1] or 4) + 1)
+    payload = kernel[start : start + size]
+    for magic, unpack in UNPACK.items():
+        if payload.startswith(magic):
+            # gzip has the size as its own last field; behind the others the kernel's build puts it.
+            found = unpack(payload if magic == b"\x1f\x8b" else payload[:-4])
+            if not found.startswith(b"\x7fELF"):
+                return kernel
+            table, entry, entries = struct.unpack_from("<Q10xHH", found, 0x28)
+            return found[: table + entry * entries]  # what follows are relocations for another address
+    return kernel
 
 
 def check_options(config: str, package: str, values: str = "ym") -> None:
@@ -99,8 +136,7 @@ def from_package(host: Host, tree: str, target: str, package: str, verity: bool)
     check_options(config, package)
     modules = next(path for path in (f"{tree}/usr/lib/modules", f"{tree}/lib/modules") if os.path.isdir(path))
     shutil.copytree(f"{modules}/{release}", f"{target}/modules", symlinks=True)
-    shutil.copyfile(kernels[0], f"{target}/kernel")
-    _finish(tree, target, release, config)
+    _finish(tree, target, kernels[0], release, config)
     for path, source in _with_libraries(host, tree, "dmsetup").items() if verity else ():
         os.makedirs(os.path.dirname(f"{target}/programs{path}"), exist_ok=True)
         shutil.copyfile(source, f"{target}/programs{path}")
@@ -137,11 +173,12 @@ def from_source(host: Host, tree: str, target: str, package: str, fragment: str,
     check_options(config, package, "y")
     host.run([*make, f"-j{os.cpu_count() or 1}", "bzImage"], timeout_seconds=4 * 3600)
     release = host.run([*make, "kernelrelease"], timeout_seconds=300).stdout.split()[-1]
-    shutil.copyfile(f"{source}/arch/x86/boot/bzImage", f"{target}/kernel")
-    _finish(tree, target, release, config)
+    _finish(tree, target, f"{source}/arch/x86/boot/bzImage", release, config)
 
 
-def _finish(tree: str, target: str, release: str, config: str) -> None:
+def _finish(tree: str, target: str, kernel: str, release: str, config: str) -> None:
+    with open(kernel, "rb") as packed, open(f"{target}/kernel", "wb") as file:
+        file.write(unpacked(packed.read()))
     busybox = next(path for path in (f"{tree}/usr/bin/busybox", f"{tree}/bin/busybox") if os.path.isfile(path))
     shutil.copyfile(busybox, f"{target}/busybox")
     host = Host(target)

@@ -59,7 +59,7 @@ def module_order(tree: str, names: t.Sequence[str], optional: t.Sequence[str] = 
         if files[name].endswith(".xz"):
             data = lzma.decompress(data)
         elif files[name].endswith(".zst"):
-            data = _unzstd(files[name])
+            data = unzstd(data)
         for needed in filter(None, _depends(data)):
             add(_name(needed))
         order[name] = data
@@ -79,12 +79,13 @@ def _depends(module: bytes) -> list[str]:
     return rest.partition(b"\0")[0].decode().split(",") if found else []
 
 
-def _unzstd(path: str) -> bytes:
+def unzstd(data: bytes) -> bytes:
+    """What the program zstd unpacks; Python has no module for it."""
     import subprocess
 
-    # Binary output, which Host.run would decode.
-    command = ["zstd", "-dcq", path]
-    return subprocess.run(command, check=True, capture_output=True).stdout  # pylint: disable=ansible-bad-function
+    # Binary input and output, which Host.run would decode.
+    command = ["zstd", "-dcq"]
+    return subprocess.run(command, check=True, capture_output=True, input=data).stdout  # pylint: disable=ansible-bad-function
 
 
 def cpio(entries: t.Iterable[tuple[str, int, bytes]]) -> bytes:

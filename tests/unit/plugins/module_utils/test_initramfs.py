@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import lzma
 import re
 import shutil
+import struct
 import subprocess
+import typing as t
 from pathlib import Path
 
 import pytest
@@ -61,6 +65,51 @@ def test_a_package_without_a_kernel(tmp_path: Path) -> None:
         _guest_kernel.from_package(Host("/"), str(tmp_path), str(tmp_path), "linux-doc", False)
     with pytest.raises(HostError, match="linux-doc brought 0 kernel sources instead of one"):
         _guest_kernel.from_source(Host("/"), str(tmp_path), str(tmp_path), "linux-doc", "", 0)
+
+
+def zstd(data: bytes) -> bytes:
+    return subprocess.run(["zstd", "-qc"], input=data, capture_output=True, check=True).stdout
+
+
+def bz_image(payload: bytes, version: int = 0x20F) -> bytes:
+    """As the kernel's build lays it out: boot sector, two sectors of setup, code, payload."""
+    head = bytearray(3 * 512)
+    head[0x1F1] = 2
+    head[0x202:0x206] = b"HdrS"
+    struct.pack_into("<H", head, 0x206, version)
+    struct.pack_into("<II", head, 0x248, 100, len(payload))
+    return bytes(head) + bytes(100) + payload + b"what follows"
+
+
+# 64 bytes of header, 36 of content, two section headers of 64 bytes.
+ELF = (b"\x7fELF".ljust(0x28, b"\1") + struct.pack("<Q10xHH", 100, 64, 2)).ljust(64, b"\0") + b"k" * 36 + bytes(128)
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda data: lzma.compress(data) + b"size",
+        lambda data: lzma.compress(data, lzma.FORMAT_ALONE) + b"size",
+        lambda data: bz2.compress(data) + b"size",
+        gzip.compress,
+        pytest.param(
+            lambda data: zstd(data) + b"size",
+            marks=pytest.mark.skipif(not shutil.which("zstd"), reason="zstd is needed"),
+        ),
+    ],
+)
+def test_a_kernel_is_unpacked_once_and_for_all(pack: t.Callable[[bytes], bytes]) -> None:
+    assert _guest_kernel.unpacked(bz_image(pack(ELF + b"relocations"))) == ELF
+
+
+def test_a_kernel_that_cannot_be_unpacked_stays_as_it_is() -> None:
+    for kernel in (
+        ELF,
+        bz_image(b"\x02\x21\x4c\x18lz4"),
+        bz_image(gzip.compress(b"raw")),
+        bz_image(gzip.compress(ELF), 0x207),
+    ):
+        assert _guest_kernel.unpacked(kernel) == kernel
 
 
 def complete_tree(tree: Path) -> str:
