@@ -1,13 +1,15 @@
 # Copyright: agentfleet.metal contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the scenarios' tests share: run a playbook and look at its tasks, fingerprint a host, cut its power."""
+"""What the scenarios' tests share: run a playbook and look at its tasks, fingerprint a host, cut its power, ask microVMs."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
+import time
 import typing as t
 import warnings
 from dataclasses import dataclass, field
@@ -51,6 +53,27 @@ FINGERPRINT = r"""
 """
 
 
+# What microVMs have on a host, one thing a line, without what differs between two starts. Slots are of boots, and stay
+# until somebody else wants to boot.
+LEFT = r"""
+ps -eo args= | awk '$1 ~ /qemu-system|cloud-hypervisor|virtiofsd/ {print "process", substr($0, 1, 120)}'
+ls /sys/class/net | sed 's/^/device /'
+systemctl list-units --all --no-legend --plain 'agentfleet*' | awk '{print "unit", $1, $3}'
+find /etc/systemd/system /run/systemd/system /etc/tmpfiles.d -name '*agentfleet*'
+find /sys/fs/cgroup -name 'agentfleet*' -printf 'cgroup %p\n'
+awk '/agentfleet/ {print "mount", $2}' /proc/mounts
+ss -Hlx | awk '/agentfleet/ {print "socket", $5}'
+find /run/agentfleet /var/lib/agentfleet/microvms /var/lib/agentfleet/volumes /var/lib/agentfleet/shares \
+  /var/lib/agentfleet/snapshots -mindepth 1 -not -path '*/slots/*' 2>/dev/null
+nft list tables
+sysctl net.ipv4.ip_forward net.ipv6.conf.all.forwarding
+"""
+# A guest that does not answer ends microvm-exec with 255, which over ssh would mean that the host does not.
+EXEC = "/usr/local/lib/agentfleet/microvm-exec"
+NOT_REACHED = 253
+READY_SECONDS = 600
+
+
 @dataclass
 class Task:
     """One task's outcome on one host."""
@@ -85,14 +108,24 @@ class Lab:
     """The lab of inventories/lab as a test drives it."""
 
     root = ROOT
+    directory = LAB_DIRECTORY
     report_directory = LAB_DIRECTORY / "report"
+    first_port = FIRST_PORT
+    variables: t.ClassVar[dict[str, t.Any]] = VARIABLES
 
     def connection(self, name: str, port: int = FIRST_PORT) -> t.Any:
-        """A testinfra host that is reached like Ansible reaches it, with its own key and its pinned host key."""
+        """A testinfra host that is reached like Ansible reaches it, with its own key and its pinned host key.
+
+        Its commands share one connection: on an emulated CPU each handshake costs a second. It ends with the host.
+        """
+        sockets = Path.home() / ".ansible/cp"
+        sockets.mkdir(parents=True, exist_ok=True)
         return testinfra.get_host(
             f"ssh://root@127.0.0.1:{port}",
             ssh_identity_file=str(LAB_DIRECTORY / name / "id_ed25519"),
             ssh_extra_args=f"-o UserKnownHostsFile={LAB_DIRECTORY / name / 'known_hosts'} -o IdentitiesOnly=yes",
+            controlpath=str(sockets / f"agentfleet-{port}"),
+            controlpersist=600,
         )
 
     def start(self, playbook: str, *arguments: str, **variables: t.Any) -> subprocess.Popen[str]:
@@ -116,17 +149,21 @@ class Lab:
             text=True,
         )
 
-    def start_module(self, name: str, **arguments: t.Any) -> subprocess.Popen[str]:
-        """Start a module of this collection on metal1."""
-        return self._open(
-            "ansible", "metal1", f"--module-name=agentfleet.metal.{name}", f"--args={json.dumps(arguments)}"
-        )
+    def start_module(self, name: str, on: str = "metal1", **arguments: t.Any) -> subprocess.Popen[str]:
+        """Start a module of this collection."""
+        return self._open("ansible", on, f"--module-name=agentfleet.metal.{name}", f"--args={json.dumps(arguments)}")
 
-    def module(self, name: str, **arguments: t.Any) -> dict[str, t.Any]:
-        """Call a module of this collection on metal1; it must succeed."""
-        played = self.finish(self.start_module(name, **arguments))
+    def module(self, name: str, on: str = "metal1", **arguments: t.Any) -> dict[str, t.Any]:
+        """Call a module of this collection; it must succeed."""
+        played = self.finish(self.start_module(name, on, **arguments))
         assert played.rc == 0, played.failures()
         return played.tasks[-1].result
+
+    def refused(self, name: str, **arguments: t.Any) -> str:
+        """The message of a module's call on metal1, which must not succeed."""
+        played = self.finish(self.start_module(name, **arguments))
+        assert played.rc != 0, played.text
+        return played.failures()
 
     def role(self, name: str, **variables: t.Any) -> None:
         """Run a role of this collection on metal1; it must succeed."""
@@ -195,6 +232,68 @@ class Lab:
         return set(done.stdout.splitlines())
 
 
+class MicroVms:
+    """The microVMs of one host: calls of the modules, what they and their guests say, and what they leave."""
+
+    def __init__(self, lab: Lab, host: t.Any) -> None:
+        self.lab, self.host = lab, host
+
+    def _arguments(self, instances: t.Sequence[t.Any], arguments: dict[str, t.Any]) -> dict[str, t.Any]:
+        # One boot at a time: docs/lab.md, Limits.
+        common = {"memory_overcommit": 2.0, "parallel": 1, "ready_timeout_seconds": READY_SECONDS}
+        return {**common, "instances": instances, **arguments}
+
+    def bring(self, *instances: t.Any, **arguments: t.Any) -> dict[str, t.Any]:
+        """One call of the module ``microvm``, which must succeed."""
+        return self.lab.module("microvm", **self._arguments(instances, arguments))
+
+    def start(self, *instances: t.Any, **arguments: t.Any) -> subprocess.Popen[str]:
+        """Start such a call."""
+        return self.lab.start_module("microvm", **self._arguments(instances, arguments))
+
+    def refused(self, *instances: t.Any, **arguments: t.Any) -> str:
+        """The message of such a call, which must not succeed."""
+        return self.lab.refused("microvm", **self._arguments(instances, arguments))
+
+    def look(self, *names: str) -> dict[str, dict[str, t.Any]]:
+        """Name -> microVM as ``microvm_info`` sees it; all when none is named."""
+        wish: dict[str, t.Any] = {"names": names} if names else {}
+        found = self.lab.module("microvm_info", agent_timeout_seconds=60, **wish)["instances"]
+        return {one["name"]: one for one in found}
+
+    def until(
+        self, what: str, *names: str, so: t.Callable[[dict[str, t.Any]], bool] = lambda one: bool(one["ready"])
+    ) -> dict[str, dict[str, t.Any]]:
+        """Look, within bounds, until it is so of each; by default until each answers."""
+        end = time.monotonic() + READY_SECONDS
+        while True:
+            seen = self.look(*names)
+            if all(so(one) for one in seen.values()):
+                return seen
+            states = {name: (one["state"], one["failure"], one["ready"]) for name, one in seen.items()}
+            assert time.monotonic() < end, f"{what}: {states}"
+
+    def run(self, name: str, command: str, stdin: str = "") -> t.Any:
+        """Run a shell command in a microVM as root, over vsock, by the program that the connection plugin uses."""
+        words = f"{EXEC} --timeout 120 {name} {shlex.quote(command)}"
+        feed, text = ("<<'INPUT'", f"{stdin}\nINPUT\n") if stdin else ("</dev/null", "")
+        return self.host.run(
+            f"code=0; {words} {feed} || code=$?\n{text}[ $code != 255 ] || code={NOT_REACHED}; exit $code"
+        )
+
+    def inside(self, name: str, command: str, stdin: str = "") -> str:
+        """The same; it must succeed, and what it prints comes back."""
+        done = self.run(name, command, stdin)
+        assert done.rc == 0, f"{name}: {done.stdout} {done.stderr}"
+        return str(done.stdout)
+
+    def left(self) -> set[str]:
+        """What microVMs have on the host now."""
+        done = self.host.run(LEFT)
+        assert "device lo" in done.stdout, done.stderr
+        return set(done.stdout.splitlines())
+
+
 @pytest.fixture(scope="session")
 def lab() -> Lab:
     """The lab."""
@@ -205,3 +304,9 @@ def lab() -> Lab:
 def host(lab: Lab) -> t.Any:
     """The lab host metal1, over ssh."""
     return lab.connection("metal1")
+
+
+@pytest.fixture(scope="session")
+def microvms(lab: Lab, host: t.Any) -> MicroVms:
+    """The microVMs of metal1."""
+    return MicroVms(lab, host)

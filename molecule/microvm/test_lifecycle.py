@@ -25,18 +25,6 @@ NETWORKS = [{"name": "life", "prefix": "10.87.0.0/24", "bridge": "aflife"}]
 DATA = {"name": "data", "size": "64MiB"}
 MORE = {"name": "more", "size": "32MiB"}
 BACK_SECONDS = 600
-UNPLUGGED_SECONDS = 60
-
-# What microVMs have on a host.
-LEFT = r"""
-pgrep -fl 'qemu-system|cloud-hypervisor|virtiofsd' | sed 's/^[0-9]* /process /'
-ls /sys/class/net | sed 's/^/device /'
-systemctl list-units --all --no-legend --plain 'agentfleet-*' | awk '{print "unit", $1}'
-find /sys/fs/cgroup -name 'agentfleet*' -printf 'cgroup %p\n'
-awk '/agentfleet/ {print "mount", $2}' /proc/mounts
-find /run/agentfleet /var/lib/agentfleet/microvms /var/lib/agentfleet/volumes -mindepth 1 2>/dev/null
-nft list tables 2>/dev/null
-"""
 
 
 class Life:
@@ -45,8 +33,8 @@ class Life:
     :param driver: name of the driver
     """
 
-    def __init__(self, lab: t.Any, host: t.Any, driver: str) -> None:
-        self.lab, self.host = lab, host
+    def __init__(self, lab: t.Any, host: t.Any, microvms: t.Any, driver: str) -> None:
+        self.lab, self.host, self.microvms = lab, host, microvms
         self.name = f"life-{driver.replace('_', '-')}"
         self.wish: dict[str, t.Any] = {
             "name": self.name,
@@ -66,32 +54,16 @@ class Life:
         self.wish.update(changes)
         return t.cast(
             "dict[str, t.Any]",
-            self.lab.module(
-                "microvm",
-                state=state,
-                instances=[self.wish],
-                networks=NETWORKS,
-                allow_restart=allow_restart,
-                memory_overcommit=2.0,
-                ready_timeout_seconds=BACK_SECONDS,
-            ),
+            self.microvms.bring(self.wish, networks=NETWORKS, state=state, allow_restart=allow_restart),
         )
 
     def look(self) -> dict[str, t.Any]:
         """It, as microvm_info sees it."""
-        found = self.lab.module("microvm_info", names=[self.name], agent_timeout_seconds=60)["instances"]
-        return t.cast("dict[str, t.Any]", found[0])
+        return t.cast("dict[str, t.Any]", self.microvms.look(self.name)[self.name])
 
-    def until(self, what: str, predicate: t.Callable[[dict[str, t.Any]], bool], seconds: float = BACK_SECONDS) -> t.Any:
+    def until(self, what: str, so: t.Callable[[dict[str, t.Any]], bool]) -> dict[str, t.Any]:
         """Look until it is so, within bounds."""
-        end = time.monotonic() + seconds
-        while not predicate(seen := self.look()):
-            assert time.monotonic() < end, f"{what}: {seen}"
-        return seen
-
-    def left(self) -> set[str]:
-        """What microVMs have on the host now."""
-        return set(self.host.run(LEFT).stdout.splitlines())
+        return t.cast("dict[str, t.Any]", self.microvms.until(what, self.name, so=so)[self.name])
 
 
 def install(lab: t.Any, program: str) -> None:
@@ -111,19 +83,18 @@ BEFORE: dict[str, set[str]] = {}
 
 
 @pytest.fixture(scope="module", params=["qemu", "cloud_hypervisor"])
-def life(request: t.Any, lab: t.Any, host: t.Any) -> Life:
+def life(request: t.Any, lab: t.Any, host: t.Any, microvms: t.Any) -> Life:
     """The microVM of one driver."""
     program = os.environ.get(PROGRAM)
     if request.param == "cloud_hypervisor":
         if not program:
             pytest.skip(f"{PROGRAM} names no program: Cloud Hypervisor is in no package registry of the lab")
         install(lab, program)
-    return Life(lab, host, request.param)
+    return Life(lab, host, microvms, request.param)
 
 
 def test_it_is_ready_and_the_second_run_changes_nothing(life: Life) -> None:
-    life.lab.succeed("images")
-    BEFORE[life.name] = life.left()
+    BEFORE[life.name] = life.microvms.left()
     (made,) = life.bring()["instances"]
     assert made["state"] == "running"
     seen = life.look()
@@ -213,6 +184,6 @@ def test_a_guest_that_panics_again_and_again_ends_in_a_clear_state(life: Life) -
 
 
 def test_nothing_is_left(life: Life) -> None:
-    assert life.lab.module("microvm", state="absent", instances=[{"name": life.name}])["changed"]
-    assert life.left() - BEFORE[life.name] == set()
+    assert life.lab.module("microvm", state="absent", delete_volumes=True, instances=[{"name": life.name}])["changed"]
+    assert life.microvms.left() - BEFORE[life.name] == set()
     assert not life.lab.module("microvm", state="absent", instances=[{"name": life.name}])["changed"]
