@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import typing as t
+from dataclasses import replace
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
@@ -33,6 +34,7 @@ _FILES = {
     "fuse": ("hf3fs_fuse_main_launcher.toml", "hf3fs_fuse_main_app.toml", "fuse.token"),
 }
 _STOP_SECONDS = 330
+_STEADY_LOOKS = 3
 _ASK_TABLE = "EXISTS TABLE 3fs.distributions"
 _VARIABLE = "AGENTFLEET_3FS_CONFIG"
 
@@ -66,13 +68,7 @@ class Services:
         """Units as they are, as they run, and what they shall be made from."""
         described = describe(self.host, self.cluster)
         units = [unit_name(self.cluster, service) for service in self.given]
-        show = self.host.run(
-            ["systemctl", "show", "--property=Id,ActiveState,SubState,MainPID,UnitFileState", *units], check=False
-        ).stdout
-        blocks = [
-            dict(line.split("=", 1) for line in block.splitlines()) for block in show.split("\n\n") if block.strip()
-        ]
-        states = {block.get("Id", ""): block for block in blocks}
+        states = self._show(units, "Id,ActiveState,SubState,MainPID,UnitFileState")
         return {
             "described": described,
             "units": {unit: states.get(unit, {}) for unit in units},
@@ -81,6 +77,14 @@ class Services:
             "wanted": self._wanted(described) if described else {},
             "tables": self._tables(described) if described else True,
         }
+
+    def _show(self, units: t.Sequence[str], properties: str) -> dict[str, dict[str, str]]:
+        """Unit -> its properties; a unit that systemd does not know is left out or empty."""
+        show = self.host.run(["systemctl", "show", f"--property={properties}", *units], check=False).stdout
+        blocks = [
+            dict(line.split("=", 1) for line in block.splitlines()) for block in show.split("\n\n") if block.strip()
+        ]
+        return {block.get("Id", ""): block for block in blocks}
 
     def _clickhouse(self, described: t.Mapping[str, t.Any]) -> list[str]:
         """clickhouse-client with our server and password, which are in a file and not in its arguments."""
@@ -186,7 +190,8 @@ class Services:
         return steps
 
     def _started(self, observed: t.Mapping[str, t.Any]) -> list[Step]:
-        steps = []
+        """The last service that starts carries the names of all, which are watched together for staying up."""
+        steps: list[Step] = []
         for unit, (text, digest) in observed["wanted"].items():
             state = observed["units"][unit]
             if observed["texts"][unit] != text.strip():
@@ -202,12 +207,15 @@ class Services:
                 steps.append(Step("restart", unit, before="active", after="active", why=why, disruptive=True))
             elif not active or state.get("UnitFileState") != "enabled":
                 steps.append(Step("start", unit, before=state.get("ActiveState"), after="active, enabled"))
+        starting = [index for index, step in enumerate(steps) if step.verb in ("start", "restart")]
+        if starting:
+            steps[starting[-1]] = replace(steps[starting[-1]], data=[steps[index].object for index in starting])
         return steps
 
     # -- apply --------------------------------------------------------------------------
 
     def apply(self, step: Step) -> None:
-        """Carry out one step; a service counts as started when it still runs after a moment."""
+        """Carry out one step; services count as started when they still run after a moment."""
         if step.verb == "create":
             self._create_tables(step.data)
         elif step.verb == "write":
@@ -223,7 +231,8 @@ class Services:
             if step.verb == "start":
                 self.host.run(["systemctl", "enable", "--quiet", step.object])
             self.host.run(["systemctl", "restart", step.object], timeout_seconds=_STOP_SECONDS, check=False)
-            self._settle(step.object)
+            if step.data:
+                self._settle(step.data)
 
     def _create_tables(self, described: t.Mapping[str, t.Any]) -> None:
         places = [f"{described['release']}/{place}/3fs-monitor.sql" for place in ("sql", "deploy/sql", "opt/3fs/sql")]
@@ -236,18 +245,25 @@ class Services:
         if done.rc != 0:
             raise HostError(f"clickhouse-client: {done.text}. Is ClickHouse up, and are host, user and password right?")
 
-    def _settle(self, unit: str) -> None:
-        """Wait until the service has run for three seconds without a restart."""
-        seen: list[tuple[str, int]] = []
+    def _settle(self, units: t.Sequence[str]) -> None:
+        """Wait until the services have run for three seconds without a restart."""
+        seen: dict[str, list[str]] = {unit: [] for unit in units}
 
-        def steady() -> bool:
-            show = self.host.run(["systemctl", "show", "-P", "MainPID", unit]).stdout.strip()
-            seen.append((show, len(seen)))
-            return len(seen) > 3 and len({pid for pid, _turn in seen[-3:]}) == 1 and show not in ("", "0")
+        def unsteady() -> list[str]:
+            """Those without a process, or with another one than a moment ago."""
+            states = self._show(units, "Id,MainPID")
+            for unit, looks in seen.items():
+                looks.append(states.get(unit, {}).get("MainPID", "0"))
+            return [
+                unit
+                for unit, looks in seen.items()
+                if len(looks) <= _STEADY_LOOKS or len(set(looks[-_STEADY_LOOKS:])) > 1 or looks[-1] in ("", "0")
+            ]
 
         try:
-            self.host.wait(steady, f"{unit} runs", self.timeout, interval_seconds=1)
+            self.host.wait(lambda: not unsteady(), f"{', '.join(units)} run", self.timeout, interval_seconds=1)
         except HostError as error:
+            unit = unsteady()[0]
             said = self.host.run(["journalctl", "--no-pager", "-q", "-o", "cat", "-n", "12", "-u", unit], check=False)
             raise HostError(f"{unit} does not stay up: {said.text or error}") from error
 

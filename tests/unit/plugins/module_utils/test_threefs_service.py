@@ -31,7 +31,7 @@ class Systemd:
     """systemctl with units that run."""
 
     def __init__(self, host: t.Any) -> None:
-        self.host, self.running, self.dies = host, {}, False
+        self.host, self.running, self.dying = host, {}, set()
         host.answers["systemctl"] = self
 
     def __call__(self, host: t.Any) -> t.Any:
@@ -44,12 +44,11 @@ class Systemd:
             host.files({f"/proc/{self.running[units[0]]}/environ": digest.removeprefix("Environment=")})
         if words[0] == "stop":
             self.running.pop(units[0], None)
-        if words[:2] == ["show", "-P"]:
-            return "0\n" if self.dies else self.running.get(units[0], "0") + "\n"
         if words[0] == "show":
             return "\n\n".join(
                 f"Id={unit}\nActiveState={'active' if unit in self.running else 'inactive'}\n"
-                f"MainPID={self.running.get(unit, '0')}\nUnitFileState={'enabled' if unit in self.running else 'disabled'}"
+                f"MainPID={'0' if unit in self.dying else self.running.get(unit, '0')}\n"
+                f"UnitFileState={'enabled' if unit in self.running else 'disabled'}"
                 for unit in units
             )
         return ""
@@ -108,10 +107,13 @@ def test_check_mode_knows_what_an_earlier_task_would_have_changed(host: t.Any) -
 def test_a_service_that_does_not_stay_up_is_an_error(host: t.Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100_000))
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    host.systemd.dies = True
+    host.systemd.dying = {"threefs-stage-storage.service"}
     host.answers["journalctl"] = "target path /storage/data1/3fs does not exist"
-    with pytest.raises(HostError, match="does not stay up: target path"):
-        converge(host, services=["storage"])
+    with pytest.raises(HostError, match=r"threefs-stage-storage.service does not stay up: target path"):
+        converge(host)
+    assert host.calls[-1].endswith("-u threefs-stage-storage.service"), (
+        "the log of the one that ended, of all that started"
+    )
 
 
 def test_tables_of_the_monitor_are_made_when_they_are_missing(host: t.Any) -> None:
