@@ -25,6 +25,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_info imp
 
 _ALREADY = {4031, 5017, 5018}  # target not found, target existed: what an interrupted run left
 _GOOD = ("SERVING", "UPTODATE")
+_REPORT_SECONDS = 60.0  # how long a storage service that was just started may take to report
 
 
 class Targets:
@@ -136,7 +137,11 @@ class Targets:
             if not self.predicting:
                 admin.refuse_unready()
             return None
+        end = time.monotonic() + min(self.wait, _REPORT_SECONDS)
         state = look(admin)
+        while not self.predicting and self._silent(state) and time.monotonic() < end:
+            time.sleep(1)
+            state = look(admin)
         state["orders"] = {number: self._order(admin, number) for number in state["tables"]}
         return state
 
@@ -161,12 +166,15 @@ class Targets:
                     "Make them first with module threefs_chain_table",
                 )
         state = observed or {**parse([], [], [], []), "orders": {}}
-        now = {chain: [target["id"] for target in item["targets"]] for chain, item in state["chains"].items()}
-        new = {chain: targets for chain, targets in self.chains.items() if chain not in now}
-        moves = {
-            chain: targets for chain, targets in self.chains.items() if chain in now and set(targets) != set(now[chain])
-        }
-        self._check_nodes(state, [target for targets in {**new, **moves}.values() for target in targets])
+        now, new, moves = self._difference(state)
+        silent = self._silent(state)
+        if silent and not self.predicting:
+            raise Refused(
+                "tables",
+                silent,
+                "new targets are on storage nodes that do not report to mgmtd",
+                "Start them first (role threefs), or make the table without them",
+            )
         steps: list[Step] = []
         for node, disk in self.recreate:
             weak = self._weak(state, node, disk)
@@ -265,21 +273,24 @@ class Targets:
             )
         return steps
 
-    def _check_nodes(self, state: t.Mapping[str, t.Any], targets: t.Iterable[int]) -> None:
-        """Nodes of new targets must report: a chain whose targets are not up falls to LASTSRV."""
+    def _difference(self, state: t.Mapping[str, t.Any]) -> tuple[dict[int, list[int]], ...]:
+        """Chains as they are, those that are missing, and those that have other targets than they shall."""
+        now = {chain: [target["id"] for target in item["targets"]] for chain, item in state["chains"].items()}
+        new = {chain: targets for chain, targets in self.chains.items() if chain not in now}
+        moves = {
+            chain: targets for chain, targets in self.chains.items() if chain in now and set(targets) != set(now[chain])
+        }
+        return now, new, moves
+
+    def _silent(self, state: t.Mapping[str, t.Any]) -> list[int]:
+        """Nodes of new targets that do not report: a chain whose targets are not up falls to LASTSRV."""
         alive = {
             node["id"]
             for node in state["nodes"]
             if node["type"] == "storage" and node["status"] == "HEARTBEAT_CONNECTED"
         }
-        need = {target_place(target)[0] for target in targets}
-        if need - alive and not self.predicting:
-            raise Refused(
-                "tables",
-                sorted(need - alive),
-                "new targets are on storage nodes that do not report to mgmtd",
-                "Start them first (role threefs), or make the table without them",
-            )
+        _now, new, moves = self._difference(state)
+        return sorted({target_place(target)[0] for x in (new, moves) for ids in x.values() for target in ids} - alive)
 
     def _leftovers(self, state: t.Mapping[str, t.Any], now: t.Mapping[int, list[int]]) -> list[int]:
         """Targets that an interrupted move left beside the chains, on nodes that are there to be asked."""
