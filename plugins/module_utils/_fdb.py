@@ -325,8 +325,9 @@ class Servers:
         units = {}
         for verb, calendar, command in (("backup", "on_calendar", run), ("backup-check", "check_on_calendar", check)):
             base = f"{self._dashed()}-{verb}"
+            after = unit_name(self.name) + (f" {self._dashed()}-backup.service" if verb == "backup-check" else "")
             units[f"{base}.service"] = (
-                f"# Written by agentfleet.metal.\n[Unit]\nDescription=FoundationDB {self.name}: {verb}\nAfter={unit_name(self.name)}\n\n"
+                f"# Written by agentfleet.metal.\n[Unit]\nDescription=FoundationDB {self.name}: {verb}\nAfter={after}\n\n"
                 f"[Service]\nType=oneshot\n{self._environment()}{command}TimeoutStartSec=6h\n"
             )
             units[f"{base}.timer"] = (
