@@ -101,7 +101,8 @@ def test_a_host_from_nothing(host: t.Any) -> None:
     assert "head -n -3" in unit and unit.index("wait -C") < unit.index("start -C"), (
         "an interrupted backup is waited for"
     )
-    assert "restorable: true" in host.read("/etc/systemd/system/foundationdb-backup-check.service")
+    check = host.read("/etc/systemd/system/foundationdb-backup-check.service")
+    assert "restorable: true" in check and "After=foundationdb.service foundationdb-backup.service" in check
     assert host.calls[-1].startswith("systemctl enable --quiet --now foundationdb-backup")
 
 

@@ -179,6 +179,19 @@ def test_new_targets_on_a_silent_node_are_refused(lab: Lab) -> None:
     assert refused.value.value == [10002] and "do not report" in refused.value.problem
 
 
+def test_storage_that_was_just_started_gets_the_time_to_report(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab.stop(10002)
+    lab.sleep(20)
+
+    def sleep(seconds: float) -> None:
+        if 10002 not in lab.storages:
+            lab.add(10002)
+        lab.sleep(seconds)
+
+    monkeypatch.setattr("time.sleep", sleep)
+    assert converge(lab, tables=[table(FIRST)]) == ["create", "upload", "upload"]
+
+
 def test_a_gate_says_what_is_not_well_and_waits_within_bounds(lab: Lab) -> None:
     converge(lab, tables=[table(FIRST)])
     info = Info(lab.host, {"cluster": "stage", "wait_healthy_seconds": 30, "expect": {"storage": 3}})
