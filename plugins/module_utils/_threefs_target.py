@@ -444,7 +444,7 @@ class Targets:
             return [
                 f"it is {item['status']}"
                 for item in state["nodes"]
-                if item["id"] == node and item["status"] == "HEARTBEAT_CONNECTED"
+                if item["id"] == node and item["status"] in ("HEARTBEAT_CONNECTED", "HEARTBEAT_CONNECTING")
             ]
 
         self._until(admin, f"node {node} is stopped (mgmtd notices after heartbeat_fail_interval)", registered)

@@ -386,7 +386,8 @@ class Mgmtd:
             if identity == str(self.node_id):
                 status = "PRIMARY_MGMTD"
             else:
-                status = "HEARTBEAT_CONNECTED" if fresh else "HEARTBEAT_FAILED" if beat else "HEARTBEAT_CONNECTING"
+                late = beat or now > self.primary_since + self.setting("heartbeat_fail_interval", "1min")
+                status = "HEARTBEAT_CONNECTED" if fresh else "HEARTBEAT_FAILED" if late else "HEARTBEAT_CONNECTING"
             nodes.append(
                 {
                     "node_id": int(identity),
@@ -518,6 +519,20 @@ class Mgmtd:
             if sorted(request["targets"]) != sorted(tid for tid, _public in item["targets"]):
                 raise Status(3, "InvalidArg", "targets do not match")
             item["preferred"] = request["targets"]
+
+        self.edit(change)
+        return {}
+
+    def on_rotate(self, request: dict, peer: str) -> dict:
+        """The head that served last goes to the tail, and the next one may serve: what only the head had is lost."""
+        self.admin(request)
+
+        def change(keys: dict) -> None:
+            item = keys["chains"][request["chain"]]
+            head, *others = item["targets"]
+            if head[1] == "LASTSRV" and others:
+                item["targets"] = [[others[0][0], "LASTSRV"], *others[1:], [head[0], "OFFLINE"]]
+                item["version"] += 1
 
         self.edit(change)
         return {}
@@ -1325,6 +1340,11 @@ class Admin:
         self.call(op="prefer", chain=words[0], targets=words[1:])
         return [["ChainId", words[0]]]
 
+    def do_rotate_lastsrv(self, words: list[str]) -> list[list[str]]:
+        need(words, 1)
+        self.call(op="rotate", chain=words[0])
+        return [["ChainId", words[0]]]
+
     def do_unregister_node(self, words: list[str]) -> list[list[str]]:
         need(words, 2)
         self.call(op="unregister", node_id=int(words[0]))
@@ -1502,5 +1522,10 @@ PROGRAMS = {
     "admin_cli": admin_cli,
 }
 
+
+def main() -> int:
+    return PROGRAMS[os.path.basename(sys.argv[0])](sys.argv[1:])
+
+
 if __name__ == "__main__":
-    raise SystemExit(PROGRAMS[os.path.basename(sys.argv[0])](sys.argv[1:]))
+    raise SystemExit(main())
