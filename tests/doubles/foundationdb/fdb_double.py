@@ -73,6 +73,9 @@ class Cluster:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.known: dict | None = (
+            None  # the newest document that was seen: a coordinator that has no newer one says only that
+        )
         self.reload()
 
     def reload(self) -> None:
@@ -91,31 +94,44 @@ class Cluster:
             pass
 
     def read(self) -> dict:
+        """The document, which the caller must not change, and the processes that live."""
         for _turn in range(3):
-            answers = [
-                answer for answer in (ask(x, {"op": "get", "as": self.name}) for x in self.coordinators) if answer
-            ]
-            forward = next((answer["forward"] for answer in answers if "forward" in answer), None)
+            good: list[dict] = []
+            forward = None
+            for address in self.coordinators:
+                have = self.known["version"] if self.known else None
+                answer = ask(address, {"op": "get", "as": self.name, "have": have}) or {}
+                forward = forward or answer.get("forward")
+                good += [answer] if "version" in answer else []
+                if len(good) * 2 > len(self.coordinators):
+                    break
             if forward:
                 self._follow(forward)
                 continue
-            good = [answer for answer in answers if "document" in answer]
             if len(good) * 2 <= len(self.coordinators):
                 break
-            return max(good, key=lambda answer: answer["document"]["version"])
+            newest = max(good, key=lambda answer: answer["version"])
+            document = newest.get("document", self.known)
+            self.known = document
+            return {"document": document, "processes": newest["processes"]}
         raise Unavailable
 
     def change(self, edit) -> dict:
         """Read, edit, write with compare-and-set on a majority; ``edit`` changes the document it is given."""
         for _turn in range(50):
-            document = self.read()["document"]
-            before = json.dumps(document, sort_keys=True)
+            before = json.dumps(self.read()["document"], sort_keys=True)
+            document = json.loads(before)
             edit(document)
             if json.dumps(document, sort_keys=True) == before:
                 return document
             document["version"] += 1
-            written = [ask(x, {"op": "put", "as": self.name, "document": document}) for x in self.coordinators]
-            if sum(bool(answer and answer.get("ok")) for answer in written) * 2 > len(self.coordinators):
+            written = 0
+            for address in self.coordinators:
+                answer = ask(address, {"op": "put", "as": self.name, "document": document})
+                if answer and not answer.get("ok"):
+                    break  # somebody else was first, and all ask the coordinators in the same order
+                written += bool(answer)
+            if written * 2 > len(self.coordinators):
                 return document
             time.sleep(random.uniform(0.01, 0.1))
         raise Unavailable
@@ -138,6 +154,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.port = int(address.rpartition(":")[2])
         os.makedirs(self.directory, exist_ok=True)
         self.store = os.path.join(self.directory, "double.json")
+        self.state = self.load()
         self.lock = threading.Lock()
         self.processes: dict[str, dict] = {}
         super().__init__(("0.0.0.0", self.port), Handler)
@@ -150,13 +167,14 @@ class Server(socketserver.ThreadingTCPServer):
             return {"document": {"version": 0, "redundancy": "", "engine": "", "keys": {}}}
 
     def save(self, state: dict) -> None:
+        self.state = state
         with open(self.store + ".new", "w", encoding="utf-8") as file:
             json.dump(state, file)
         os.replace(self.store + ".new", self.store)
 
     def answer(self, request: dict) -> dict:
         with self.lock:
-            state = self.load()
+            state = self.state
             if request["op"] == "become":  # a new coordinator takes the document over
                 self.save({"name": request["name"], "document": request["document"]})
                 return {"ok": True}
@@ -171,7 +189,9 @@ class Server(socketserver.ThreadingTCPServer):
                 return {"error": "another cluster"}
             if request["op"] == "get":
                 alive = [p for p in self.processes.values() if p["seen"] > time.time() - ALIVE_SECONDS]
-                return {"document": state["document"], "processes": alive}
+                version = state["document"]["version"]
+                found = {} if version == request.get("have") else {"document": state["document"]}
+                return {"version": version, "processes": alive, **found}
             if request["op"] == "put":
                 if request["document"]["version"] <= state["document"]["version"]:
                     return {"ok": False}
@@ -223,7 +243,7 @@ def fdbserver(arguments: list[str]) -> int:
             if answer and "forward" in answer:
                 cluster._follow(answer["forward"])
                 break
-        time.sleep(2)
+        time.sleep(4)
 
 
 def fdbmonitor(arguments: list[str]) -> int:
@@ -231,9 +251,13 @@ def fdbmonitor(arguments: list[str]) -> int:
     options, _rest = options_of(arguments, ("daemonize",))
     running: dict[str, tuple[list[str], subprocess.Popen]] = {}
     stop: list[int] = []
+    wanted: dict[str, list[str]] = {}
+    written = None
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     while not stop:
-        wanted = _conf(options["conffile"])
+        if os.stat(options["conffile"]).st_mtime_ns != written:
+            written = os.stat(options["conffile"]).st_mtime_ns
+            wanted = _conf(options["conffile"])
         for section, (argv, process) in list(running.items()):
             if wanted.get(section) != argv or process.poll() is not None:
                 process.terminate()

@@ -29,21 +29,29 @@ THREEFS_NAMES = (
     "storage_main",
 )
 FDB_NAMES = ("backup_agent", "fdbbackup", "fdbcli", "fdbmonitor", "fdbrestore", "fdbserver")
+# A program imports its double instead of being it: Python keeps what it compiles of modules only, and on an emulated CPU
+# compiling takes longer than most commands.
+PROGRAM = """#!/usr/bin/python3 -SE
+# DOUBLE of a program of {what}: see {module}.py
+from {module} import main
+
+raise SystemExit(main())
+"""
 
 
-def pack(path: Path, files: dict[str, tuple[bytes, int]], links: dict[str, str]) -> str:
+def programs(names: tuple[str, ...], what: str, module: str) -> dict[str, tuple[bytes, int]]:
+    """The programs of a double: path -> content and mode."""
+    return {f"bin/{name}": (PROGRAM.format(what=what, module=module).encode(), 0o755) for name in names}
+
+
+def pack(path: Path, files: dict[str, tuple[bytes, int]]) -> str:
     """Write a reproducible archive; returns its SHA-256."""
     plain = io.BytesIO()
     with tarfile.open(fileobj=plain, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for name in sorted({**files, **links}):
+        for name, (content, mode) in sorted(files.items()):
             member = tarfile.TarInfo(name)
-            if name in links:
-                member.type, member.linkname = tarfile.SYMTYPE, links[name]
-                archive.addfile(member)
-            else:
-                content, member.mode = files[name]
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+            member.mode, member.size = mode, len(content)
+            archive.addfile(member, io.BytesIO(content))
     data = gzip.compress(plain.getvalue(), mtime=0)
     path.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
@@ -53,21 +61,18 @@ def main(directory: str, release: str = "1") -> dict[str, str]:
     """Make both archives in a directory; file name -> SHA-256."""
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    program, fdb = (HERE / "threefs_double.py").read_bytes(), FDB.read_bytes()
-    files = {"bin/threefs_double.py": (program, 0o755), "bin/fdb_double.py": (fdb, 0o644)}
+    fdb = {"bin/fdb_double.py": (FDB.read_bytes(), 0o644)}
+    files = {**fdb, "bin/threefs_double.py": ((HERE / "threefs_double.py").read_bytes(), 0o644)}
+    files.update(programs(THREEFS_NAMES, "3FS", "threefs_double"))
     files["VERSION"] = (f"250228-double-{release}\n".encode(), 0o644)
     files["sql/3fs-monitor.sql"] = ((HERE / "3fs-monitor.sql").read_bytes(), 0o644)
     for path in sorted((HERE / "configs").glob("*.toml")):
         files[f"configs/{path.name}"] = (path.read_bytes(), 0o644)
-    threefs = f"3fs-double-{release}.tar.gz"
-    return {
-        threefs: pack(target / threefs, files, {f"bin/{name}": "threefs_double.py" for name in THREEFS_NAMES}),
-        "foundationdb-double.tar.gz": pack(
-            target / "foundationdb-double.tar.gz",
-            {"bin/fdb_double.py": (fdb, 0o755)},
-            {f"bin/{name}": "fdb_double.py" for name in FDB_NAMES},
-        ),
+    archives = {
+        f"3fs-double-{release}.tar.gz": files,
+        "foundationdb-double.tar.gz": {**fdb, **programs(FDB_NAMES, "FoundationDB", "fdb_double")},
     }
+    return {name: pack(target / name, content) for name, content in archives.items()}
 
 
 if __name__ == "__main__":
