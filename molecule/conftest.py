@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -113,6 +114,19 @@ class Lab:
     first_port = FIRST_PORT
     variables: t.ClassVar[dict[str, t.Any]] = VARIABLES
 
+    def __init__(self) -> None:
+        self.environment: dict[str, str] = {}
+
+    def accelerate(self) -> None:
+        """Run playbooks with mitogen: Python starts once on each host instead of once for each task.
+
+        On an emulated CPU that start is what a task costs. The modules and their order are the same.
+        """
+        package = importlib.util.find_spec("ansible_mitogen")
+        assert package is not None and package.submodule_search_locations
+        plugins = Path(package.submodule_search_locations[0]) / "plugins/strategy"
+        self.environment = {"ANSIBLE_STRATEGY_PLUGINS": str(plugins), "ANSIBLE_STRATEGY": "mitogen_linear"}
+
     def connection(self, name: str, port: int = FIRST_PORT) -> t.Any:
         """A testinfra host that is reached like Ansible reaches it, with its own key and its pinned host key.
 
@@ -142,6 +156,7 @@ class Lab:
                 "ANSIBLE_LOAD_CALLBACK_PLUGINS": "true",
                 "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
                 "ANSIBLE_NOCOLOR": "1",
+                **self.environment,
             },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

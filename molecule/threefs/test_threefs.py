@@ -3,9 +3,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The life of a 3FS cluster on doubles, in order: made, grown, a disk and a node replaced, upgraded, its tokens rotated.
 
-Each change is interrupted once by an error that admin_cli tells with exit code 0, and run again. The tests build on each
-other. Nothing of 3FS or FoundationDB itself runs here: what is proven is what our playbooks do to real hosts (systemd, XFS on
-NVMe, files, the order of things) and how they take what those programs are known to say.
+Each change is interrupted half-way and run again; most by an error that admin_cli tells with exit code 0. The other traps of
+upstream follow at the end: chains without a server (LASTSRV), and chains that were uploaded before their targets. The tests
+build on each other. Nothing of 3FS or FoundationDB itself runs here: what is proven is what our playbooks do to real hosts
+(systemd, XFS on NVMe, files, the order of things) and how they take what those programs are known to say.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import pytest
 SECRET = "a-secret-that-was-planted-for-this-test"
 ADMIN_PORT_OFFSET, SECOND_PORT_OFFSET, THIRD_PORT_OFFSET = 2, 3, 4
 GROWN = {"threefs_third_services": ["storage", "fuse"]}
+PATIENCE_SECONDS = 240
+FIRST_TARGET = 5  # column of list-chains
+FDB = "$(ls -d /opt/foundationdb/*/bin)"
 
 
 class Cluster:
@@ -27,6 +31,7 @@ class Cluster:
 
     def __init__(self, lab: t.Any, module: t.Any) -> None:
         self.lab = lab
+        lab.accelerate()
         directory = module.LAB_DIRECTORY / "doubles"
         path = lab.root / "tests/doubles/threefs/make_archive.py"
         spec = importlib.util.spec_from_file_location("make_archive", path)
@@ -58,15 +63,22 @@ class Cluster:
         """Run a playbook that must succeed."""
         return self.lab.succeed(playbook, *arguments, **{**self.variables, **more})
 
-    def interrupt(self, command: str, playbook: str, *arguments: str, after: int = 0, **more: t.Any) -> None:
-        """Run a playbook in which one command of admin_cli fails by its text alone."""
+    def interrupt(self, command: str, playbook: str, *arguments: str, after: int = 0, **more: t.Any) -> t.Any:
+        """Run a playbook in which one command of admin_cli fails by its text alone; what it did until then."""
         trap = json.dumps([{"command": command, "after": after, "times": 1, "error": "9(Unknown)"}])
         self.admin.run(f"mkdir -p /var/lib/3fs-double && echo '{trap}' > /var/lib/3fs-double/traps.json")
         played = self.lab.play(playbook, *arguments, **{**self.variables, **more})
         assert played.rc != 0 and "provoked" in played.failures(), played.failures()
+        return played
+
+    def refused(self, playbook: str, **more: t.Any) -> str:
+        """Run a playbook that must end at its gate with nothing changed; what it says."""
+        played = self.lab.play(playbook, **{**self.variables, "threefs_wait_seconds": 3, **more})
+        assert played.rc != 0 and played.changed() == []
+        return str(played.failures())
 
     def ask(self, *commands: str) -> str:
-        """What admin_cli says."""
+        """What admin_cli says; it ends with 0 whatever that is."""
         text = "\n".join(commands)
         return str(
             self.admin.check_output(
@@ -77,15 +89,34 @@ class Cluster:
         )
 
     def chains(self) -> list[list[str]]:
-        """The rows of list-chains."""
-        return [line.split() for line in self.ask("list-chains").splitlines()[1:]]
+        """The rows of list-chains: id, tables, version, status, preferred order, targets."""
+        return [line.split() for line in self.ask("list-chains").splitlines() if line[:1].isdigit()]
+
+    def until(self, what: str, holds: t.Callable[[list[list[str]]], bool]) -> None:
+        """Wait, bounded, until something holds of the chains."""
+        end = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            rows = self.chains()
+            if rows and holds(rows):
+                return
+            assert time.monotonic() < end, f"{what}: {rows}"
+            time.sleep(2)
 
     def assert_well(self, nodes: set[str], replicas: int = 2) -> None:
         """Every chain serves with so many replicas, on exactly these nodes."""
         rows = self.chains()
-        assert rows and all(row[3] == "SERVING" and len(row) == 5 + replicas for row in rows), rows
-        used = {str(int(cell.split("(")[0]) // 100000 % 1000000) for row in rows for cell in row[5:]}
-        assert used == nodes
+        assert rows and all(row[3] == "SERVING" and len(row) == FIRST_TARGET + replicas for row in rows), rows
+        assert nodes_of(rows) == nodes
+
+
+def done(played: t.Any) -> set[str]:
+    """What a playbook changed, as "host: task" without the task's role."""
+    return {f"{task.host}: {task.name.rpartition(' : ')[2]}" for task in played.tasks if task.changed}
+
+
+def nodes_of(rows: list[list[str]]) -> set[str]:
+    """The storage services on which these chains have targets, as the targets' ids tell."""
+    return {str(int(cell.split("(")[0]) // 100000 % 1000000) for row in rows for cell in row[FIRST_TARGET:]}
 
 
 @pytest.fixture(scope="session")
@@ -96,9 +127,11 @@ def cluster(lab: t.Any, request: pytest.FixtureRequest) -> Cluster:
 
 
 def test_from_nothing_interrupted_and_continued(cluster: Cluster) -> None:
-    predicted = {task.split(": ", 1)[1] for task in cluster.play("threefs", "--check").changed()}
-    assert {"Run the servers", "Configure all services of the host", "Make targets, chains and tables"} <= predicted
-    cluster.interrupt("create-target", "threefs", after=3)
+    steps = {"Run the servers", "Configure all services of the host", "Make targets, chains and tables"}
+    assert {f"metal3: {step}" for step in steps} <= done(cluster.play("threefs", "--check"))
+    half = cluster.interrupt("create-target", "threefs", after=3)
+    assert "metal3: Run meta and storage" in done(half)
+    assert cluster.chains() == [] and "Encounter error" not in cluster.ask("list-chains"), "no chain before its targets"
     cluster.play("threefs")
     cluster.assert_well({"10001", "10002"})
     assert cluster.third.mount_point("/3fs/stage").exists
@@ -135,20 +168,20 @@ def test_secrets_are_in_files_for_root_alone(cluster: Cluster) -> None:
 def test_a_service_that_dies_is_started_again(cluster: Cluster) -> None:
     before = cluster.second.check_output("systemctl show -P MainPID threefs-stage-storage")
     cluster.second.run(f"kill -9 {before}")
-    end = time.monotonic() + 180
+    end = time.monotonic() + PATIENCE_SECONDS
     while cluster.second.check_output("systemctl show -P MainPID threefs-stage-storage") in ("0", before):
         assert time.monotonic() < end
         time.sleep(2)
-    while any(row[3] != "SERVING" for row in cluster.chains()):
-        assert time.monotonic() < end
-        time.sleep(2)
+    cluster.until("all chains serve", lambda rows: all(row[3] == "SERVING" for row in rows))
     cluster.assert_well({"10001", "10002"})
 
 
 def test_a_third_node_is_added_while_all_chains_serve(cluster: Cluster) -> None:
     cluster.variables.update(GROWN)
     cluster.interrupt("update-chain", "threefs_scale_out", after=1)
-    assert all(row[3] != "UNAVAILABLE" for row in cluster.chains())
+    rows = cluster.chains()
+    assert all(row[3] != "UNAVAILABLE" for row in rows)
+    assert any(len(row) > FIRST_TARGET + 2 for row in rows), "a chain has its new target beside the old ones"
     cluster.play("threefs_scale_out")
     cluster.assert_well({"10001", "10002", "10003"})
 
@@ -156,7 +189,8 @@ def test_a_third_node_is_added_while_all_chains_serve(cluster: Cluster) -> None:
 def test_a_disk_is_replaced(cluster: Cluster) -> None:
     disk = {"threefs_replace_host": "metal5", "threefs_replace_mount": "/storage/data1"}
     cluster.variables["threefs_third_disk"] = 2
-    cluster.interrupt("create-targets", "threefs_replace_disk", **disk)
+    half = cluster.interrupt("create-targets", "threefs_replace_disk", **disk)
+    assert "metal5: Format and mount the new disk" in done(half)
     cluster.play("threefs_replace_disk", **disk)
     cluster.assert_well({"10001", "10002", "10003"})
     device = cluster.third.check_output("findmnt -n -o SOURCE /storage/data1")
@@ -165,37 +199,69 @@ def test_a_disk_is_replaced(cluster: Cluster) -> None:
 
 def test_release_and_configuration_are_changed_host_after_host(cluster: Cluster) -> None:
     cluster.variables["threefs_sources"] = cluster.releases["2"]
+    cluster.variables["threefs_lab_storage"] = {"server.aio_read_worker.num_threads": 7}
     cluster.interrupt("list-chain-tables", "threefs_rolling", after=1)
+    nodes = cluster.ask("list-nodes").splitlines()[1:]
+    assert {line.split()[-1] for line in nodes} == {"250228-double-1", "250228-double-2"}
     cluster.play("threefs_rolling")
     nodes = cluster.ask("list-nodes").splitlines()[1:]
     assert len(nodes) == 7 and all(line.endswith("250228-double-2") and "UPTODATE" in line for line in nodes)
+    cluster.ask("get-config -t STORAGE -o /run/storage_main.toml")
+    assert "num_threads = 7" in cluster.admin.check_output("cat /run/storage_main.toml")
     cluster.assert_well({"10001", "10002", "10003"})
 
 
 def test_tokens_are_rotated_without_a_gap(cluster: Cluster) -> None:
     cluster.variables["threefs_token_generation"] = 2
-    cluster.interrupt("user-set-token", "threefs_tokens")
+    half = cluster.interrupt("user-set-token", "threefs_tokens", after=1)
+    assert "Done before it: set token of" in half.failures()
+    assert "Encounter error" not in cluster.ask("user-list"), "the old token is still in force"
     cluster.play("threefs_tokens")
     assert "HEARTBEAT_CONNECTED" in cluster.ask("list-nodes") and "Encounter error" not in cluster.ask("user-list")
     assert cluster.third.mount_point("/3fs/stage").exists
 
 
 def test_foundationdb_is_backed_up_and_the_backup_checked(cluster: Cluster) -> None:
+    agent = cluster.admin.check_output("pgrep -f [/]bin/backup_agent")
+    cluster.admin.check_output(f"kill -STOP {agent}")  # so that the backup does not end before it is interrupted
+    running = cluster.lab.start("threefs_fdb_backup", **cluster.variables)
+    status = f"{FDB}/fdbbackup status -C /etc/foundationdb/fdb.cluster -t agentfleet"
+    end = time.monotonic() + PATIENCE_SECONDS
+    while "in progress" not in cluster.admin.check_output(status):
+        assert time.monotonic() < end
+        time.sleep(1)
+    cluster.admin.check_output("systemctl kill --signal=KILL foundationdb-backup.service")
+    half = cluster.lab.finish(running)
+    assert half.rc != 0 and any("foundationdb-backup.service" in task.result.get("stderr", "") for task in half.tasks)
+    cluster.admin.check_output(f"kill -CONT {agent}")
     cluster.play("threefs_fdb_backup")
-    assert int(cluster.admin.check_output("ls -d /backup/fdb/backup-* | wc -l")) >= 1
+    backups = cluster.admin.check_output("ls -d /backup/fdb/backup-*").split()
+    assert len(backups) == 2, "the interrupted one, which the agent ended, and its successor"
+    assert cluster.admin.check_output("systemctl show -P Result foundationdb-backup-check.service") == "success"
     assert cluster.admin.check_output("systemctl is-active foundationdb-backup.timer") == "active"
 
 
 def test_a_node_is_drained_and_forgotten(cluster: Cluster) -> None:
     drain = {"threefs_drain_hosts": ["metal5"], "threefs_targets_per_disk": 6, "threefs_drain_retire": True}
     cluster.interrupt("offline-target", "threefs_drain", after=1, **drain)
+    assert any(len(row) > FIRST_TARGET + 2 for row in cluster.chains()), "new targets serve before old ones go"
     cluster.play("threefs_drain", **drain)
     cluster.assert_well({"10001", "10002"})
     assert "10003" not in cluster.ask("list-nodes")
 
 
-def test_a_lost_node_is_replaced(cluster: Cluster) -> None:
+def test_the_last_server_of_a_chain_is_not_taken_from_it(cluster: Cluster) -> None:
     cluster.second.check_output("systemctl disable --now threefs-stage-storage threefs-stage-meta threefs-stage-mgmtd")
+    cluster.until("one server is left", lambda rows: all(row[3] == "SERVING(1/2)" for row in rows))
+    cluster.admin.check_output("systemctl stop threefs-stage-storage")
+    cluster.until("no server is left", lambda rows: all("(LASTSRV-OFFLINE)" in " ".join(row) for row in rows))
+    disk = {"threefs_replace_host": "metal3", "threefs_replace_mount": "/storage/data1"}
+    assert "has no other server than node 10001" in cluster.refused("threefs_replace_disk", **disk)
+    cluster.admin.check_output("systemctl start threefs-stage-storage")
+    cluster.until("the last server serves again", lambda rows: all(row[3] == "SERVING(1/2)" for row in rows))
+
+
+def test_a_lost_node_is_replaced(cluster: Cluster) -> None:
     successor = {
         "threefs_group": "threefs_left",
         "threefs_third_node": 4,
@@ -204,6 +270,23 @@ def test_a_lost_node_is_replaced(cluster: Cluster) -> None:
         "threefs_retire_nodes": [2, 101, 10002],
     }
     cluster.interrupt("update-chain", "threefs_replace_node", "--tags=threefs,always", after=2, **successor)
+    assert nodes_of(cluster.chains()) == {"10001", "10002", "10004"}, "some chains have a copy on the successor"
     cluster.play("threefs_replace_node", "--tags=threefs,always", **successor)
     cluster.assert_well({"10001", "10004"})
     assert "10002" not in cluster.ask("list-nodes")
+    cluster.variables.update(successor)
+
+
+def test_chains_before_their_targets_are_seen_and_brought_up_by_the_runbook(cluster: Cluster) -> None:
+    first, second = "101000100199", "101000400199"  # their place is known by their ids; nobody has made them
+    cluster.admin.check_output(f"printf 'ChainId,TargetId,TargetId\n199900001,{first},{second}\n' > /run/chains.csv")
+    assert "Upload 1 chains succeeded" in cluster.ask("upload-chains /run/chains.csv")
+    cluster.until("LASTSRV", lambda rows: rows[-1][3] == "UNAVAILABLE" and "LASTSRV" in " ".join(rows[-1]))
+    said = cluster.refused("threefs_tokens")
+    assert "chain 199900001 is UNAVAILABLE" in said and "LASTSRV/OFFLINE" in said
+    make = "create-target --node-id {} --disk-index 0 --target-id {} --chain-id 199900001 --use-new-chunk-engine"
+    said = cluster.ask(make.format(10001, first))
+    assert "Encounter error: 7003" in said and "prohibited" in said, "upstream makes no target that served last"
+    cluster.ask(make.format(10004, second), "rotate-lastsrv 199900001", make.format(10001, first))
+    cluster.until("the chain serves", lambda rows: all(row[3] == "SERVING" for row in rows))
+    cluster.assert_well({"10001", "10004"})
