@@ -14,6 +14,7 @@ import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
+from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import Act, arrange, show
 
 UNITS = "/etc/systemd/system"
 # redundancy -> machines and coordinators that it takes to lose one machine (two with triple) and go on
@@ -202,16 +203,10 @@ class Servers:
     def observe(self) -> dict[str, t.Any]:
         """Files and units."""
         units = [unit_name(self.name), *(unit for unit in self._backup_units() if unit.endswith(".timer"))]
-        show = self.host.run(
-            ["systemctl", "show", "--property=Id,ActiveState,UnitFileState", *units], check=False
-        ).stdout
-        blocks = [
-            dict(line.split("=", 1) for line in block.splitlines()) for block in show.split("\n\n") if block.strip()
-        ]
         return {
             "files": {path: self.host.read(path) for path in self._files()},
             "cluster": self.host.read(cluster_file(self.name)),
-            "units": {block.get("Id", ""): block for block in blocks},
+            "units": show(self.host, units, "Id,ActiveState,UnitFileState"),
             "installed": self.host.exists(self._programs()["fdbmonitor"]),
             "directories": {
                 path: self.host.exists(path)
@@ -258,22 +253,23 @@ class Servers:
         ]
         if not now:
             path = cluster_file(self.name)
-            steps.append(Step("create", path, after=self.connection, data=self.connection + "\n"))
+            steps.append(Step("create", path, after=self.connection))
+        writes, starts = [], []
         for path, text in self._files().items():
             if observed["files"][path] != text.strip():
-                steps.append(Step("write", path, before=observed["files"][path] or None, after=text, data=text))
+                writes.append(Step("write", path, before=observed["files"][path] or None, after=text, data=text))
         main = unit_name(self.name)
         state = observed["units"].get(main, {})
         if state.get("ActiveState") != "active" or state.get("UnitFileState") != "enabled":
-            steps.append(Step("start", main, before=state.get("ActiveState"), after="active, enabled"))
+            starts.append(Step("start", main, before=state.get("ActiveState"), after="active, enabled"))
         elif observed["files"][f"{UNITS}/{main}"] != self._unit().strip():
-            steps.append(Step("restart", main, why="its unit changed", disruptive=True))
-        steps += [
+            starts.append(Step("restart", main, why="its unit changed", disruptive=True))
+        starts += [
             Step("start", unit, after="active, enabled")
             for unit in self._backup_units()
             if unit.endswith(".timer") and observed["units"].get(unit, {}).get("ActiveState") != "active"
         ]
-        return steps
+        return steps + arrange(writes, starts)
 
     def _files(self) -> dict[str, str]:
         found = {f"{etc(self.name)}/foundationdb.conf": self._conf(), f"{UNITS}/{unit_name(self.name)}": self._unit()}
@@ -342,14 +338,18 @@ class Servers:
         """Carry out one step."""
         if step.after == "directory":
             os.makedirs(self.host.path(step.object), mode=0o755, exist_ok=True)
-        elif step.verb in ("create", "write"):
-            self.host.write(step.object, step.data)
-            if step.object.startswith(UNITS):
-                self.host.run(["systemctl", "daemon-reload"])
-        elif step.verb == "start":
-            self.host.run(["systemctl", "enable", "--quiet", "--now", step.object], timeout_seconds=120)
+        elif step.verb == "create":
+            self.host.write(step.object, self.connection + "\n")
+        elif step.verb == "write":
+            self.host.write(step.object, step.data.text)
+            self._tell(step.data)
         else:
-            self.host.run(["systemctl", "restart", step.object], timeout_seconds=120)
+            self._tell(step.data)
+            self.host.run(["systemctl", step.verb, step.object], timeout_seconds=120)
+
+    def _tell(self, act: Act) -> None:
+        if act.command:
+            self.host.run(act.command)
 
     def result(self, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         """The connection string that this host has."""

@@ -17,6 +17,7 @@ import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
+from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import arrange
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import check_cluster
 
 UNITS = "/etc/systemd/system"
@@ -126,10 +127,13 @@ class Disks:
 
     def plan(self, observed: t.Mapping[str, t.Any]) -> list[Step]:
         """Format what is empty, write mount units, mount."""
-        steps: list[Step] = []
+        found: list[Step] = []
         for index, disk in enumerate(self.disks):
             now = observed["disks"][disk["device"]]
-            steps += self._disk_steps(f"disks[{index}]", disk, now, observed["mounts"])
+            found += self._disk_steps(f"disks[{index}]", disk, now, observed["mounts"])
+        writes = [step for step in found if step.verb == "write"]
+        mounts = [step for step in found if step.verb == "mount"]
+        steps = [step for step in found if step not in writes + mounts] + arrange(writes, mounts, mount_unit)
         for path, there in observed["directories"].items():
             if not there:
                 steps.append(Step("create", path, after="directory"))
@@ -232,15 +236,19 @@ class Disks:
             argv = ["mkfs.xfs", *force, "-q", "-L", name, "-s", f"size={SECTOR}", disk["device"]]
             self.host.run(argv, timeout_seconds=600)
         elif step.verb == "write":
-            self.host.write(step.object, step.data)
-            self.host.run(["systemctl", "daemon-reload"])
+            self.host.write(step.object, step.data.text)
+            self._tell(step)
         elif step.verb == "unmount":
             self.host.run(["umount", step.object], timeout_seconds=120)
         elif step.verb == "mount":
-            self.host.run(["systemctl", "enable", "--quiet", mount_unit(step.object)])
+            self._tell(step)
             self.host.run(["systemctl", "restart", mount_unit(step.object)], timeout_seconds=120)
         else:
             os.makedirs(self.host.path(step.object), mode=0o755, exist_ok=True)
+
+    def _tell(self, step: Step) -> None:
+        if step.data.command:
+            self.host.run(step.data.command)
 
     def result(self, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         """The paths for storage's target_paths, in order."""

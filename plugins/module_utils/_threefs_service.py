@@ -14,10 +14,10 @@ import hashlib
 import json
 import re
 import typing as t
-from dataclasses import replace
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
+from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import Act, arrange, show
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import (
     ETC,
     PROGRAMS,
@@ -68,7 +68,7 @@ class Services:
         """Units as they are, as they run, and what they shall be made from."""
         described = describe(self.host, self.cluster)
         units = [unit_name(self.cluster, service) for service in self.given]
-        states = self._show(units, "Id,ActiveState,SubState,MainPID,UnitFileState")
+        states = show(self.host, units, "Id,ActiveState,SubState,MainPID,UnitFileState")
         return {
             "described": described,
             "units": {unit: states.get(unit, {}) for unit in units},
@@ -77,14 +77,6 @@ class Services:
             "wanted": self._wanted(described) if described else {},
             "tables": self._tables(described) if described else True,
         }
-
-    def _show(self, units: t.Sequence[str], properties: str) -> dict[str, dict[str, str]]:
-        """Unit -> its properties; a unit that systemd does not know is left out or empty."""
-        show = self.host.run(["systemctl", "show", f"--property={properties}", *units], check=False).stdout
-        blocks = [
-            dict(line.split("=", 1) for line in block.splitlines()) for block in show.split("\n\n") if block.strip()
-        ]
-        return {block.get("Id", ""): block for block in blocks}
 
     def _clickhouse(self, described: t.Mapping[str, t.Any]) -> list[str]:
         """clickhouse-client with our server and password, which are in a file and not in its arguments."""
@@ -190,37 +182,33 @@ class Services:
         return steps
 
     def _started(self, observed: t.Mapping[str, t.Any]) -> list[Step]:
-        """The last service that starts carries the names of all, which are watched together for staying up."""
-        steps: list[Step] = []
+        writes, starts = [], []
         for unit, (text, digest) in observed["wanted"].items():
             state = observed["units"][unit]
-            if observed["texts"][unit] != text.strip():
-                steps.append(
-                    Step("write", f"{UNITS}/{unit}", before=observed["texts"][unit] or None, after=text, data=text)
-                )
+            now = observed["texts"][unit]
+            if now != text.strip():
+                writes.append(Step("write", f"{UNITS}/{unit}", before=now or None, after=text, data=text))
             active = state.get("ActiveState") == "active"
             coming = self.predicting and any(unit == unit_name(self.cluster, service) for service in self.changing)
             if active and (coming or observed["running"][unit] != digest):
                 if not self.restart:
                     continue
                 why = "it runs with another configuration or release"
-                steps.append(Step("restart", unit, before="active", after="active", why=why, disruptive=True))
+                starts.append(Step("restart", unit, before="active", after="active", why=why, disruptive=True))
             elif not active or state.get("UnitFileState") != "enabled":
-                steps.append(Step("start", unit, before=state.get("ActiveState"), after="active, enabled"))
-        starting = [index for index, step in enumerate(steps) if step.verb in ("start", "restart")]
-        if starting:
-            steps[starting[-1]] = replace(steps[starting[-1]], data=[steps[index].object for index in starting])
-        return steps
+                starts.append(Step("start", unit, before=state.get("ActiveState"), after="active, enabled"))
+        return arrange(writes, starts)
 
     # -- apply --------------------------------------------------------------------------
 
     def apply(self, step: Step) -> None:
         """Carry out one step; services count as started when they still run after a moment."""
+        act = step.data if isinstance(step.data, Act) else Act()
         if step.verb == "create":
             self._create_tables(step.data)
         elif step.verb == "write":
-            self.host.write(step.object, step.data)
-            self.host.run(["systemctl", "daemon-reload"])
+            self.host.write(step.object, act.text)
+            self._tell(act)
         elif step.verb == "stop":
             self.host.run(["systemctl", "stop", step.object], timeout_seconds=_STOP_SECONDS)
         elif step.verb == "remove":
@@ -228,11 +216,14 @@ class Services:
             self.host.remove(f"{UNITS}/{step.object}")
             self.host.run(["systemctl", "daemon-reload"])
         else:
-            if step.verb == "start":
-                self.host.run(["systemctl", "enable", "--quiet", step.object])
+            self._tell(act)
             self.host.run(["systemctl", "restart", step.object], timeout_seconds=_STOP_SECONDS, check=False)
-            if step.data:
-                self._settle(step.data)
+            if act.started:
+                self._settle(act.started)
+
+    def _tell(self, act: Act) -> None:
+        if act.command:
+            self.host.run(act.command)
 
     def _create_tables(self, described: t.Mapping[str, t.Any]) -> None:
         places = [f"{described['release']}/{place}/3fs-monitor.sql" for place in ("sql", "deploy/sql", "opt/3fs/sql")]
@@ -251,7 +242,7 @@ class Services:
 
         def unsteady() -> list[str]:
             """Those without a process, or with another one than a moment ago."""
-            states = self._show(units, "Id,MainPID")
+            states = show(self.host, units, "Id,MainPID")
             for unit, looks in seen.items():
                 looks.append(states.get(unit, {}).get("MainPID", "0"))
             return [

@@ -103,7 +103,11 @@ def test_a_host_from_nothing(host: t.Any) -> None:
     )
     check = host.read("/etc/systemd/system/foundationdb-backup-check.service")
     assert "restorable: true" in check and "After=foundationdb.service foundationdb-backup.service" in check
-    assert host.calls[-1].startswith("systemctl enable --quiet --now foundationdb-backup")
+    timers = ["foundationdb-backup.timer", "foundationdb-backup-check.timer"]
+    assert [call for call in host.calls if " show " not in call] == [
+        f"systemctl enable --quiet foundationdb.service {' '.join(timers)}",  # systemd reads all files with it, once
+        *(f"systemctl start {unit}" for unit in ("foundationdb.service", *timers)),
+    ]
 
 
 def test_a_cluster_file_that_servers_rewrote_is_left_alone(host: t.Any) -> None:

@@ -81,6 +81,8 @@ def test_units_are_better_than_upstreams(host: t.Any) -> None:
         "the mount must be seen"
     )
     assert "--app_cfg /etc/3fs/stage/storage_main_app.toml" in storage
+    enabled = [call for call in host.calls if "enable" in call or "reload" in call]
+    assert enabled == [f"systemctl enable --quiet {' '.join(host.systemd.running)}"], "systemd reads all units once"
     assert converge(host) == []
 
 
@@ -92,7 +94,9 @@ def test_what_runs_with_an_older_configuration_is_found_by_what_runs(host: t.Any
     result = held.result(held.observe())
     assert result["outdated"] == ["threefs-stage-storage.service"] and "threefs_rolling" in result["warnings"][0]
     assert result["processes"] == {"10001": int(host.systemd.running["threefs-stage-storage.service"])}
+    host.calls.clear()
     assert converge(host) == [("restart", "storage")], "the unit was written by the run that did not restart it"
+    assert "systemctl daemon-reload" in host.calls, "that run may have been interrupted before systemd read it"
     assert converge(host) == []
 
 

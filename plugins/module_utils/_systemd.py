@@ -1,0 +1,57 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Units that are written, enabled and started with one reload of systemd for all of them.
+
+A reload runs every generator of the host, and systemctl enable is one, too: with one for
+each file and each unit, that was most of what bringing up a host of 3FS cost.
+"""
+
+from __future__ import annotations
+
+import typing as t
+from dataclasses import dataclass, replace
+
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Step
+
+_RELOAD = ("systemctl", "daemon-reload")
+
+
+@dataclass(frozen=True)
+class Act:
+    """A step's data: what it does to units besides what its verb says."""
+
+    text: str = ""
+    command: tuple[str, ...] = ()  # after a file was written, before a unit is started
+    started: tuple[str, ...] = ()  # on the last one: all units that were started
+
+
+def show(host: Host, units: t.Sequence[str], properties: str) -> dict[str, dict[str, str]]:
+    """Unit -> its properties; a unit that systemd does not know is left out or empty."""
+    text = host.run(["systemctl", "show", f"--property={properties}", *units], check=False).stdout
+    blocks = [dict(line.split("=", 1) for line in block.splitlines()) for block in text.split("\n\n") if block.strip()]
+    return {block.get("Id", ""): block for block in blocks}
+
+
+def arrange(
+    writes: t.Sequence[Step], starts: t.Sequence[Step], unit: t.Callable[[str], str] = lambda name: name
+) -> list[Step]:
+    """Files first, then units, with what they have in common done once.
+
+    :param writes: steps whose data is the text of a file of a unit
+    :param starts: steps that start a unit, or restart one that is enabled (verb restart)
+    :param unit: the unit's name by a step's object
+    """
+    files = [replace(step, data=Act(text=step.data)) for step in writes]
+    units = [replace(step, data=Act()) for step in starts]
+    enabled = [unit(step.object) for step in starts if step.verb != "restart"]
+    # also before a restart alone: an interrupted run may have left a file that systemd has not read
+    command = ("systemctl", "enable", "--quiet", *enabled) if enabled else _RELOAD if files or units else ()
+    if units:
+        units[0] = replace(units[0], data=Act(command=command))
+        last = replace(units[-1].data, started=tuple(unit(step.object) for step in starts))
+        units[-1] = replace(units[-1], data=last)
+    elif files:
+        files[-1] = replace(files[-1], data=replace(files[-1].data, command=command))
+    return files + units
