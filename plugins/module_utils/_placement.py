@@ -67,7 +67,7 @@ class Chain:
     seats: list[Seat]
 
 
-def fair_meetings(slots: t.Sequence[int], domains: t.Sequence[int], replicas: int) -> list[float]:
+def fair_meetings(slots: t.Sequence[int], domains: t.Sequence[t.Any], replicas: int) -> list[float]:
     """Factors x of which x[i] * x[j] is how often i and j (of different domains) would meet if fractions could.
 
     The sum over all peers is what the node must have, slots * (replicas - 1), and a node with twice the slots meets
@@ -78,7 +78,7 @@ def fair_meetings(slots: t.Sequence[int], domains: t.Sequence[int], replicas: in
     factors = [math.sqrt((replicas - 1) / sum(slots)) * count for count in slots]
     for _round in range(100):
         whole = sum(factors)
-        own: dict[int, float] = {}
+        own: dict[t.Any, float] = {}
         for domain, factor in zip(domains, factors):
             own[domain] = own.get(domain, 0.0) + factor
         wished = [
@@ -99,7 +99,7 @@ class Bound(t.NamedTuple):
     recovery: float
 
 
-def bound(slots: t.Sequence[int], domains: t.Sequence[int], replicas: int) -> Bound:
+def bound(slots: t.Sequence[int], domains: t.Sequence[t.Any], replicas: int) -> Bound:
     """The least possible sum of squares and recovery load of nodes with these slots.
 
     ``squares`` is the least sum over ordered pairs of meetings² / fair meetings that whole numbers with the same total
@@ -110,7 +110,7 @@ def bound(slots: t.Sequence[int], domains: t.Sequence[int], replicas: int) -> Bo
     kinds = [float(f"{factor:.12g}") for factor in factors]
     pairs: Counter[float] = Counter()  # ordered pairs of nodes that may meet, by their fair meetings
     for sign, groups in ((1, [(0, kind) for kind in kinds]), (-1, list(zip(domains, kinds)))):
-        together: dict[int, list[tuple[float, int]]] = {}
+        together: dict[t.Any, list[tuple[float, int]]] = {}
         for (group, kind), count in Counter(groups).items():
             together.setdefault(group, []).append((kind, count))
         for members in together.values():
@@ -130,11 +130,11 @@ def bound(slots: t.Sequence[int], domains: t.Sequence[int], replicas: int) -> Bo
     return Bound(squares, _worst_failure(slots, domains, replicas))
 
 
-def _worst_failure(slots: t.Sequence[int], domains: t.Sequence[int], replicas: int) -> float:
+def _worst_failure(slots: t.Sequence[int], domains: t.Sequence[t.Any], replicas: int) -> float:
     """The least greatest recovery load, over the mean, that whole numbers allow in the failure where it is greatest."""
     worst, whole = 1.0, Counter(slots)
     kinds: set[tuple[int, tuple[tuple[int, int], ...]]] = set()
-    mates: dict[int, Counter[int]] = {}
+    mates: dict[t.Any, Counter[int]] = {}
     for count, domain in zip(slots, domains):
         mates.setdefault(domain, Counter())[count] += 1
     for own in mates.values():

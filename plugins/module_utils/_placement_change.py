@@ -9,7 +9,6 @@ the existing chains, and new chains take the rest of the room; when nodes go, on
 
 from __future__ import annotations
 
-import math
 import typing as t
 from collections import Counter
 from dataclasses import dataclass, field
@@ -85,8 +84,9 @@ def place(
     held = Counter(seat[:2] for chain in existing for seat in chain.seats)
     number = max(cluster.slots // cluster.replicas, len(existing))
     final = disk_shares(cluster, number * cluster.replicas, held)
+    shares = disk_shares(cluster, len(existing) * cluster.replicas, held)  # of the existing chains, which hold the data
     if existing:
-        chains = _changed(cluster, existing, number, final, held, seed)
+        chains = _changed(cluster, existing, number, final, shares, seed)
     else:
         chains = [
             Chain(0, [Seat(cluster.nodes[node].id, UNSEEN, 0) for node in members]) for members in design(cluster, seed)
@@ -101,10 +101,7 @@ def place(
     if not (ordered and chains == list(existing)):
         chains = order(chains, max(1, stripe // cluster.replicas) if erasure else stripe, seed)
     moves = _moves({chain.id: chain.seats for chain in existing}, chains, erasure)
-    fair = len(existing) * cluster.replicas / cluster.slots
-    targets = {(node.id, disk): node.targets for node in cluster.nodes for disk in range(node.disks)}
-    least = sum(max(0.0, count - fair * targets.get(disk, 0)) for disk, count in held.items())
-    return Placement(chains, moves, math.ceil(least - 1e-6))
+    return Placement(chains, moves, sum(max(0, count - shares.get(disk, 0)) for disk, count in held.items()))
 
 
 def _ids_of(chains: t.Sequence[Chain], erasure: bool) -> set[int]:
@@ -130,13 +127,12 @@ def _changed(
     existing: t.Sequence[Chain],
     number: int,
     final: t.Mapping[Disk, int],
-    held: t.Mapping[Disk, int],
+    shares: t.Mapping[Disk, int],
     seed: int,
 ) -> list[Chain]:
     """The existing chains and as many new ones as make ``number``; a seat that changed its node or disk has no disk."""
     points = {node.id: point for point, node in enumerate(cluster.nodes)}
     domains = cluster.domains()
-    shares = disk_shares(cluster, len(existing) * cluster.replicas, held)
     after = Counter[int]()
     for (node, _disk), share in final.items():
         after[points[node]] += share

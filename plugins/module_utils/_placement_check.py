@@ -97,21 +97,23 @@ def judge(
     chains = table.groups(erasure, size)
     declared = cluster or cluster_of(chains)
     replicas = size or declared.replicas
+    domain = {seat.node: str(seat.node) for chain in chains for seat in chain.seats}  # of each node, declared or not
+    domain.update((node.id, node.domain or str(node.id)) for node in declared.nodes)
     judgement = Judgement([])
 
     def add(name: str, problems: t.Sequence[str], text: str) -> None:
         shown = "; ".join(problems[:SHOWN]) + (f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
         judgement.invariants.append(Invariant(len(judgement.invariants) + 1, name, not problems, shown or text))
 
-    add("chains", _chains(table, chains, declared, replicas), f"{len(chains)} of {replicas} targets on different nodes")
+    add("chains", _chains(table, chains, domain, replicas), f"{len(chains)} of {replicas} targets on different nodes")
     add(
         "targets",
         _targets(table, chains, declared, replicas),
         f"{sum(len(chain.seats) for chain in chains)}, even on all disks",
     )
     add("ids", _ids(table, declared), "unique, in range, and each names its own disk")
-    _meetings(chains, declared, replicas, judgement.quality, add)
-    _rebuild(chains, declared, judgement.quality, add)
+    _meetings(chains, domain, replicas, judgement.quality, add)
+    _rebuild(chains, declared, domain, judgement.quality, add)
     rows = [Chain(number, [decode_target(one)[1] for one in table.chains[number]]) for number in table.order]
     _positions(rows, judgement.quality, add)
     _stripes(table, stripe, judgement.quality, add)
@@ -141,17 +143,16 @@ ITEMS = (("node", _node), ("disk", _disk))
 Add = t.Callable[[str, t.Sequence[str], str], None]
 
 
-def _chains(table: Table, chains: t.Sequence[Chain], cluster: Cluster, replicas: int) -> list[str]:
+def _chains(table: Table, chains: t.Sequence[Chain], domain: t.Mapping[int, str], replicas: int) -> list[str]:
     """1: equal lengths, different nodes and failure domains."""
     problems = list(table.problems)
-    domain = {node.id: node.domain or str(node.id) for node in cluster.nodes}
     for chain in chains:
         nodes = [seat.node for seat in chain.seats]
         if len(nodes) != replicas:
             problems.append(f"chain {chain.id} has {len(nodes)} targets instead of {replicas}")
         elif len(set(nodes)) < len(nodes):
             problems.append(f"chain {chain.id} has two targets on one node")
-        elif len({domain.get(node, str(node)) for node in nodes}) < len(nodes):
+        elif len({domain[node] for node in nodes}) < len(nodes):
             problems.append(f"chain {chain.id} has two targets in one failure domain")
     return problems
 
@@ -192,19 +193,15 @@ def _ids(table: Table, cluster: Cluster) -> list[str]:
     return problems
 
 
-def _meetings(chains: t.Sequence[Chain], cluster: Cluster, replicas: int, quality: dict[str, float], add: Add) -> None:
+def _meetings(
+    chains: t.Sequence[Chain], domain: t.Mapping[int, str], replicas: int, quality: dict[str, float], add: Add
+) -> None:
     """4 and 5: how often nodes meet, and what peers of a failed node have to rebuild."""
-    point = {
-        node: number for number, node in enumerate(sorted({seat.node for chain in chains for seat in chain.seats}))
-    }
-    name = {number: node for node, number in point.items()}
-    domain_of = {node.id: node.domain or str(node.id) for node in cluster.nodes}
-    numbers: dict[str, int] = {}
-    domains = [
-        numbers.setdefault(domain_of.get(name[number], str(name[number])), number) for number in range(len(name))
-    ]
-    slots = [0] * len(name)
+    name = sorted({seat.node for chain in chains for seat in chain.seats})
+    point = {node: number for number, node in enumerate(name)}
+    domains = [domain[node] for node in name]
     width = len(name)
+    slots = [0] * width
     count: Counter[int] = Counter()
     for chain in chains:
         members = [point[seat.node] for seat in chain.seats]
@@ -212,16 +209,16 @@ def _meetings(chains: t.Sequence[Chain], cluster: Cluster, replicas: int, qualit
             slots[first] += 1
             count.update(first * width + second for second in members if second != first)
     mates = Counter(domains)
-    pairs = sum(width - mates[domain] for domain in domains)
+    pairs = sum(width - mates[one] for one in domains)
     if replicas == 1 or not pairs:
         add("pairs", [], "a single target has no peer")
         add("recovery", [], "a single target cannot be rebuilt")
         return
     factors = fair_meetings(slots, domains, replicas)
     best = bound(slots, domains, replicas)
-    in_domain: Counter[int] = Counter()
-    for domain, slot in zip(domains, slots):
-        in_domain[domain] += slot
+    in_domain: Counter[str] = Counter()
+    for one, slot in zip(domains, slots):
+        in_domain[one] += slot
     whole = sum(slots)
     squares, worst = 0.0, (0.0, 0, 0)
     for key, meetings in count.items():
@@ -253,7 +250,9 @@ def _meetings(chains: t.Sequence[Chain], cluster: Cluster, replicas: int, qualit
     add("recovery", [text] if worst[0] > allowed else [], text)
 
 
-def _rebuild(chains: t.Sequence[Chain], cluster: Cluster, quality: dict[str, float], add: Add) -> None:
+def _rebuild(
+    chains: t.Sequence[Chain], cluster: Cluster, domain: t.Mapping[int, str], quality: dict[str, float], add: Add
+) -> None:
     """6: a failed disk is rebuilt from many disks, and disk indices are mixed."""
     peers: dict[tuple[int, int], set[tuple[int, int]]] = {}
     meetings: Counter[tuple[int, int]] = Counter()
@@ -266,13 +265,10 @@ def _rebuild(chains: t.Sequence[Chain], cluster: Cluster, quality: dict[str, flo
             others = [other for other in disks if other != disk]
             peers.setdefault(disk, set()).update(others)
             meetings[disk] += len(others)
-    domain = {node.id: node.domain or str(node.id) for node in cluster.nodes}
-    room: Counter[str] = Counter()
-    for node, _disk in peers:
-        room[domain.get(node, str(node))] += 1
+    room = Counter(domain[node] for node, _disk in peers)
     part, least, possible = 1.0, 0, 0
     for disk, found in peers.items():
-        could = min(len(peers) - room[domain.get(disk[0], str(disk[0]))], meetings[disk])
+        could = min(len(peers) - room[domain[disk[0]]], meetings[disk])
         if could and len(found) / could <= part:
             part, least, possible = len(found) / could, len(found), could
     quality["rebuild"] = part

@@ -135,6 +135,55 @@ def test_the_bound_is_the_closed_form_for_equal_nodes(count: int, disks: int) ->
     assert found.recovery == pytest.approx(-(-slots * (replicas - 1) // (count - 1)) / mean)
 
 
+def all_tables(slots: t.Sequence[int], domains: t.Sequence[int], replicas: int) -> t.Iterator[list[tuple[int, ...]]]:
+    """Each set of chains that uses all slots and keeps domains apart."""
+    chains = [
+        chain
+        for chain in itertools.combinations(range(len(slots)), replicas)
+        if len({domains[node] for node in chain}) == replicas
+    ]
+
+    def more(first: int, left: list[int]) -> t.Iterator[list[tuple[int, ...]]]:
+        if not any(left):
+            yield []
+        for number in range(first, len(chains)):
+            if all(left[node] for node in chains[number]):
+                rest = [count - (node in chains[number]) for node, count in enumerate(left)]
+                yield from ([chains[number], *others] for others in more(number, rest))
+
+    return more(0, list(slots))
+
+
+@pytest.mark.parametrize(
+    ("slots", "domains", "replicas", "loose"),
+    [
+        pytest.param([3, 3, 3, 3, 3], [0, 1, 2, 3, 4], 3, 1, id="equal nodes"),
+        pytest.param([2, 2, 2, 2, 2, 2], [0, 1, 2, 3, 4, 5], 3, 1, id="fewer meetings than peers"),
+        pytest.param([4, 3, 2, 2, 1], [0, 1, 2, 3, 4], 3, 1, id="unequal nodes"),
+        pytest.param([4, 4, 2, 2, 1, 1], [0, 1, 2, 3, 4, 5], 2, 1.16, id="pairs of unequal nodes"),
+        pytest.param([2, 2, 2, 2, 2, 2, 2, 2], [0, 0, 1, 1, 2, 2, 3, 3], 4, 1.17, id="alike racks"),
+        pytest.param([1, 2, 2, 1, 3, 3], [0, 0, 1, 1, 2, 3], 3, 1.06, id="unequal racks"),
+    ],
+)
+def test_no_table_at_all_beats_the_bound(slots: list[int], domains: list[int], replicas: int, loose: float) -> None:
+    """All tables are tried; ``loose`` is how far the bound is from the best of them."""
+    factors, least = fair_meetings(slots, domains, replicas), bound(slots, domains, replicas)
+    nodes = range(len(slots))
+    best_squares = best_recovery = float("inf")
+    for chains in all_tables(slots, domains, replicas):
+        met = Counter(pair for chain in chains for pair in itertools.permutations(chain, 2))
+        squares = sum(count**2 / (factors[i] * factors[j]) for (i, j), count in met.items())
+        best_squares = min(best_squares, squares)
+        worst = 0.0
+        for failed in nodes:
+            peers = [node for node in nodes if domains[node] != domains[failed]]
+            mean = slots[failed] * (replicas - 1) / sum(slots[peer] for peer in peers)
+            worst = max(worst, *(met[failed, peer] / slots[peer] / mean for peer in peers))
+        best_recovery = min(best_recovery, worst)
+    assert least.squares * (1 - 1e-9) <= best_squares <= loose * least.squares * (1 + 1e-9)
+    assert least.recovery * (1 - 1e-9) <= best_recovery <= 2 * least.recovery
+
+
 def test_fair_meetings_sum_up_to_what_each_node_has() -> None:
     slots, domains = [96, 96, 60, 60, 60, 24], [0, 0, 1, 2, 3, 4]
     factors = fair_meetings(slots, domains, 3)
