@@ -92,6 +92,11 @@ def fair_meetings(slots: t.Sequence[int], domains: t.Sequence[t.Any], replicas: 
     return factors
 
 
+Kind = tuple[float, int]  # nodes with the same factor of fair meetings and the same slots
+SOFT = (*(0.75**n for n in range(32)), 1e-12)  # of the search for prices: how soft the steps are
+HALVES = 60
+
+
 class Bound(t.NamedTuple):
     """What no table can beat: see ``bound``."""
 
@@ -102,32 +107,58 @@ class Bound(t.NamedTuple):
 def bound(slots: t.Sequence[int], domains: t.Sequence[t.Any], replicas: int) -> Bound:
     """The least possible sum of squares and recovery load of nodes with these slots.
 
-    ``squares`` is the least sum over ordered pairs of meetings² / fair meetings that whole numbers with the same total
-    have; for equal nodes it is the closed form (P - rem) q² + rem (q + 1)². ``recovery`` is the least possible
-    greatest load of a peer after a failure, in meetings for each slot of the peer, over the mean of all peers.
+    ``squares`` is no more than the sum over ordered pairs of meetings² / fair meetings of any whole numbers in which
+    each node has its slots * (replicas - 1) meetings; for equal nodes it is the closed form
+    (P - rem) q² + rem (q + 1)². ``recovery`` is the least possible greatest load of a peer after a failure, in meetings
+    for each slot of the peer, over the mean of all peers.
     """
-    factors = fair_meetings(slots, domains, replicas)
-    kinds = [float(f"{factor:.12g}") for factor in factors]
-    pairs: Counter[float] = Counter()  # ordered pairs of nodes that may meet, by their fair meetings
+    kinds = [(float(f"{factor:.12g}"), count) for factor, count in zip(fair_meetings(slots, domains, replicas), slots)]
+    pairs: Counter[tuple[Kind, Kind]] = Counter()  # ordered pairs of nodes that may meet
     for sign, groups in ((1, [(0, kind) for kind in kinds]), (-1, list(zip(domains, kinds)))):
-        together: dict[t.Any, list[tuple[float, int]]] = {}
+        together: dict[t.Any, list[tuple[Kind, int]]] = {}
         for (group, kind), count in Counter(groups).items():
             together.setdefault(group, []).append((kind, count))
         for members in together.values():
             for kind, count in members:
                 for other, others in members:
-                    pairs[kind * other] += sign * count * others
-    left = sum(slots) * (replicas - 1)
-    squares = 0.0
-    heap = [(1 / fair, 0, fair) for fair, count in pairs.items() if count > 0]
-    heapq.heapify(heap)
-    while left > 0 and heap:
-        cost, meetings, fair = heapq.heappop(heap)
-        step = min(left, pairs[fair])
-        left -= step
-        squares += step * cost
-        heapq.heappush(heap, ((2 * meetings + 3) / fair, meetings + 1, fair))
-    return Bound(squares, _worst_failure(slots, domains, replicas))
+                    pairs[kind, other] += sign * count * others
+    needed = {kind: count * kind[1] * (replicas - 1) for kind, count in Counter(kinds).items()}
+    return Bound(_least_squares(pairs, needed), _worst_failure(slots, domains, replicas))
+
+
+def _least_squares(pairs: t.Mapping[tuple[Kind, Kind], int], needed: t.Mapping[Kind, int]) -> float:
+    """A lower bound by duality: nodes pay a price for each of their meetings instead of needing a number of them.
+
+    Each pair then meets as often as is best for it alone. Whatever the prices, no table is better than the outcome; the
+    best prices are those at which each kind of node has the meetings that it needs. They are searched kind by kind,
+    with meetings that first grow smoothly with the price, since steps would stop that early.
+    """
+    prices = dict.fromkeys(needed, 0.0)
+    peers = {kind: [other for other in needed if pairs[kind, other]] for kind in needed}
+
+    def meetings(kind: Kind, other: Kind, soft: float) -> float:
+        wish = max(0.0, ((prices[kind] + prices[other]) / 2 * kind[0] * other[0] + 1) / 2)
+        return int(wish) + max(0.0, 1 - (1 - wish % 1) / soft)
+
+    def enough(kind: Kind, price: float, soft: float) -> bool:
+        prices[kind] = price
+        return sum(pairs[kind, other] * meetings(kind, other, soft) for other in peers[kind]) >= needed[kind]
+
+    for soft in SOFT if len(needed) > 1 else SOFT[-1:]:
+        for kind, others in peers.items():
+            high = 1.0
+            while others and not enough(kind, high, soft):
+                high *= 2
+            low = -high
+            for _half in range(HALVES):
+                middle = (low + high) / 2
+                low, high = (low, middle) if enough(kind, middle, soft) else (middle, high)
+            prices[kind] = high
+    squares = sum(prices[kind] * need for kind, need in needed.items())
+    for (kind, other), count in pairs.items():
+        met, fair = int(meetings(kind, other, 1e-12)), kind[0] * other[0]
+        squares += count * (met * met / fair - (prices[kind] + prices[other]) / 2 * met)
+    return squares
 
 
 def _worst_failure(slots: t.Sequence[int], domains: t.Sequence[t.Any], replicas: int) -> float:

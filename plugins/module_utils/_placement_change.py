@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import typing as t
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._placement import (
     Chain,
@@ -20,7 +20,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._placement import
     apportion,
     fair_meetings,
 )
-from ansible_collections.agentfleet.metal.plugins.module_utils._placement_design import Blocks, Place, design
+from ansible_collections.agentfleet.metal.plugins.module_utils._placement_design import Blocks, Place, core, design
 from ansible_collections.agentfleet.metal.plugins.module_utils._placement_files import GROUPS, INDICES, chain_id
 from ansible_collections.agentfleet.metal.plugins.module_utils._placement_seats import (
     UNSEEN,
@@ -88,9 +88,7 @@ def place(
     if existing:
         chains = _changed(cluster, existing, number, final, shares, seed)
     else:
-        chains = [
-            Chain(0, [Seat(cluster.nodes[node].id, UNSEEN, 0) for node in members]) for members in design(cluster, seed)
-        ]
+        chains = [Chain(0, [Seat(node, UNSEEN, 0) for node in members]) for members in _new(cluster, seed)]
     kept = Counter(seat[:2] for chain in chains for seat in chain.seats if seat.disk != UNSEEN)
     assign_disks(chains, {disk: share - kept[disk] for disk, share in final.items()}, seed)
     if not erasure:  # each target of a group is a chain by itself, and would move
@@ -120,6 +118,20 @@ def _moves(before: t.Mapping[int, t.Sequence[Seat]], chains: t.Sequence[Chain], 
             pairs = [(0, pair) for pair in zip(gone, [seat for seat in chain.seats if seat not in old])]
         moves += [Move(chain.id + slot, *pair) for slot, pair in pairs]
     return moves
+
+
+def _new(cluster: Cluster, seed: int) -> list[list[int]]:
+    """Ids of the nodes of new chains: a design, or one of most nodes to which the others come as in a change."""
+    heart = core(cluster)
+    first = [[(heart or cluster).nodes[point].id for point in members] for members in design(heart or cluster, seed)]
+    if heart is None:
+        return first
+    whole = Cluster(tuple(replace(node, disks=1, targets=node.slots) for node in cluster.nodes), cluster.replicas)
+    chains = [Chain(number, [Seat(node, 0, 1) for node in members]) for number, members in enumerate(first)]
+    held = Counter(seat[:2] for chain in chains for seat in chain.seats)
+    number = cluster.slots // cluster.replicas
+    final, shares = (disk_shares(whole, count * cluster.replicas, held) for count in (number, len(chains)))
+    return [[seat.node for seat in chain.seats] for chain in _changed(whole, chains, number, final, shares, seed)]
 
 
 def _changed(

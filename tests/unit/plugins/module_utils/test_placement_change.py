@@ -52,6 +52,16 @@ def test_new_nodes_take_their_share_and_nothing_else_moves(old: int, new: int) -
     assert max(share.values()) - min(share.values()) <= 1
 
 
+@pytest.mark.parametrize("kinds", [[(100, 16), (1, 8)], [(53, 16), (52, 12)], [(31, 16), (30, 12), (32, 8)]])
+def test_nodes_that_leave_no_symmetry_come_to_a_design_of_the_others(kinds: list[tuple[int, int]]) -> None:
+    disks = [each for count, each in kinds for _node in range(count)]
+    made = run(Cluster(tuple(Node(number, each, 6) for number, each in enumerate(disks, 1)), 3))
+    assert made.moves == [] and made.least == 0
+    files = render(made.chains, False, 1, [])
+    assert judge(parse("/x", files[CHAINS], files[TABLE]), False, 3).quality["pairs"] < 1.03
+    assert {seat.target for chain in made.chains for seat in chain.seats} == set(range(1, 7))
+
+
 def test_a_node_that_goes_moves_only_its_own_targets() -> None:
     first = run(nodes(range(1, 12)))
     second = run(nodes(range(1, 11)), first.chains)

@@ -94,6 +94,7 @@ def test_slots_that_are_no_multiple_of_the_replicas_still_balance() -> None:
         pytest.param(cluster((6, 4, 6), (3, 8, 6), (2, 5, 12)), id="three kinds"),
         pytest.param(cluster((17, 6, 6), domains=4), id="domains of different sizes"),
         pytest.param(cluster((12, 8, 6), (12, 4, 6), domains=6), id="alike domains of unequal nodes"),
+        pytest.param(cluster((24, 1, 6), (23, 1, 3)), id="fewer meetings than peers"),
     ],
 )
 def test_unequal_clusters_are_within_five_percent_of_the_bound(nodes: Cluster) -> None:
@@ -160,9 +161,9 @@ def all_tables(slots: t.Sequence[int], domains: t.Sequence[int], replicas: int) 
         pytest.param([3, 3, 3, 3, 3], [0, 1, 2, 3, 4], 3, 1, id="equal nodes"),
         pytest.param([2, 2, 2, 2, 2, 2], [0, 1, 2, 3, 4, 5], 3, 1, id="fewer meetings than peers"),
         pytest.param([4, 3, 2, 2, 1], [0, 1, 2, 3, 4], 3, 1, id="unequal nodes"),
-        pytest.param([4, 4, 2, 2, 1, 1], [0, 1, 2, 3, 4, 5], 2, 1.16, id="pairs of unequal nodes"),
+        pytest.param([4, 4, 2, 2, 1, 1], [0, 1, 2, 3, 4, 5], 2, 1, id="pairs of unequal nodes"),
         pytest.param([2, 2, 2, 2, 2, 2, 2, 2], [0, 0, 1, 1, 2, 2, 3, 3], 4, 1.17, id="alike racks"),
-        pytest.param([1, 2, 2, 1, 3, 3], [0, 0, 1, 1, 2, 3], 3, 1.06, id="unequal racks"),
+        pytest.param([1, 2, 2, 1, 3, 3], [0, 0, 1, 1, 2, 3], 3, 1.0001, id="unequal racks"),
     ],
 )
 def test_no_table_at_all_beats_the_bound(slots: list[int], domains: list[int], replicas: int, loose: float) -> None:
