@@ -23,6 +23,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._placement import
 
 NEVER = 1e6  # the cost of a meeting in one failure domain, against about 1 of a fair one
 TRIES = 4  # the best of so many random candidates is tried
+PLACES = 2  # ... and for who gives way, of the places in its orbit
 WINDOW = 48  # from so many waiting slots the best fitting one is taken
 ATTEMPTS = 3  # so many group orders are tried ...
 GOOD = 1.005  # ... unless the sum of squares is so near to the least possible
@@ -181,8 +182,12 @@ class Blocks:
                 continue
             second = guest[int(draw() * len(guest))]
             block2, seat2 = seats[second]
-            new2 = old // length * length + (int(draw() * length) if length > 1 else 0)
-            if block2 != block and self._exchange(cold, ((block, seat, new), (block2, seat2, new2))):
+            if block2 == block:
+                continue
+            others = [point for place, point in enumerate(blocks[block2]) if place != seat2]
+            home_points = (old // length * length + int(draw() * length) for _try in range(PLACES if length > 1 else 1))
+            new2 = min(home_points, key=lambda point: self.price(point, others))
+            if self._exchange(cold, ((block, seat, new), (block2, seat2, new2))):
                 home[where[first]], guest[where[second]] = second, first
                 where[first], where[second] = where[second], where[first]
 
