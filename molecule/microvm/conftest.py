@@ -24,6 +24,7 @@ FLEET = {
     "count": len(PLAIN),
     "image": "agent",
     "memory": "112MiB",
+    "thp": True,  # a guest boots with 2000 exits for pages instead of 30000
     "networks": [{"network": "fleet"}],
 }
 KEEPER = {  # with a disk and a share, to see what survives
@@ -48,6 +49,7 @@ OF_TENANTS = [
         "name": name,
         "image": "agent",
         "memory": "128MiB",
+        "thp": True,
         "tenant": tenant,
         "networks": [{"network": network} for network in ATTACHED[name]],
     }

@@ -75,7 +75,7 @@ class Guests:
 
     def bring(self, state: str, name: str, image: str = "agent") -> None:
         """Bring a microVM to a state."""
-        wish = {"name": name, "image": image, "memory": "112MiB", "networks": [{"network": "fleet"}]}
+        wish = {"name": name, "image": image, "memory": "112MiB", "thp": True, "networks": [{"network": "fleet"}]}
         self.microvms.bring(wish, state=state, networks=self.sixteen.networks)
 
     def digest(self) -> str:

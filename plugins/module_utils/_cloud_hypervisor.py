@@ -33,6 +33,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names im
 from ansible_collections.agentfleet.metal.plugins.module_utils._network import Interface
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import (
+    KERNEL_WORDS,
     Change,
     Disk,
     Share,
@@ -202,7 +203,7 @@ def machine_config(spec: Spec, credentials: str = "%d") -> config.VmConfig:
 
     :param credentials: directory of its configuration disks
     """
-    words = ["console=hvc0", "quiet", "panic=-1", "swiotlb=noforce"]
+    words = [*KERNEL_WORDS]
     if spec["memory_max_bytes"] > spec["memory_bytes"]:
         words.append("memhp_default_state=online_movable")  # what is plugged is used at once, and can be unplugged
     return config.VmConfig(

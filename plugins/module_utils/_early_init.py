@@ -173,6 +173,7 @@ if ! grep -qsx "$content" "$root/var/lib/agentfleet/firstboot"; then
     echo "$content" >/run/agentfleet/firstboot # init runs the scripts, and remembers
 fi
 
+load last
 for directory in proc sys dev run; do
     mount -o move "/$directory" "$root/$directory" || fail "/$directory does not move to the image"
 done

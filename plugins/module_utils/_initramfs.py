@@ -22,15 +22,17 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Host
 MODULES = (
     "virtio_pci virtio_pmem nd_pmem virtio_blk virtio_net vmw_vsock_virtio_transport overlay virtiofs button evdev"
 ).split()
-# Loaded where the kernel has them: the balloon, memory that is plugged, and entropy that differs in clones.
-OPTIONAL = "virtio_balloon virtio_mem vmgenid virtio_rng".split()
+# Loaded where the kernel has them: memory that is plugged, and entropy that differs in clones.
+OPTIONAL = "virtio_mem vmgenid virtio_rng".split()
+# The same, but last: while a guest boots, the host would get back memory that it needs again a moment later.
+LAST = ["virtio_balloon"]
 # What a file system or device-mapper target needs; the checksums were modules of their own before Linux 6.14.
 NEEDS = {
     "erofs": ([], ["erofs"]),
     "ext4": (["crc32c_generic"], ["ext4"]),
     "verity": (["sha256_generic"], ["dm_verity"]),
 }
-RECIPE = (MODULES, OPTIONAL, NEEDS, APPLETS)
+RECIPE = (MODULES, OPTIONAL, LAST, NEEDS, APPLETS)
 
 
 def module_order(tree: str, names: t.Sequence[str], optional: t.Sequence[str] = ()) -> list[tuple[str, bytes]]:
@@ -115,6 +117,7 @@ def initramfs(
     wanted = [*MODULES, *(name for need in needs for name in NEEDS[need][1]), *extra]
     lists = {"boot": module_order(modules_tree, wanted, optional)}
     loaded = {name for name, _data in lists["boot"]}
+    lists["last"] = [(name, data) for name, data in module_order(modules_tree, [], LAST) if name not in loaded]
     if "ext4" not in needs:  # for volumes; loaded when one is attached
         order = module_order(modules_tree, NEEDS["ext4"][1], NEEDS["ext4"][0])
         lists["ext4"] = [(name, data) for name, data in order if name not in loaded]

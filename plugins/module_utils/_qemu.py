@@ -29,6 +29,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._network import I
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 from ansible_collections.agentfleet.metal.plugins.module_utils._qmp import Qmp
 from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import (
+    KERNEL_WORDS,
     Change,
     Disk,
     Spec,
@@ -115,7 +116,9 @@ def command(spec: Spec) -> list[str]:
     # Room for the image in the guest's device memory, in whole GiB so that images can grow.
     maximum = spec["memory_max_bytes"] + (-(-spec["image_bytes"] >> 30) + 1 << 30)
     machine = "q35,smm=off,sata=off,smbus=off,hpet=off,vmport=off,i8042=off,usb=off,graphics=off,dump-guest-core=off"
-    words = ["console=hvc0", "quiet", "panic=-1", "swiotlb=noforce"]
+    # Of the 256 buses that a q35 may have Linux would ask each for each of its 32 devices, an exit each, though ACPI told it
+    # the one there is; what is behind ports it finds by these.
+    words = [*KERNEL_WORDS, "pci=lastbus=0"]
     if spec["memory_max_bytes"] > spec["memory_bytes"]:
         words.append("memhp_default_state=online_movable")  # what is plugged is used at once, and can be unplugged
     # Linux takes a CPU that is not there at boot for a firmware's mistake, unless it has a socket of its own.
@@ -137,7 +140,7 @@ def command(spec: Spec) -> list[str]:
         "-append", " ".join([*words, *spec["kernel_arguments"]]),
         # The journal of its unit, which is bounded and still there when QEMU is not.
         "-chardev", "stdio,id=console,signal=off",
-        "-device", "virtio-serial-pci", "-device", "virtconsole,chardev=console",
+        "-device", "virtio-serial-pci,max_ports=1", "-device", "virtconsole,chardev=console",
         "-object", f"memory-backend-file,id=image,mem-path={spec['image_path']},size={spec['image_bytes']}"
         f",{_image_mapping(spec)},prealloc=off,merge=off,dump=off",
         "-device", "virtio-pmem-pci,memdev=image",

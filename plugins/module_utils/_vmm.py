@@ -23,6 +23,9 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._network import I
 AGENT_PORT = 1024
 CONFIG_SERIAL, DATA_SERIAL = "agentfleet-config", "agentfleet-data"  # a serial has at most 20 characters
 PLUG_BLOCK = 2 << 20  # of virtio-mem
+# What every guest's kernel is told. A machine that cannot start is ended. No bounce buffers: nothing here has DMA that is
+# limited. No self-tests of its ciphers, which the kernel's builders have run.
+KERNEL_WORDS = ("console=hvc0", "quiet", "panic=-1", "swiotlb=noforce", "cryptomgr.notests")
 
 
 class Zone(t.TypedDict):
