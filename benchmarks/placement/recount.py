@@ -62,7 +62,7 @@ def recount(
         assert (int(said["--node-id"]), int(said["--disk-index"]) + 1) == cut(one)[1:3], "3: commands"
     assert made == {(chain, number) for chain, numbers in chains.items() for number in numbers}, "each target is made"
 
-    return {**recovery(listed, rack), **spread(listed, rack), **positions(listed), **stripes(listed, replicas, stripe)}
+    return {**recovery(listed, rack), **spread(listed, rack), **positions(listed), **stripes(listed, stripe)}
 
 
 def recovery(listed: t.Sequence[t.Sequence[Target]], rack: t.Mapping[int, t.Any]) -> dict[str, float]:
@@ -114,15 +114,22 @@ def positions(listed: t.Sequence[t.Sequence[Target]]) -> dict[str, float]:
     return found
 
 
-def stripes(listed: t.Sequence[t.Sequence[Target]], replicas: int, stripe: int) -> dict[str, float]:
-    """Nodes and disks that a run of ``stripe`` chains touches, of those that it could; the worst run."""
+def stripes(listed: t.Sequence[t.Sequence[Target]], stripe: int) -> dict[str, float]:
+    """Nodes and disks that a run of ``stripe`` chains touches, of those that it could; the worst run.
+
+    There are as many runs as chains, and one with c chains is in at most c * stripe of them: the worst run cannot have
+    more than all have on average.
+    """
     found = {}
     for item, last in (("nodes", 2), ("disks", 3)):
         touch = [{target[1:last] for target in chain} for chain in listed]
         worst = min(
             len(set().union(*(touch[(n + step) % len(touch)] for step in range(stripe)))) for n in range(len(touch))
         )
-        found[f"stripe_{item}"] = worst / min(len(set().union(*touch)), stripe * replicas)
+        runs = sum(
+            min(len(listed), count * stripe) for count in Counter(one for each in touch for one in each).values()
+        )
+        found[f"stripe_{item}"] = worst / (runs // len(listed))
     return found
 
 

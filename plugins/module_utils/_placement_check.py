@@ -305,7 +305,10 @@ def _positions(chains: t.Sequence[Chain], quality: dict[str, float], add: Add) -
 
 
 def touched(table: Table, stripe: int) -> dict[str, tuple[int, int]]:
-    """How many nodes and disks the worst run of ``stripe`` successive chains touches, and how many it could."""
+    """How many nodes and disks the worst run of ``stripe`` successive chains touches, and how many it could.
+
+    A node with few chains cannot be in each run: its chains are in at most as many runs as they are times ``stripe``.
+    """
     rows = [[decode_target(one)[1] for one in table.chains[number]] for number in table.order]
     found = {}
     for item, key in ITEMS:
@@ -318,8 +321,8 @@ def touched(table: Table, stripe: int) -> dict[str, tuple[int, int]]:
                 if not now[key(seat)]:
                     del now[key(seat)]
             worst = min(worst, len(now))
-        widest = max((len(row) for row in rows), default=0)
-        found[item] = (worst, min(len({key(seat) for row in rows for seat in row}), stripe * widest))
+        size = Counter(key(seat) for row in rows for seat in row)
+        found[item] = (worst, int(sum(min(1.0, stripe * count / len(rows)) for count in size.values()) + 1e-6))
     return found
 
 

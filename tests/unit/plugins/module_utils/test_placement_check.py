@@ -12,7 +12,12 @@ import pytest
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._placement import Chain, Cluster, Node, Seat
 from ansible_collections.agentfleet.metal.plugins.module_utils._placement_change import place
-from ansible_collections.agentfleet.metal.plugins.module_utils._placement_check import Judgement, cluster_of, judge
+from ansible_collections.agentfleet.metal.plugins.module_utils._placement_check import (
+    Judgement,
+    cluster_of,
+    judge,
+    touched,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._placement_files import (
     CHAINS,
     TABLE,
@@ -167,3 +172,12 @@ def test_tenants_that_share_a_target() -> None:
 def test_many_problems_are_shown_in_part() -> None:
     text = judge(table_of(upstream(5, 16)), False, 3).invariants[6].text
     assert text.count(";") == 3 and text.endswith("more")
+
+
+def test_a_stripe_is_not_blamed_for_nodes_with_too_few_chains_to_be_in_each() -> None:
+    rows = [
+        [Seat(1, 0, n), Seat(2 + n % 8, 0, n // 8)] for n in range(1, 33)
+    ]  # node 1 in all chains, 2 to 9 in 4 of 32
+    table = table_of([Chain(900100000 + n, seats) for n, seats in enumerate(rows, 1)])
+    assert touched(table, 4) == {"node": (5, 5), "disk": (5, 5)}
+    assert touched(table, 16) == {"node": (9, 9), "disk": (9, 9)}
