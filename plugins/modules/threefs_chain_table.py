@@ -170,7 +170,7 @@ quality:
   type: dict
   contains:
     pairs:
-      description: Sum of squares of how often nodes meet, over the least that any table can have; 1 is perfect.
+      description: Sum of squares of how often nodes meet, over a bound that no table can beat; 1 is perfect.
       type: float
     recovery:
       description: Greatest load of a peer of a failed node, over the mean of all its peers.
@@ -232,7 +232,7 @@ moves:
       description: Its disk.
       type: int
 moves_least:
-  description: As many targets must move at least, so that existing chains are spread in proportion to capacity.
+  description: As many targets must move at least, so that each disk has its part of the existing chains by capacity, rounded.
   returned: success
   type: int
 plan:
