@@ -520,7 +520,7 @@ def backup_agent(arguments: list[str]) -> int:
                     cluster.change(lambda new, tag=tag: new["backups"][tag].update(state="completed"))
         except (Unavailable, OSError):
             pass
-        time.sleep(1)
+        time.sleep(2)
 
 
 def fdbrestore(arguments: list[str]) -> int:

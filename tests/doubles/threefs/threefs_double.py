@@ -233,6 +233,7 @@ class Mgmtd:
         self.lock = threading.RLock()
         self.primary_since = 0.0
         self.heartbeats: dict[str, dict] = {}
+        self.seen, self.seen_at = {}, 0.0
         keys = self.keys()
         config = keys.get("configs", {}).get("MGMTD")
         if config is None:
@@ -240,9 +241,13 @@ class Mgmtd:
         self.config = tomllib.loads(config["content"])
         self.config_version = config["version"]
 
-    def keys(self) -> dict:
-        self.fdb.reload()
-        return self.fdb.read()["document"]["keys"]
+    def keys(self, fresh: bool = False) -> dict:
+        """What is stored; as of a moment ago, since every heartbeat asks."""
+        if fresh or time.monotonic() > self.seen_at + 0.9:
+            self.fdb.reload()
+            self.seen = self.fdb.read()["document"]["keys"]
+            self.seen_at = time.monotonic()
+        return self.seen
 
     def setting(self, name: str, default: str) -> float:
         return seconds(str(dig(self.config, f"server.service.{name}", default)))
@@ -255,6 +260,7 @@ class Mgmtd:
             result[:] = [change(document["keys"])]
 
         self.fdb.change(inner)
+        self.seen_at = 0.0
         return result[0]
 
     # the lease -------------------------------------------------------------------
@@ -354,7 +360,7 @@ class Mgmtd:
 
     def admin(self, request: dict) -> None:
         if dig(self.config, "server.service.authenticate", False):
-            user = check_token(self.keys().get("users", {}), request.get("token", ""))
+            user = check_token(self.keys(fresh=True).get("users", {}), request.get("token", ""))
             if not user["admin"] and user["uid"] != 0:
                 raise Status(5016, "Mgmtd::kNotAdmin")
 
