@@ -145,6 +145,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     allow_reuse_address = True
     daemon_threads = True
+    request_queue_size = 64  # on a busy emulated CPU more than the usual five wait
 
     def __init__(self, options: dict[str, str]) -> None:
         self.cluster_file = options["cluster-file"]

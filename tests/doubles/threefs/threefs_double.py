@@ -273,7 +273,8 @@ class Mgmtd:
         if not mine and lease and lease["end"] > now:
             self.primary_since = 0.0
             self.peer = lease
-            ask(f"{lease['address']}", {"op": "heartbeat", "cluster_id": self.cluster_id, **self.own()})
+            # not for long: nobody gets an answer from here meanwhile, and the other may be asking us
+            ask(lease["address"], {"op": "heartbeat", "cluster_id": self.cluster_id, **self.own()}, 5.0)
             return
         if not mine or lease["end"] - now < self.setting("lease_length", "1min") * 0.7:
             end = now + self.setting("lease_length", "1min")
