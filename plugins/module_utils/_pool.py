@@ -523,6 +523,10 @@ class Pools:
         elif step.verb in ("forget", "remove"):
             self.host.remove(step.object)
             self._reload_for(step.object)
+            directory = os.path.dirname(step.object)
+            while directory.startswith(_connectors.DIRECTORY + "/") and not self.host.names(directory):
+                os.rmdir(self.host.path(directory))
+                directory = os.path.dirname(directory)
         elif step.verb == "write":
             self.host.write(step.object, step.data.text, step.data.mode)
             self._reload_for(step.object)

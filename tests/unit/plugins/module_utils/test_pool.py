@@ -350,6 +350,7 @@ def test_a_connector_that_is_taken_off_the_list_leaves_no_file(machine: Machine)
         "declare /etc/agentfleet/pools/a.json",
         *(f"remove {base}/{name}" for name in ("arguments", "environment", "mooncake.json")),
     ]
+    assert machine.host.names("/etc/agentfleet/connectors") == []
     assert machine.run(wish()) == []
 
 
