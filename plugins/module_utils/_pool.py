@@ -340,13 +340,18 @@ class Pools:
         )
         files = self._plan_files(name, pool, observed)
         steps += record + files if pool else files + record
+        starts: list[str] = []
+        grows: list[Step] = []
         for unit in new_parts:
             enabled = observed["units"].get(unit, {}).get("UnitFileState") == "enabled"
             if unit in stops or not enabled or not self._running(unit, observed):
-                steps.append(Step("start", unit, after="active, enabled"))
+                starts.append(unit)
             elif _grows(old_parts.get(unit), new_parts[unit]):
                 sizes = [part[unit][1]["size_bytes"] for part in (old_parts, new_parts)]
-                steps.append(Step("grow", unit, before=sizes[0], after=sizes[1], data=name))
+                grows.append(Step("grow", unit, before=sizes[0], after=sizes[1], data=name))
+        if starts:  # at once: a store's memory takes its time to be made, and stores wait for their master themselves
+            steps.append(Step("start", ", ".join(starts), after="active, enabled", data=starts))
+        steps += grows
         if pool and _serves_tenants(pool):
             wanted = {tenant["name"]: tenant["quota_bytes"] for tenant in pool["tenants"]}
             present = {tenant: state["quota_bytes"] for tenant, state in (observed["quotas"].get(name) or {}).items()}
@@ -536,7 +541,7 @@ class Pools:
         elif step.verb == "grow":
             self._grow(step)
         elif step.verb == "start":
-            self._start(step.object)
+            self._start(step.data)
         else:
             raise HostError(f"no such step: {step.verb}")
 
@@ -557,13 +562,21 @@ class Pools:
 
         self.host.wait(grown, f"{step.object} serves {step.after} bytes", 300, 0.5)
 
-    def _start(self, unit: str) -> None:
-        done = self.host.run(["systemctl", "enable", "--quiet", "--now", unit], timeout_seconds=600, check=False)
-        if done.rc != 0:
-            # Not left behind in a loop of restarts that would look half-made.
-            self.host.run(["systemctl", "disable", "--quiet", "--now", unit], timeout_seconds=120, check=False)
-            said = self.host.run(["journalctl", "--no-pager", "-q", "-o", "cat", "-n", "12", "-u", unit], check=False)
-            raise HostError(f"it does not start and was stopped again: {said.text or done.text}")
+    def _start(self, units: t.Sequence[str]) -> None:
+        done = self.host.run(["systemctl", "enable", "--quiet", "--now", *units], timeout_seconds=600, check=False)
+        if done.rc == 0:
+            return
+        observed = {"units": self._units(units)}
+        failed = [unit for unit in units if observed["units"].get(unit, {}).get("ActiveState") != "active"] or units
+        # Not left behind in a loop of restarts that would look half-made.
+        self.host.run(["systemctl", "disable", "--quiet", "--now", *failed], timeout_seconds=120, check=False)
+        said = [
+            self.host.run(["journalctl", "--no-pager", "-q", "-o", "cat", "-n", "12", "-u", unit], check=False).text
+            for unit in failed
+        ]
+        raise HostError(
+            f"{', '.join(failed)}: does not start and was stopped again: {' '.join(said).strip() or done.text}"
+        )
 
     def result(self, observed: dict[str, t.Any]) -> dict[str, t.Any]:
         """The pools that this call declares, as they are now."""
