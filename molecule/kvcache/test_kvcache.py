@@ -1,7 +1,7 @@
 # Copyright: agentfleet.metal contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A pool over two hosts, in order: made, filled, and then one thing after the other dies.
+"""A pool over two hosts, in order: planned, made, filled, and then one thing after the other dies.
 
 The tests build on each other: each starts from the state that the one before left, and the last leaves no pool.
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 import time
 import typing as t
 from pathlib import Path
@@ -17,14 +19,20 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-POOLS = f"@{HERE}/vars/pools.yml"
 ENGINE = "/opt/agentfleet/mooncake/bin/python3"
 KIB = 1 << 10
+MIB = 1 << 20
+ADDRESSES = {"metal1": "10.77.0.11", "metal2": "10.77.0.12"}
+BOTH = {"lab_group": "lab", "lab_packages": ["etcd-server"]}  # as in molecule.yml
 # The master forgets a store after 10 s of silence, and etcd a master after about as long. The rest is emulation.
 HEALED_SECONDS = 120
 # An acknowledged put is recorded in etcd some milliseconds later (docs/runbooks/kvcache.md).
 RECORDED_SECONDS = 2
-
+CONNECTORS = {
+    *("sglang-file", "sglang-mooncake", "sglang-hf3fs"),
+    *("vllm-offloading", "vllm-mooncake", "vllm-mooncake_transfer", "vllm-hf3fs", "vllm-lmcache"),
+    *("lmcache-cpu", "lmcache-disk", "lmcache-mooncake", "lmcache-hf3fs", "lmcache-dax"),
+}
 
 # Command lines and logs that contain the tenant's secret name.
 WHO_HAS_IT = """
@@ -46,193 +54,234 @@ class Machine:
     def __init__(self, connection: t.Any) -> None:
         self.host = connection
 
-    def client(
-        self, verb: str, tenant: str, prefix: str, count: int, size: int, replicas: int = 1, tier: str = "-"
-    ) -> t.Any:
-        """Put or get objects on this host."""
-        words = [verb, "shared", tenant, prefix, count, size, replicas, tier]
+    def client(self, *jobs: dict[str, t.Any]) -> list[t.Any]:
+        """Let one process of the engine's Python on this host do these jobs (client.py); returns what became of each."""
+        words = ["shared", json.dumps([{"tenant": "blue", **job} for job in jobs])]
         done = self.host.run(
-            f"PYTHONPATH=/usr/local/lib/agentfleet timeout 300 {ENGINE} - {' '.join(map(str, words))} <<'SCRIPT'\n"
+            f"PYTHONPATH=/usr/local/lib/agentfleet timeout 400 {ENGINE} - {shlex.join(words)} <<'SCRIPT'\n"
             + (HERE / "client.py").read_text()
             + "\nSCRIPT"
         )
         assert done.rc == 0, done.stderr[-2000:]
-        return json.loads(done.stdout.splitlines()[-1])
-
-    def readable(self, tenant: str, prefix: str, count: int, size: int) -> int:
-        """How many of these objects read back as they were written, after a bounded wait for all."""
-        end, good = time.monotonic() + HEALED_SECONDS, -1
-        while good != count and time.monotonic() < end:
-            good = self.client("get", tenant, prefix, count, size)["good"]
-        return good
+        return list(json.loads(done.stdout.splitlines()[-1]))
 
     def pid(self, unit: str) -> int:
         """Main process of a unit."""
         return int(self.host.check_output(f"systemctl show -P MainPID {unit}"))
 
-    def back(self, unit: str, before: int) -> None:
-        """Wait until systemd has started a unit again."""
-        end = time.monotonic() + HEALED_SECONDS
-        while self.pid(unit) in (0, before) or self.host.run(f"systemctl is-active {unit}").stdout.strip() != "active":
-            assert time.monotonic() < end, self.host.run(f"journalctl -n 20 -u {unit}").stdout
+    def back(self, *units: str, before: int = 0) -> None:
+        """Wait until systemd has started units again."""
+        end, names = time.monotonic() + HEALED_SECONDS, " ".join(units)
+        while True:
+            shown = self.host.check_output(f"systemctl show --property=ActiveState,MainPID {names}")
+            if shown.count("ActiveState=active") == len(units) and f"MainPID={before}\n" not in shown + "\n":
+                return
+            assert time.monotonic() < end, (
+                shown + self.host.run(f"journalctl -n 20 -u {names.replace(' ', ' -u ')}").stdout
+            )
             time.sleep(2)
 
 
 @pytest.fixture(scope="module")
 def metal1(lab: t.Any) -> Machine:
-    """The host with all tiers, and etcd."""
+    """The host with all tiers."""
     return Machine(lab.connection("metal1"))
 
 
 @pytest.fixture(scope="module")
 def metal2(lab: t.Any) -> Machine:
-    """The host with one tier."""
+    """The host with one memory tier and a disk, and with etcd."""
     return Machine(lab.connection("metal2", int(os.environ.get("AGENTFLEET_LAB_PORT", "2322")) + 1))
 
 
-def converge(lab: t.Any, *arguments: str, **variables: t.Any) -> t.Any:
-    return lab.succeed("../molecule/kvcache/converge", f"--extra-vars={POOLS}", *arguments, **variables)
+def converge(lab: t.Any) -> t.Any:
+    return lab.succeed("../molecule/kvcache/converge", f"--extra-vars=@{HERE}/vars/pools.yml")
 
 
-def proven(lab: t.Any) -> dict[str, t.Any]:
-    """The tiers of both hosts by name, each put to a real put, get and comparison."""
-    played = lab.finish(
-        lab._open(
-            "ansible", "lab", "--module-name=agentfleet.metal.kvcache_pool_info", "--args=probe_size=256KiB samples=2"
-        )
-    )
-    assert played.rc == 0, played.failures()
+def call(lab: t.Any, hosts: str, module: str, **arguments: t.Any) -> t.Any:
+    """Call a module of this collection on hosts."""
+    command = ("ansible", hosts, f"--module-name=agentfleet.metal.{module}", f"--args={json.dumps(arguments)}")
+    more = {"ansible_python_interpreter": sys.executable} if hosts == "localhost" else {}
+    return lab.finish(lab._open(*command, **more))
+
+
+def proofs(played: t.Any) -> dict[str, dict[str, t.Any]]:
+    """The tiers of both hosts by name, each put to a real put, get and comparison by kvcache_pool_info."""
     return {
-        f"{task.host}-{tier['name']}": tier for task in played.tasks for tier in task.result["pools"]["shared"]["tiers"]
+        f"{task.host}-{tier['name']}": tier
+        for task in played.tasks
+        for tier in task.result.get("pools", {}).get("shared", {}).get("tiers", [])
     }
 
 
-def test_the_pool_comes_up_and_a_second_run_changes_nothing(lab: t.Any) -> None:
-    assert converge(lab).changed()
+def assert_places(tiers: dict[str, dict[str, t.Any]]) -> None:
+    """Each tier works, and lies where it was declared by the kernel's own numbers."""
+    assert set(tiers) == {*(f"metal1-{name}" for name in ("dram", "slow", "cxl", "ssd")), "metal2-dram", "metal2-ssd"}
+    assert all(tier["verified"] for tier in tiers.values()), tiers
+    for name, node, mib in (("dram", 0, 64), ("slow", 1, 128), ("cxl", 2, 4)):
+        tier = tiers[f"metal1-{name}"]
+        assert (tier["numa_node"], tier["pages_on_node"], tier["pages_elsewhere"]) == (node, mib * 256, 0)
+
+
+def test_pools_of_1_tib_are_planned_explained_and_rendered_for_all_connectors(lab: t.Any) -> None:
+    played = lab.play("kvcache_plan", f"--extra-vars=@{HERE}/vars/plans.yml")
+    assert played.rc == 0, played.failures()
+    explained, shown = (task.result["results"] for task in played.tasks)
+    said = {result["item"]["name"]: "\n".join(result["msg"]) for result in explained}
+    assert "= 3,187,648 tokens" in said["llama"] and "= 14,864,128 tokens" in said["deepseek"]
+    for model in ("llama", "deepseek"):
+        files = [result["msg"] for result in shown if result["item"]["name"].startswith(model)]
+        assert {name for one in files for name in one} == CONNECTORS
+        assert all(any(text.strip() for text in made.values()) for one in files for made in one.values())
+
+
+def test_the_pool_comes_up_in_its_places_and_a_second_run_changes_nothing(lab: t.Any) -> None:
+    assert_places(proofs(converge(lab)))
     assert converge(lab).changed() == []
 
 
-def test_each_tier_lies_where_it_was_declared(lab: t.Any, metal1: Machine) -> None:
-    tiers = proven(lab)
-    assert set(tiers) == {"metal1-dram", "metal1-slow", "metal1-cxl", "metal1-ssd", "metal2-dram"}
-    assert all(tier["verified"] for tier in tiers.values()), tiers
-    places = {"metal1-dram": (0, 64), "metal1-slow": (1, 128), "metal1-cxl": (2, 4)}
-    for name, (node, mib) in places.items():
-        assert (tiers[name]["numa_node"], tiers[name]["pages_on_node"], tiers[name]["pages_elsewhere"]) == (
-            node,
-            mib * 256,
-            0,
-        )
-    # The same by hand, from the kernel's own text.
-    pid = metal1.pid("agentfleet-mooncake-store@shared-cxl")
-    lines = metal1.host.check_output(f"grep memfd:agentfleet-shared-cxl /proc/{pid}/numa_maps").splitlines()
-    assert any("bind:2" in line and "N2=1024" in line and "N0=" not in line and "N1=" not in line for line in lines)
+def test_the_kernels_own_text_says_where_each_tier_lies(metal1: Machine) -> None:
+    units = [f"agentfleet-mooncake-store@shared-{name}" for name in ("dram", "slow", "cxl")]
+    text = metal1.host.check_output(
+        "cat /sys/devices/system/node/node0/cpulist; cat /sys/devices/system/node/node[12]/cpulist | wc -w; "
+        "grep -H . /sys/devices/virtual/memory_tiering/memory_tier*/nodelist; "
+        f"for pid in $(systemctl show -P MainPID {' '.join(units)}); do grep memfd:agentfleet-shared- /proc/$pid/numa_maps; done"
+    ).splitlines()
+    assert text[:2] == ["0-1", "0"], "nodes 1 and 2 have memory and no CPU"
+    levels = {
+        node: int(line.partition("memory_tier/")[0].rpartition("memory_tier")[2].partition("/")[0])
+        for line in text
+        if "nodelist:" in line
+        for node in line.rpartition(":")[2].split(",")
+    }
+    assert levels["0"] < levels["1"] and levels["0"] < levels["2"], text
+    for name, node, mib in (("dram", 0, 64), ("slow", 1, 128), ("cxl", 2, 4)):
+        lines = [line.split() for line in text if f"memfd:agentfleet-shared-{name}" in line]
+        assert any(f"bind:{node}" in words and f"N{node}={mib * 256}" in words for words in lines), text
+        assert {word[:2] for words in lines for word in words if word[0] == "N" and "=" in word} == {f"N{node}"}
 
 
-def test_stores_listen_on_the_pools_network_alone(metal1: Machine, metal2: Machine) -> None:
+def test_programs_listen_on_the_pools_network_alone(metal1: Machine, metal2: Machine) -> None:
     for machine, address in ((metal1, "10.77.0.11"), (metal2, "10.77.0.12")):
         lines = machine.host.check_output("ss -Hltnp").splitlines()
-        ours = [line.split()[3] for line in lines if "python" in line or "mooncake" in line or "etcd" in line]
+        names = ("python", "mooncake", "etcd") if machine is metal2 else ("python", "mooncake")
+        ours = [line.split()[3] for line in lines if any(name in line for name in names)]
         assert len(ours) >= 4
         assert {local.rpartition(":")[0].strip("[]").replace("::ffff:", "") for local in ours} == {address}
 
 
-def test_what_one_host_wrote_the_other_reads(metal1: Machine, metal2: Machine) -> None:
-    assert metal1.client("put", "blue", "kept", 16, 256 * KIB, replicas=2)["good"] == 16
-    found = metal2.client("get", "blue", "kept", 16, 256 * KIB)
-    assert found["good"] == 16 and found["replicas"]["memory"] == 32
-    assert metal2.client("put", "blue", "back", 4, 256 * KIB, replicas=2)["good"] == 4
-    assert metal1.client("get", "blue", "back", 4, 256 * KIB)["good"] == 4
-
-
-def test_tenants_have_their_quota_and_cannot_see_each_other(lab: t.Any, metal1: Machine, metal2: Machine) -> None:
-    assert metal1.client("get", "red", "kept", 16, 256 * KIB)["good"] == 0
-    metal1.client("put", "red", "much", 128, 256 * KIB)  # twice the quota
-    played = lab.finish(
-        lab._open("ansible", "metal1", "--module-name=agentfleet.metal.kvcache_pool_info", "--args=samples=1")
+def test_what_one_host_wrote_into_each_tier_the_other_reads(metal1: Machine, metal2: Machine) -> None:
+    sets = [
+        {"prefix": "fast", "count": 16, "size": MIB, "tier": "dram"},
+        {"prefix": "slow", "count": 96, "size": MIB, "tier": "slow"},
+        {"prefix": "cxl", "count": 5, "size": 512 * KIB, "tier": "cxl"},
+    ]
+    written = metal1.client(*({"verb": "put", **one} for one in sets))
+    assert [(len(one["good"]), one["inside"]) for one in written] == [(16, 16), (96, 96), (5, 5)]
+    other = {"prefix": "back", "count": 8, "size": MIB, "tier": "dram"}
+    *read, back = metal2.client(
+        *({"verb": "get", **{key: one[key] for key in ("prefix", "count", "size")}} for one in sets),
+        {"verb": "put", **other},
     )
-    red = played.tasks[-1].result["pools"]["shared"]["tenants"]["red"]
-    assert red["quota_bytes"] == 16 << 20 and 0 < red["used_bytes"] <= red["quota_bytes"]
-    assert metal2.client("get", "blue", "kept", 16, 256 * KIB)["good"] == 16
+    assert [len(one["good"]) for one in read] == [16, 96, 5] and back["inside"] == 8
+    assert len(metal1.client({"verb": "get", **other})[0]["good"]) == 8
+
+
+def test_tenants_have_their_quota_and_cannot_see_each_other(metal1: Machine) -> None:
+    objects = {"prefix": "much", "count": 128, "size": 256 * KIB}  # twice red's quota
+    written, quotas, read, others, nobody = metal1.client(
+        {"verb": "put", "tenant": "red", **objects},
+        {"verb": "quotas"},
+        {"verb": "get", "tenant": "red", **objects},
+        {"verb": "get", "tenant": "red", "prefix": "fast", "count": 16, "size": MIB},
+        {"verb": "put", "tenant": "green", **objects, "count": 1},
+    )
+    assert quotas["red"]["quota_bytes"] == 16 * MIB and 0 < quotas["red"]["used_bytes"] <= 16 * MIB
+    assert len(written["good"]) > 0 and 0 < len(read["good"]) <= 64
+    assert others["good"] == [] and nobody["good"] == []
 
 
 def test_connectors_are_written_and_only_root_reads_the_secret_ones(metal1: Machine) -> None:
     base = "/etc/agentfleet/connectors/shared"
-    listing = metal1.host.check_output(f"cd {base} && stat -c '%a %U %n' */*").splitlines()
+    config, who, *listing = metal1.host.check_output(
+        f"cd {base} && tr -d '\\n' < sglang-mooncake-red/mooncake.json && echo && python3 - <<'SCRIPT'\n{WHO_HAS_IT}\nSCRIPT\n"
+        "stat -c '%a %U %n' */*"
+    ).splitlines()
+    assert json.loads(config)["master_server_address"] == "etcd://10.77.0.12:2379"
+    assert json.loads(config)["tenant_id"].startswith("red-") and who == "[]"
     assert len(listing) == 8 and all(line.startswith("600 root ") for line in listing)
-    config = json.loads(metal1.host.file(f"{base}/sglang-mooncake-red/mooncake.json").content_string)
-    assert config["master_server_address"] == "etcd://10.77.0.11:2379"
-    assert config["tenant_id"].startswith("red-")
-    assert metal1.host.check_output(f"python3 - <<'SCRIPT'\n{WHO_HAS_IT}\nSCRIPT") == "[]"
 
 
-def test_a_killed_store_loses_nothing_that_was_replicated(lab: t.Any, metal1: Machine, metal2: Machine) -> None:
+def test_a_store_killed_amid_writes_loses_nothing_that_was_replicated(metal1: Machine, metal2: Machine) -> None:
     unit = "agentfleet-mooncake-store@shared-dram"
     before = metal2.pid(unit)
-    metal2.host.check_output(f"kill -9 {before}")
-    assert metal1.readable("blue", "kept", 16, 256 * KIB) == 16
-    metal2.back(unit, before)
-    assert proven(lab)["metal2-dram"]["verified"]
+    objects = {"prefix": "live", "count": 40, "size": 256 * KIB}
+    written = metal2.client({"verb": "put", **objects, "replicas": 2, "tier": "dram", "kill_after": 32})[0]
+    assert len(written["twice"]) >= 32
+    read = metal1.client({"verb": "get", "keys": written["twice"], "size": 256 * KIB, "seconds": HEALED_SECONDS})[0]
+    assert read["good"] == written["twice"]
+    metal2.back(unit, before=before)
 
 
 def test_a_killed_master_loses_nothing_that_was_recorded(metal1: Machine, metal2: Machine) -> None:
-    assert metal1.client("put", "blue", "late", 4, 256 * KIB, replicas=2)["good"] == 4
+    objects = {"prefix": "late", "count": 8, "size": 256 * KIB}
+    assert len(metal2.client({"verb": "put", **objects, "replicas": 2, "tier": "dram"})[0]["twice"]) == 8
     time.sleep(RECORDED_SECONDS)
     unit = "agentfleet-mooncake-master@shared"
     leader = metal1.host.check_output("curl -s http://10.77.0.11:9003/leader")
     machine = metal1 if "10.77.0.11" in leader else metal2
     before = machine.pid(unit)
     machine.host.check_output(f"kill -9 {before}")
-    assert metal2.readable("blue", "kept", 16, 256 * KIB) == 16
-    assert metal2.readable("blue", "late", 4, 256 * KIB) == 4
-    machine.back(unit, before)
-
-
-def test_a_host_that_loses_power_comes_back_without_ansible(lab: t.Any, metal1: Machine, metal2: Machine) -> None:
-    time.sleep(RECORDED_SECONDS)
-    spare = {"lab_group": "lab_spare", "lab_packages": ["etcd-server"]}
-    lab.succeed("lab_up", lab_state="power_cut", **spare)
-    assert metal1.readable("blue", "kept", 16, 256 * KIB) == 16
-    lab.succeed("lab_up", lab_state="started", **spare)
-    metal2.host.run("systemctl is-system-running --wait")
-    metal2.back("agentfleet-mooncake-store@shared-dram", 0)
-    assert metal2.readable("blue", "kept", 16, 256 * KIB) == 16
-    assert all(tier["verified"] for tier in proven(lab).values())
+    read, live = metal1.client(
+        {"verb": "get", **objects, "seconds": HEALED_SECONDS},
+        {"verb": "get", "prefix": "live", "count": 32, "size": 256 * KIB, "seconds": HEALED_SECONDS},
+    )
+    assert len(read["good"]) == 8 and len(live["good"]) == 32
+    machine.back(unit, before=before)
 
 
 def test_what_lies_on_the_disk_outlives_its_store(metal1: Machine) -> None:
     """Objects go to the disk by the bucket; those of the last one, which is not full, are in memory only."""
-    assert metal1.client("put", "blue", "disk", 48, 256 * KIB, tier="dram")["good"] == 48
-    end, on_disk = time.monotonic() + HEALED_SECONDS, 0
-    while on_disk < 36 and time.monotonic() < end:
-        on_disk = metal1.client("get", "blue", "disk", 48, 256 * KIB)["replicas"].get("disk", 0)
-    assert 36 <= on_disk <= 48
     unit = "agentfleet-mooncake-store@shared-dram"
     before = metal1.pid(unit)
-    metal1.host.check_output(f"kill -9 {before}")
-    metal1.back(unit, before)
-    end, good = time.monotonic() + HEALED_SECONDS, 0
-    while good < on_disk and time.monotonic() < end:
-        good = metal1.client("get", "blue", "disk", 48, 256 * KIB)["good"]
-    assert good >= on_disk
+    objects = {"prefix": "disk", "count": 48, "size": 256 * KIB, "tier": "dram"}
+    written, found, _killed = metal1.client(
+        {"verb": "put", **objects},
+        {"verb": "offloaded", **objects, "least": 36, "seconds": HEALED_SECONDS},
+        {"verb": "kill", **objects},
+    )
+    assert len(written["good"]) == 48 and len(found["disk"]) >= 36
+    metal1.back(unit, before=before)
+    read = metal1.client({"verb": "get", "keys": found["disk"], "size": 256 * KIB, "seconds": HEALED_SECONDS})[0]
+    assert read["good"] == found["disk"]
+
+
+def test_a_host_that_loses_power_comes_back_without_ansible(lab: t.Any, metal1: Machine, metal2: Machine) -> None:
+    objects = {"prefix": "power", "count": 16, "size": 256 * KIB}
+    assert len(metal2.client({"verb": "put", **objects, "replicas": 2, "tier": "dram"})[0]["twice"]) == 16
+    time.sleep(RECORDED_SECONDS)
+    cut = call(lab, "localhost", "lab_host", dir=str(lab.directory), hosts=[{"name": "metal1"}], state="power_cut")
+    assert cut.rc == 0, cut.failures()
+    assert len(metal2.client({"verb": "get", **objects, "seconds": HEALED_SECONDS})[0]["good"]) == 16
+    lab.succeed("lab_up", **BOTH)
+    metal1.host.run("systemctl is-system-running --wait")
+    metal1.back(*(f"agentfleet-mooncake-store@shared-{name}" for name in ("dram", "slow", "cxl")))
+    assert len(metal1.client({"verb": "get", **objects, "seconds": HEALED_SECONDS})[0]["good"]) == 16
+    assert_places(proofs(call(lab, "lab", "kvcache_pool_info", probe_size="256KiB", samples=2)))
 
 
 def test_a_pool_with_data_is_not_removed_unless_told(lab: t.Any, metal1: Machine, metal2: Machine) -> None:
     """Nor one whose master is silent: that is no emptiness."""
-    absent = [{"name": "shared", "state": "absent"}]
-
-    def remove(**more: t.Any) -> t.Any:
-        wish = json.dumps({"pools": [{**absent[0], **more}]})
-        return lab.finish(
-            lab._open("ansible", "metal2", "--module-name=agentfleet.metal.kvcache_pool", f"--args={wish}")
-        )
-
+    absent = {"name": "shared", "state": "absent"}
     for machine in (metal1, metal2):
         machine.host.check_output("systemctl stop agentfleet-mooncake-master@shared")
-    refused = remove()
-    assert refused.rc != 0 and "an unknown amount of data" in refused.failures()
+    refused = call(lab, "lab", "kvcache_pool", pools=[absent])
+    assert refused.stats["metal1"]["failures"] == refused.stats["metal2"]["failures"] == 1
+    assert refused.failures().count("an unknown amount of data") == 2
     for machine in (metal1, metal2):
         machine.host.check_output("systemctl start agentfleet-mooncake-master@shared")
-    assert remove(lose_data=True).rc == 0
-    assert metal2.host.run("systemctl list-units --no-legend 'agentfleet-mooncake-*'").stdout == ""
-    assert metal2.host.run("ls /etc/agentfleet/pools /etc/agentfleet/connectors/shared/*").stdout.strip() == ""
+    removed = call(lab, "lab", "kvcache_pool", pools=[{**absent, "lose_data": True}])
+    assert removed.rc == 0, removed.failures()
+    for machine in (metal1, metal2):
+        left = "systemctl list-units --no-legend 'agentfleet-mooncake-*'; find /etc/agentfleet/pools /etc/agentfleet/connectors"
+        assert machine.host.check_output(left).split() == ["/etc/agentfleet/pools", "/etc/agentfleet/connectors"]
