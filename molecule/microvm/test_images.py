@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -96,6 +97,7 @@ def guests(lab: t.Any, host: t.Any, microvms: t.Any, sixteen: t.Any) -> Guests:
 def test_two_builds_in_two_directories_are_identical_bit_for_bit(guests: Guests) -> None:
     """One digest stands for image, kernel and initramfs."""
     cache = str(guests.lab.directory / "images")
+    shutil.rmtree(cache, ignore_errors=True)  # of an earlier run on a lab that was kept
     agent, extra = guests.lab.module("rootfs_image", on="localhost", cache=cache, images=[guests.agent, EXTRA])[
         "images"
     ]
