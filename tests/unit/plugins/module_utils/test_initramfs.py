@@ -113,7 +113,7 @@ def test_a_kernel_that_cannot_be_unpacked_stays_as_it_is() -> None:
 
 
 def complete_tree(tree: Path) -> str:
-    needed = [*_initramfs.MODULES, "erofs", "ext4", "dm_verity", "nvme"]
+    needed = [*_initramfs.MODULES, *_initramfs.LAST, "erofs", "ext4", "dm_verity", "nvme"]
     return modules(tree, **{name: "" for name in needed if name != "virtio_pci"})
 
 
@@ -137,6 +137,7 @@ def test_archive_is_read_by_cpio(tmp_path: Path) -> None:
     boot = (out / "modules/boot").read_text().split()
     assert "erofs.ko" in boot and "nvme.ko" in boot and "ext4.ko" not in boot
     assert (out / "modules/ext4").read_text() == "ext4.ko\n"
+    assert (out / "modules/last").read_text() == "virtio_balloon.ko\n" and "virtio_balloon.ko" not in boot
     assert (out / "lib/x").read_bytes() == b"lib"
     assert all((out / directory).is_dir() for directory in ("dev", "proc", "sys", "run", "mnt"))
 

@@ -165,3 +165,12 @@ def test_devices_have_no_balloon_beside_them(microvm_spec: t.Any) -> None:
     assert "virtio-balloon-pci" in " ".join(_qemu.command(microvm_spec))
     text = " ".join(_qemu.command({**microvm_spec, "devices": ["0000:41:00.0"]}))
     assert "virtio-balloon-pci" not in text and '"id": "device-0000.41.00.0", "host": "0000:41:00.0"' in text
+
+
+def test_a_guest_is_told_what_its_start_need_not_look_for(microvm_spec: t.Any) -> None:
+    argv = _qemu.command({**microvm_spec, "kernel_arguments": ["agentfleet.test=1"]})
+    words = argv[argv.index("-append") + 1].split()
+    assert {"console=hvc0", "quiet", "pci=lastbus=0", "cryptomgr.notests"} < set(words) and words[
+        -1
+    ] == "agentfleet.test=1"
+    assert "virtio-serial-pci,max_ports=1" in argv
