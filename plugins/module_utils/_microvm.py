@@ -526,11 +526,12 @@ class MicroVms:
     def _ended(self, names: list[str]) -> dict[str, str]:
         """Name -> why, of those whose VMM is not there.
 
-        A VMM that ended is started again by systemd, as it would be later in its life; once is accepted here.
+        A VMM that ended is started again by systemd, as it would be later in its life; once is accepted here. Before
+        that the unit is deactivating for as long as the host is cleared of what the VMM had.
         """
         found = {}
         for name, unit_state in state_of.unit_states(self.host, names).items():
-            if unit_state["restarts"] > 1 or unit_state["active"] not in ("active", "activating"):
+            if unit_state["restarts"] > 1 or unit_state["active"] not in ("active", "activating", "deactivating"):
                 found[name] = "the VMM ended"
         return found
 

@@ -19,6 +19,7 @@ import typing as t
 import pytest
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import (
+    _microvm,
     _microvm_data,
     _microvm_names,
     _microvm_state,
@@ -291,6 +292,20 @@ def test_a_vmm_that_ends_is_noticed_at_once(metal: t.Any, monkeypatch: t.Any) ->
     metal.answers["systemctl start"] = ""  # comes back, but the process is not there
     with pytest.raises(HostError, match="microVM a1: the VMM ended"):
         run(metal, call({"name": "a1"}, ready_timeout_seconds=3600))
+
+
+def test_a_vmm_that_ends_while_its_guest_boots_is_awaited_through_its_restart(metal: t.Any, monkeypatch: t.Any) -> None:
+    states = ["deactivating", "activating", "active"]
+
+    def show(_host: t.Any) -> str:
+        state = states.pop(0) if "a1" in metal.systemd.active else "inactive"
+        return f"Id=agentfleet-microvm@a1.service\nActiveState={state}\nResult=success\nMainPID=0\nNRestarts=1"
+
+    metal.answers["systemctl show"] = show
+    monkeypatch.setattr(_microvm, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(_microvm_state, "ask_agent", lambda *_more: None if states else {"hostname": "a1"})
+    assert words(run(metal, call({"name": "a1"})))[-1] == "start microVMs"
+    assert states == [] and "a1" in metal.systemd.active
 
 
 def test_each_has_its_own_unprivileged_user_and_its_limits(metal: t.Any) -> None:
