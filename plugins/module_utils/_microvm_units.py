@@ -87,6 +87,7 @@ DevicePolicy=closed
 DeviceAllow=/dev/kvm rw
 DeviceAllow=/dev/net/tun rw
 DeviceAllow=/dev/vhost-vsock rw
+DeviceAllow=/dev/vfio/vfio rw
 DeviceAllow=char-vfio rw
 LockPersonality=yes
 PrivateTmp=yes

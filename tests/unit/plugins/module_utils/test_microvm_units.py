@@ -1,7 +1,7 @@
 # Copyright: agentfleet.metal contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The units of shares: what virtiofsd is told, and what becomes of a microVM whose virtiofsd is killed."""
+"""Units: what virtiofsd is told, what becomes of a microVM whose virtiofsd is killed, and what a VMM may open."""
 
 from __future__ import annotations
 
@@ -48,3 +48,10 @@ def test_a_killed_virtiofsd_takes_its_microvm_along(result: str, restarted: str)
     )
     wanted = f"--no-block try-restart agentfleet-microvm@{restarted}.service\n" if restarted else ""
     assert done.stdout == wanted
+
+
+def test_its_unit_may_open_what_a_pci_function_needs() -> None:
+    # The container of the groups is of another kind than they: `misc`, of which the unit may have no other.
+    allowed = [line for line in units.MICROVM.splitlines() if line.startswith("DeviceAllow=")]
+    assert "DevicePolicy=closed" in units.MICROVM
+    assert {"DeviceAllow=/dev/vfio/vfio rw", "DeviceAllow=char-vfio rw"} <= set(allowed)
