@@ -10,12 +10,18 @@ who need it; the files run in the order of their names.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import re
+import subprocess
 import typing as t
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
+PROGRAM = "AGENTFLEET_CLOUD_HYPERVISOR"
 OUTSIDE = "10.0.2.2"  # the machine that the lab runs on, as its emulated hosts see it
 SERVICE = 3128  # what the host offers to the guests of one network
 PLAIN = [f"fleet-{index:02d}" for index in range(1, 11)]
@@ -99,3 +105,27 @@ def sixteen(lab: t.Any, host: t.Any, microvms: t.Any) -> Sixteen:
     found = Sixteen([FLEET, KEEPER, PARENT, *OF_TENANTS], networks(lab.first_port), set(json.loads(memory.read_text())))
     found.made = microvms.bring(*found.instances, networks=found.networks)
     return found
+
+
+def install(lab: t.Any, program: str) -> None:
+    """Bring a program of the controller to the host, by the role."""
+    told = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    version = re.search(r"v(\d+\.\d+(?:\.\d+)?)", told)
+    assert version, told
+    lab.role(
+        "cloud_hypervisor",
+        cloud_hypervisor_version=version.group(1),
+        cloud_hypervisor_file=program,
+        cloud_hypervisor_sha256=hashlib.sha256(Path(program).read_bytes()).hexdigest(),
+    )
+
+
+@pytest.fixture(scope="module", params=["qemu", "cloud_hypervisor"])
+def driver(request: t.Any, lab: t.Any) -> str:
+    """Each driver that the tests can have, ready on the host."""
+    program = os.environ.get(PROGRAM)
+    if request.param == "cloud_hypervisor":
+        if not program:
+            pytest.skip(f"{PROGRAM} names no program: Cloud Hypervisor is in no package registry of the lab")
+        install(lab, program)
+    return str(request.param)

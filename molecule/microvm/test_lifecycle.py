@@ -9,18 +9,12 @@ The tests build on each other: each starts from the state that the one before le
 
 from __future__ import annotations
 
-import hashlib
-import os
-import re
-import subprocess
 import time
 import typing as t
-from pathlib import Path
 
 import pytest
 
 MIB = 1 << 20
-PROGRAM = "AGENTFLEET_CLOUD_HYPERVISOR"
 NETWORKS = [{"name": "life", "prefix": "10.87.0.0/24", "bridge": "aflife"}]
 DATA = {"name": "data", "size": "64MiB"}
 MORE = {"name": "more", "size": "32MiB"}
@@ -45,6 +39,7 @@ class Life:
             "vcpus": 1,
             "vcpus_max": 2,
             "hotplug_slots": 2,
+            "thp": True,  # fewer exits while it boots
             "volumes": [DATA],
             "networks": [{"network": "life"}],
         }
@@ -66,31 +61,13 @@ class Life:
         return t.cast("dict[str, t.Any]", self.microvms.until(what, self.name, so=so)[self.name])
 
 
-def install(lab: t.Any, program: str) -> None:
-    """Bring a program of the controller to the host, by the role."""
-    told = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
-    version = re.search(r"v(\d+\.\d+(?:\.\d+)?)", told)
-    assert version, told
-    lab.role(
-        "cloud_hypervisor",
-        cloud_hypervisor_version=version.group(1),
-        cloud_hypervisor_file=program,
-        cloud_hypervisor_sha256=hashlib.sha256(Path(program).read_bytes()).hexdigest(),
-    )
-
-
 BEFORE: dict[str, set[str]] = {}
 
 
-@pytest.fixture(scope="module", params=["qemu", "cloud_hypervisor"])
-def life(request: t.Any, lab: t.Any, host: t.Any, microvms: t.Any) -> Life:
+@pytest.fixture(scope="module")
+def life(driver: str, lab: t.Any, host: t.Any, microvms: t.Any) -> Life:
     """The microVM of one driver."""
-    program = os.environ.get(PROGRAM)
-    if request.param == "cloud_hypervisor":
-        if not program:
-            pytest.skip(f"{PROGRAM} names no program: Cloud Hypervisor is in no package registry of the lab")
-        install(lab, program)
-    return Life(lab, host, microvms, request.param)
+    return Life(lab, host, microvms, driver)
 
 
 def test_it_is_ready_and_the_second_run_changes_nothing(life: Life) -> None:
