@@ -105,7 +105,8 @@ class Arm:
         )
         self.start(str(program), *where, "--logtostderr=true")
         # Its setup does not wait for a master.
-        self.wait(lambda: subprocess.run(["ss", "-Htln", f"sport = :{port}"], capture_output=True).stdout != b"")
+        listening = ["ss", "-Htln", f"sport = :{port}"]
+        self.wait(lambda: subprocess.run(listening, capture_output=True, check=True).stdout != b"")
         bind = [] if self.node is None else ["numactl", f"--membind={self.node}"]
         store = self.start(*bind, sys.executable, "-c", BARE, self.master, str(self.size_mib << 20))
         return store.stdout.readline().strip()  # type: ignore[union-attr]

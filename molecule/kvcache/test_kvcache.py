@@ -98,10 +98,10 @@ def converge(lab: t.Any) -> t.Any:
     return lab.succeed("../molecule/kvcache/converge", f"--extra-vars=@{HERE}/vars/pools.yml")
 
 
-def call(lab: t.Any, hosts: str, module: str, **arguments: t.Any) -> t.Any:
+def call(lab: t.Any, on: str, module: str, **arguments: t.Any) -> t.Any:
     """Call a module of this collection on hosts."""
-    command = ("ansible", hosts, f"--module-name=agentfleet.metal.{module}", f"--args={json.dumps(arguments)}")
-    more = {"ansible_python_interpreter": sys.executable} if hosts == "localhost" else {}
+    command = ("ansible", on, f"--module-name=agentfleet.metal.{module}", f"--args={json.dumps(arguments)}")
+    more = {"ansible_python_interpreter": sys.executable} if on == "localhost" else {}
     return lab.finish(lab._open(*command, **more))
 
 
