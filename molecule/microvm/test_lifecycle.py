@@ -9,6 +9,7 @@ The tests build on each other: each starts from the state that the one before le
 
 from __future__ import annotations
 
+import json
 import time
 import typing as t
 
@@ -158,6 +159,27 @@ def test_a_guest_that_panics_again_and_again_ends_in_a_clear_state(life: Life) -
         time.sleep(2)
     assert life.look()["state"] == "failed"
     assert life.bring(kernel_arguments=[])["changed"] and life.look()["ready"]
+
+
+def test_a_clone_of_it_is_another_microvm(life: Life) -> None:
+    del life.wish["memory_max"]  # what it cannot have for a snapshot, as a writable volume
+    life.bring(volumes=[], snapshots=True, allow_restart=True)
+    snapshot = {"name": f"{life.name}-warm", "microvm": life.name}
+    assert life.lab.module("microvm_snapshot", snapshots=[snapshot])["snapshots"][0]["usable"]
+    clone = {"name": f"{life.name}-two", "from_snapshot": snapshot["name"], "networks": [{"network": "life"}]}
+    life.microvms.bring(clone, networks=NETWORKS)
+    seen = life.microvms.look(life.name, clone["name"])
+    assert all(one["ready"] and one["agent"]["hostname"] == name for name, one in seen.items())
+    first, second = seen.values()
+    for what in ("address", "cid", "pid"):
+        assert first[what] != second[what]
+    assert first["agent"]["machine_id"] != second["agent"]["machine_id"]
+    assert second["private_bytes"] < first["private_bytes"]
+    for one in (first, second):  # each at its own address
+        told = life.host.check_output(f"curl -s --max-time 60 http://{one['address']}:1024/")
+        assert json.loads(told)["hostname"] == one["name"]
+    life.microvms.bring({"name": clone["name"]}, state="absent")
+    life.lab.module("microvm_snapshot", state="absent", snapshots=[snapshot])
 
 
 def test_nothing_is_left(life: Life) -> None:
