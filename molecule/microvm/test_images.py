@@ -194,7 +194,7 @@ def test_damage_is_found_named_and_repaired(guests: Guests) -> None:
     guests.host.run(f"printf X | dd of={STORE}/names/agent/initrd bs=1 seek=1000 conv=notrunc")
     found = guests.lab.play("images", rootfs_verify=True)
     assert found.rc == 0, found.failures()
-    assert "metal1: Send what the host does not have" in found.changed()
+    assert "metal1: agentfleet.metal.rootfs : Send what the host does not have" in found.changed()
     assert guests.lab.module("image_store", verify=True)["damaged"] == []
 
 
