@@ -140,7 +140,8 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
 
     def ask(self):
         """What the hosts say: ``microvms`` (host -> list), and ``failed`` (host -> why)."""
-        sources = list(dict.fromkeys(self.inventory.processed_sources))
+        # ansible-core 2.21 leaves None among them for what came from no source.
+        sources = list(dict.fromkeys(filter(None, self.inventory.processed_sources)))
         if not sources:
             self.display.warning("no source of the inventory came before this one: give it after those of the hosts")
             return {"microvms": {}, "failed": {}}

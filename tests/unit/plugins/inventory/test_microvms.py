@@ -80,6 +80,7 @@ def parse(tmp_path: t.Any, monkeypatch: t.Any) -> t.Any:
         monkeypatch.setattr(microvms.subprocess, "run", asked.run)
         loader = DataLoader()
         manager = InventoryManager(loader=loader, sources=[str(tmp_path / "hosts.yml")])
+        manager._inventory.processed_sources.append(None)  # as ansible-core 2.21 does, seen on its command line
         plugin = microvms.InventoryModule()
         plugin._load_name = plugin.ansible_name = microvms.InventoryModule.NAME
         monkeypatch.setattr(type(plugin.display), "warning", lambda _self, text, **_options: warned.append(text))
