@@ -14,7 +14,7 @@ import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
-from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import Act, arrange, show
+from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import arrange, show
 
 UNITS = "/etc/systemd/system"
 # redundancy -> machines and coordinators that it takes to lose one machine (two with triple) and go on
@@ -342,14 +342,10 @@ class Servers:
             self.host.write(step.object, self.connection + "\n")
         elif step.verb == "write":
             self.host.write(step.object, step.data.text)
-            self._tell(step.data)
+            step.data.tell(self.host)
         else:
-            self._tell(step.data)
+            step.data.tell(self.host)
             self.host.run(["systemctl", step.verb, step.object], timeout_seconds=120)
-
-    def _tell(self, act: Act) -> None:
-        if act.command:
-            self.host.run(act.command)
 
     def result(self, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         """The connection string that this host has."""

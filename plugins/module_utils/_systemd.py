@@ -26,6 +26,11 @@ class Act:
     command: tuple[str, ...] = ()  # after a file was written, before a unit is started
     started: tuple[str, ...] = ()  # on the last one: all units that were started
 
+    def tell(self, host: Host) -> None:
+        """Let systemd know of new files and units, where this is the step that does it."""
+        if self.command:
+            host.run(self.command)
+
 
 def show(host: Host, units: t.Sequence[str], properties: str) -> dict[str, dict[str, str]]:
     """Unit -> its properties; a unit that systemd does not know is left out or empty."""

@@ -237,18 +237,14 @@ class Disks:
             self.host.run(argv, timeout_seconds=600)
         elif step.verb == "write":
             self.host.write(step.object, step.data.text)
-            self._tell(step)
+            step.data.tell(self.host)
         elif step.verb == "unmount":
             self.host.run(["umount", step.object], timeout_seconds=120)
         elif step.verb == "mount":
-            self._tell(step)
+            step.data.tell(self.host)
             self.host.run(["systemctl", "restart", mount_unit(step.object)], timeout_seconds=120)
         else:
             os.makedirs(self.host.path(step.object), mode=0o755, exist_ok=True)
-
-    def _tell(self, step: Step) -> None:
-        if step.data.command:
-            self.host.run(step.data.command)
 
     def result(self, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         """The paths for storage's target_paths, in order."""

@@ -208,7 +208,7 @@ class Services:
             self._create_tables(step.data)
         elif step.verb == "write":
             self.host.write(step.object, act.text)
-            self._tell(act)
+            act.tell(self.host)
         elif step.verb == "stop":
             self.host.run(["systemctl", "stop", step.object], timeout_seconds=_STOP_SECONDS)
         elif step.verb == "remove":
@@ -216,14 +216,10 @@ class Services:
             self.host.remove(f"{UNITS}/{step.object}")
             self.host.run(["systemctl", "daemon-reload"])
         else:
-            self._tell(act)
+            act.tell(self.host)
             self.host.run(["systemctl", "restart", step.object], timeout_seconds=_STOP_SECONDS, check=False)
             if act.started:
                 self._settle(act.started)
-
-    def _tell(self, act: Act) -> None:
-        if act.command:
-            self.host.run(act.command)
 
     def _create_tables(self, described: t.Mapping[str, t.Any]) -> None:
         places = [f"{described['release']}/{place}/3fs-monitor.sql" for place in ("sql", "deploy/sql", "opt/3fs/sql")]
