@@ -206,7 +206,7 @@ class Servers:
         return {
             "files": {path: self.host.read(path) for path in self._files()},
             "cluster": self.host.read(cluster_file(self.name)),
-            "units": show(self.host, units, "Id,ActiveState,UnitFileState"),
+            "units": show(self.host, units, "ActiveState,UnitFileState"),
             "installed": self.host.exists(self._programs()["fdbmonitor"]),
             "directories": {
                 path: self.host.exists(path)

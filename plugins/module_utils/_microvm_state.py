@@ -16,6 +16,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils import _vmm
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import HOME, running_spec, unit
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
+from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import show
 
 T = t.TypeVar("T")
 
@@ -41,22 +42,17 @@ def running(host: Host, names: t.Iterable[str]) -> dict[str, _vmm.Spec]:
 
 def unit_states(host: Host, names: t.Sequence[str]) -> dict[str, dict[str, t.Any]]:
     """Name -> active state, why it failed, main pid and restarts, with one command for all."""
-    if not names:
-        return {}
-    properties = "--property=Id,ActiveState,Result,MainPID,NRestarts"
-    done = host.run(["systemctl", "show", properties, *map(unit, names)], timeout_seconds=180)
-    found = {}
-    for stanza in done.stdout.split("\n\n"):
-        fields = dict(line.split("=", 1) for line in stanza.splitlines() if "=" in line)
-        if "Id" not in fields:
-            continue
-        found[fields["Id"].partition("@")[2].rpartition(".service")[0]] = {
-            "active": fields.get("ActiveState", "inactive"),
-            "result": fields.get("Result", "success"),
-            "pid": int(fields.get("MainPID") or 0),
-            "restarts": int(fields.get("NRestarts") or 0),
+    found = show(host, list(map(unit, names)), "ActiveState,Result,MainPID,NRestarts")
+    return {
+        name: {
+            "active": state["ActiveState"],
+            "result": state["Result"],
+            "pid": int(state["MainPID"]),
+            "restarts": int(state["NRestarts"]),
         }
-    return found
+        for name in names
+        if (state := found.get(unit(name)))
+    }
 
 
 def public_state(state: t.Mapping[str, t.Any] | None) -> str:

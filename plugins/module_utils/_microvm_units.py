@@ -35,7 +35,7 @@ PACKAGE = "ansible_collections.agentfleet.metal.plugins.module_utils"
 # What _microvm_unit imports.
 CODE = (
     "_audit", "_plan", "_host", "_units", "_microvm_names", "_network_host", "_network", "_vmm", "_qmp", "_microvm_exec", "_qemu",
-    "_cloud_hypervisor_api", "_cloud_hypervisor_config", "_cloud_hypervisor", "_snapshot", "_microvm_unit",
+    "_cloud_hypervisor_api", "_cloud_hypervisor_config", "_cloud_hypervisor", "_systemd", "_snapshot", "_microvm_unit",
 )  # fmt: skip
 CODE_PATH = f"{LIBRARY}/microvm"  # of its own: other concerns have copies, too, and remove them
 PARALLEL = f"{LIBRARY}/microvm-parallel"

@@ -27,6 +27,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._mooncake import 
 from ansible_collections.agentfleet.metal.plugins.module_utils._numa import observe_numa
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 from ansible_collections.agentfleet.metal.plugins.module_utils._poolprobe import PROGRAM, agent, declared
+from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import show
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size
 
 UNITS = _poolfiles.UNITS
@@ -169,7 +170,7 @@ class Pools:
         }
         observed: dict[str, t.Any] = {
             "declared": now,
-            "units": self._units(sorted(units)),
+            "units": show(self.host, sorted(units), "ActiveState,UnitFileState"),
             "files": {path: self.host.read(path) for path in self._program()},
             "of_pools": {name: _poolfiles.on_host(self.host, name) for name in self.wanted},
             "engine": self.host.link_name(ENGINE),
@@ -217,15 +218,6 @@ class Pools:
         if asked and self._running(master_unit(name), observed):
             done = self.host.run(agent("quotas", name), check=False)
             observed["quotas"][name] = json.loads(done.stdout) if done.rc == 0 else None
-
-    def _units(self, units: t.Sequence[str]) -> dict[str, dict[str, str]]:
-        if not units:
-            return {}
-        show = self.host.run(["systemctl", "show", "--property=Id,ActiveState,UnitFileState", *units]).stdout
-        blocks = [
-            dict(line.split("=", 1) for line in block.splitlines()) for block in show.split("\n\n") if block.strip()
-        ]
-        return {block["Id"]: block for block in blocks}
 
     def _space(self, path: str) -> dict[str, t.Any]:
         """What a directory tier can have: its own size so far plus what its file system has free."""
@@ -566,7 +558,7 @@ class Pools:
         done = self.host.run(["systemctl", "enable", "--quiet", "--now", *units], timeout_seconds=600, check=False)
         if done.rc == 0:
             return
-        observed = {"units": self._units(units)}
+        observed = {"units": show(self.host, units, "ActiveState,UnitFileState")}
         failed = [unit for unit in units if observed["units"].get(unit, {}).get("ActiveState") != "active"] or units
         # Not left behind in a loop of restarts that would look half-made.
         self.host.run(["systemctl", "disable", "--quiet", "--now", *failed], timeout_seconds=120, check=False)

@@ -44,6 +44,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names im
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._network import guest_lines
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
+from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import show
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size
 
 STORE = "/var/lib/agentfleet/snapshots"
@@ -343,12 +344,9 @@ class Snapshots:
 
     def _running(self, names: t.Sequence[str]) -> dict[str, _vmm.Spec]:
         """Name -> what it runs with, of those that have a VMM."""
-        if not names:
-            return {}
-        done = self.host.run(["systemctl", "show", "--property=Id,MainPID", *map(unit, names)], timeout_seconds=180)
-        pids = [dict(line.split("=", 1) for line in part.splitlines()) for part in done.stdout.split("\n\n") if part]
-        up = {one["Id"] for one in pids if one.get("MainPID", "0") != "0"}
-        found = {name: _read(self.host, running_spec(name)) for name in names if unit(name) in up}
+        states = show(self.host, list(map(unit, names)), "MainPID")
+        up = [name for name in names if states.get(unit(name), {}).get("MainPID", "0") != "0"]
+        found = {name: _read(self.host, running_spec(name)) for name in up}
         return {name: spec for name, spec in found.items() if spec}
 
     # -- plan ------------------------------------------------------------------

@@ -68,7 +68,7 @@ class Services:
         """Units as they are, as they run, and what they shall be made from."""
         described = describe(self.host, self.cluster)
         units = [unit_name(self.cluster, service) for service in self.given]
-        states = show(self.host, units, "Id,ActiveState,SubState,MainPID,UnitFileState")
+        states = show(self.host, units, "ActiveState,SubState,MainPID,UnitFileState")
         return {
             "described": described,
             "units": {unit: states.get(unit, {}) for unit in units},
@@ -238,7 +238,7 @@ class Services:
 
         def unsteady() -> list[str]:
             """Those without a process, or with another one than a moment ago."""
-            states = show(self.host, units, "Id,MainPID")
+            states = show(self.host, units, "MainPID")
             for unit, looks in seen.items():
                 looks.append(states.get(unit, {}).get("MainPID", "0"))
             return [

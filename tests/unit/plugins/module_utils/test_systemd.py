@@ -9,7 +9,7 @@ import typing as t
 
 import pytest
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Step
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Step
 from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import Act, arrange, show
 
 A, B = "a.service", "b.service"
@@ -54,9 +54,15 @@ def test_a_unit_can_have_another_name_than_what_is_shown() -> None:
 
 def test_properties_by_unit(fake_host: t.Any) -> None:
     fake_host.answers["systemctl"] = f"Id={A}\nActiveState=active\n\nId={B}\nActiveState=inactive\n"
-    assert show(fake_host, [A, B], "Id,ActiveState") == {
+    assert show(fake_host, [A, B], "ActiveState") == {
         A: {"Id": A, "ActiveState": "active"},
         B: {"Id": B, "ActiveState": "inactive"},
     }
-    fake_host.answers["systemctl"] = (1, "", "no bus")
-    assert show(fake_host, [A], "Id") == {}
+    assert fake_host.calls == [f"systemctl show --property=Id,ActiveState {A} {B}"]
+    assert show(fake_host, [], "ActiveState") == {} and len(fake_host.calls) == 1
+
+
+def test_a_systemd_that_does_not_answer_is_no_host_without_units(fake_host: t.Any) -> None:
+    fake_host.answers["systemctl"] = (1, "", "Failed to connect to bus")
+    with pytest.raises(HostError, match="systemctl .*Failed to connect to bus"):
+        show(fake_host, [A], "ActiveState")
