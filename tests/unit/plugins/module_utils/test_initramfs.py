@@ -52,6 +52,23 @@ def test_kernel_options_are_asserted() -> None:
         _guest_kernel.check_options(config, "linux", "y")
 
 
+@pytest.mark.parametrize(
+    ("option", "needs"),
+    [
+        ("memory_max", {"VIRTIO_MEM=y", "MEMORY_HOTPLUG=y", "MEMORY_HOTREMOVE=y"}),
+        ("memory_zones", {"NUMA=y", "ACPI_NUMA=y"}),
+        ("vcpus", {"SMP=y", "NR_CPUS=256"}),  # 255 is the most
+        ("balloon", {"VIRTIO_BALLOON=y", "PAGE_REPORTING=y"}),
+        ("verity", {"DM_VERITY=y", "DM_INIT=y", "CRYPTO_SHA256=y"}),
+        ("hotplug_slots", {"HOTPLUG_PCI_PCIE=y", "HOTPLUG_PCI_ACPI=y"}),
+    ],
+)
+def test_a_built_kernel_has_what_options_need(option: str, needs: set[str]) -> None:
+    lines = set(_guest_kernel.FRAGMENT.splitlines())
+    assert {f"CONFIG_{need}" for need in needs} - lines == set(), option
+    assert {f"{key}=y" for key in _guest_kernel.OPTIONS} - lines == set()
+
+
 def test_a_fragment_is_compared_with_what_became_of_it() -> None:
     fragment = "CONFIG_A=y\nCONFIG_B=n\n# CONFIG_C is not set\nCONFIG_D=4\n# a comment\nCONFIG_E=y\nCONFIG_E=n\n"
     assert _guest_kernel.unmet(fragment, "CONFIG_A=y\nCONFIG_D=4\n# CONFIG_C is not set") == []
