@@ -107,6 +107,7 @@ class MicroVms:
         )
         self.warnings: list[str] = []
         self.specs: dict[str, _vmm.Spec] = {}
+        self.errors: dict[str, str] = {}
 
     def _unique(self, key: str, values: t.Callable[[t.Mapping[str, t.Any]], list[t.Any]], remedy: str) -> None:
         seen: dict[t.Any, str] = {}
@@ -318,7 +319,12 @@ class MicroVms:
 
     def apply(self, step: Step) -> None:
         """Carry out one step."""
-        getattr(self, f"_apply_{step.verb}")(step.data)
+        try:
+            getattr(self, f"_apply_{step.verb}")(step.data)
+        except HostError as error:
+            if step.verb == "change":
+                self.errors[step.data[0]] = str(error)
+            raise
 
     def _apply_prepare(self, data: tuple[dict[str, tuple[str, int]], list[str]]) -> None:
         for path, (text, mode) in data[0].items():
@@ -376,12 +382,16 @@ class MicroVms:
                 with _vmm.driver(running[name]["driver"]).machine(self.host, running[name]) as machine:
                     getattr(machine, verb)()
             except (OSError, HostError, ValueError, KeyError) as error:
-                return f"microVM {name}: {error!r}" if isinstance(error, KeyError) else f"microVM {name}: {error}"
+                return repr(error) if isinstance(error, KeyError) else str(error)
             return ""
 
-        failed = [why for why in state_of.together(one, names).values() if why]
+        self._report({name: why for name, why in state_of.together(one, names).items() if why})
+
+    def _report(self, failed: dict[str, str]) -> None:
+        """Fail if any microVM did, with each one's reason."""
+        self.errors.update(failed)
         if failed:
-            raise HostError("; ".join(failed))
+            raise HostError("; ".join(f"microVM {name}: {why}" for name, why in failed.items()))
 
     # -- apply: what runs is changed -----------------------------------------------
 
@@ -476,12 +486,10 @@ class MicroVms:
     def _apply_start(self, data: tuple[list[str], set[str]]) -> None:
         names, fresh = data
         failed = self._start(names)
-        if not failed:
-            return
         new = sorted(fresh & set(failed))
         if new:  # a start that failed leaves nothing behind
             self._apply_remove((new, [], []))
-        raise HostError("; ".join(f"microVM {name}: {why}" for name, why in failed.items()))
+        self._report(failed)
 
     def _start(self, names: list[str]) -> dict[str, str]:
         """Start microVMs and wait for their agents, so many at a time; name -> why it failed (then it is stopped).
@@ -589,6 +597,15 @@ class MicroVms:
 
     # -- result --------------------------------------------------------------
 
+    def failure(self) -> dict[str, t.Any]:
+        """What became of each microVM, where some failed."""
+        if not self.errors:
+            return {}
+        try:
+            return {"instances": self.result(self.observe())["instances"]}
+        except HostError:  # why the call failed is said already
+            return {}
+
     def result(self, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         """One entry for each microVM of the call, in its order."""
         instances = []
@@ -610,6 +627,7 @@ class MicroVms:
                     "pid": observed["units"].get(name, {}).get("pid", 0),
                     "restart_required": bool(reasons),
                     "restart_reasons": reasons,
+                    "error": self.errors.get(name, ""),
                 }
             )
         return {"instances": instances, "warnings": sorted(set(self.warnings))}

@@ -49,8 +49,10 @@ class MicrovmInfo:
         up = [name for name in names if units.get(name, {}).get("active") == "active"]
         running = {**{name: specs[name] for name in up}, **state_of.running(self.host, up)}
         inner = state_of.together(lambda name: self._inside(running[name]), up)
+        # A running one is told as it runs: its image may be an older one than is declared.
+        now: dict[str, t.Mapping[str, t.Any]] = {**specs, **running}
         return [
-            self._one(name, specs.get(name, {}), units.get(name, {}), inner.get(name, {}))
+            self._one(name, now.get(name, {}), units.get(name, {}), inner.get(name, {}))
             for name in (self.names if self.names is not None else specs)
         ]
 
@@ -109,4 +111,6 @@ class MicrovmInfo:
 
 
 def _ram(spec: t.Mapping[str, t.Any]) -> list[int]:
-    return [zone["size_bytes"] for zone in spec.get("memory_zones", ())]
+    """Sizes of a VMM's mappings of guest RAM: each zone, and all that can be plugged."""
+    booted = [zone["size_bytes"] for zone in spec.get("memory_zones", ())]
+    return [*booted, spec.get("memory_max_bytes", 0) - sum(booted)]

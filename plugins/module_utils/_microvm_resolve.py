@@ -220,6 +220,11 @@ class Resolver:
                     f"{option}.shares[{index}].source", share["source"], "no such directory on the host",
                     "Make the directory first",
                 )  # fmt: skip
+        if spec["shares"] and not self.host.exists(_vmm.VIRTIOFSD):
+            self._lacking(
+                f"{option}.shares", ", ".join(share["tag"] for share in spec["shares"]),
+                f"the host has no {_vmm.VIRTIOFSD}", "Install it with the role agentfleet.metal.virtiofsd",
+            )  # fmt: skip
 
     def _check_volumes(self, option: str, spec: _vmm.Spec) -> None:
         for index, volume in enumerate(spec["volumes"]):

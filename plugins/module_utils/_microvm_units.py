@@ -185,7 +185,7 @@ Description=agentfleet virtiofsd for %i
 
 [Service]
 EnvironmentFile={SHARES}/%i.env
-ExecStart=/usr/libexec/virtiofsd --fd=3 --sandbox=namespace --inode-file-handles=prefer --shared-dir ${{SHARE_SOURCE}} $SHARE_FLAGS
+ExecStart={_vmm.VIRTIOFSD} --fd=3 --sandbox=namespace --inode-file-handles=prefer --shared-dir ${{SHARE_SOURCE}} $SHARE_FLAGS
 ExecStopPost=/bin/sh -c 'share=%i; [ "$$SERVICE_RESULT" = success ] || \\
     exec systemctl --no-block try-restart "agentfleet-microvm@$${{share%%%%:*}}.service"'
 LimitNOFILE=1048576

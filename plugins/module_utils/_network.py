@@ -538,6 +538,16 @@ def addresses(interfaces: t.Sequence[Interface]) -> list[str]:
     return [one[key] for one in interfaces for key in ("address", "address6") if one.get(key)]
 
 
+def counters(host: Host, interface: Interface) -> dict[str, int]:
+    """What a guest has received and sent; what it receives its tap device sends."""
+    directory = f"{DEVICES}/{interface['tap']}/statistics"
+    return {
+        f"{guest}_{name}": host.read_int(f"{directory}/{tap}_{key}") or 0
+        for guest, tap in (("rx", "tx"), ("tx", "rx"))
+        for name, key in (("bytes", "bytes"), ("frames", "packets"))
+    }
+
+
 def link_local(mac: str) -> ipaddress.IPv6Address:
     """The address that a device gives itself (modified EUI-64)."""
     octets = bytes.fromhex(mac.replace(":", ""))

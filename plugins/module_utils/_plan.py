@@ -160,8 +160,11 @@ def converge(module: t.Any, build: t.Callable[[], Resource]) -> None:
     :param module: the AnsibleModule; its ``check_mode`` decides whether steps are applied
     :param build: makes the resource from the module's parameters; may raise Refused
     """
+    failure: t.Callable[[], dict[str, t.Any]] = dict
     try:
         resource = build()
+        # What a module of many items returns besides the message, so that each item's fate is known.
+        failure = getattr(resource, "failure", dict)
         resource.predicting = bool(module.check_mode)
         observed = resource.observe()
         steps = resource.plan(observed)
@@ -177,7 +180,7 @@ def converge(module: t.Any, build: t.Callable[[], Resource]) -> None:
     except Refused as refusal:
         module.fail_json(msg=str(refusal), refused=refusal.public())
     except HostError as error:
-        module.fail_json(msg=str(error))
+        module.fail_json(msg=str(error), **failure())
     for text in outcome.pop("warnings", []):
         module.warn(text)
     module.exit_json(**outcome)

@@ -25,7 +25,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names im
     unit,
     volume_path,
 )
-from ansible_collections.agentfleet.metal.plugins.module_utils._network import Interface
+from ansible_collections.agentfleet.metal.plugins.module_utils._network import Interface, counters
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 from ansible_collections.agentfleet.metal.plugins.module_utils._qmp import Qmp
 from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import (
@@ -413,21 +413,20 @@ def console(host: Host, spec: Spec) -> str:
 
 def machine(host: Host, spec: Spec) -> QemuMachine:
     """The running machine."""
-    return QemuMachine(host.path(f"{run_directory(spec['name'])}/qmp"), spec)
+    return QemuMachine(host, spec)
 
 
 class QemuMachine:
     """A running QEMU.
 
-    :param path: real path of its QMP socket
     :param spec: what runs
     """
 
-    def __init__(self, path: str, spec: Spec) -> None:
-        self._path, self._spec = path, spec
+    def __init__(self, host: Host, spec: Spec) -> None:
+        self._host, self._spec = host, spec
 
     def __enter__(self) -> QemuMachine:
-        self.qmp = Qmp(self._path)
+        self.qmp = Qmp(self._host.path(f"{run_directory(self._spec['name'])}/qmp"))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -459,8 +458,8 @@ class QemuMachine:
         self.qmp.last("quit")
 
     def counters(self) -> dict[str, dict[str, int]]:
-        """Counters of the disks."""
-        return {
+        """Counters of the disks, and of the network devices, which QEMU does not count and the host does."""
+        disks_of = {
             str(device["qdev"]): {
                 key: value
                 for key, value in device["stats"].items()
@@ -468,6 +467,7 @@ class QemuMachine:
             }
             for device in self.qmp.ask("query-blockstats")
         }
+        return {**disks_of, **{f"net-{one['network']}": counters(self._host, one) for one in self._spec["networks"]}}
 
     def change(self, change: Change, spec: Spec) -> None:
         """Apply one change."""

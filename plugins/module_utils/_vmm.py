@@ -58,6 +58,7 @@ class Share(t.TypedDict):
     cache: str  # one of virtiofsd's policies; unknown to definitions of earlier versions
 
 
+VIRTIOFSD = "/usr/libexec/virtiofsd"
 SHARE_CACHES = ("auto", "always", "metadata", "never")
 
 

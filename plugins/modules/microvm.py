@@ -488,7 +488,7 @@ plan:
   elements: dict
 instances:
   description: The microVMs of the call, in its order.
-  returned: always
+  returned: always, also when some of them did not start, pause, resume or change
   type: list
   elements: dict
   contains:
@@ -518,6 +518,9 @@ instances:
       description: What of the definition cannot be applied while it runs, and why.
       type: list
       elements: str
+    error:
+      description: Why it did not start, pause, resume or change in this call, with the end of its console; empty otherwise.
+      type: str
 """
 
 from ansible.module_utils.basic import AnsibleModule

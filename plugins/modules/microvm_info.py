@@ -98,10 +98,10 @@ instances:
       description: What of it is the VMM itself. The rest are image pages that the guest wrote.
       type: int
     memory_bytes:
-      description: Declared guest memory.
+      description: Guest memory that it has, or is declared to have.
       type: int
     counters:
-      description: The VMM's counters by device.
+      description: Counters of disks and network devices by device, as the guest sees them.
       type: dict
     console:
       description: The end of its console.

@@ -27,7 +27,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils import (
     _qemu,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm import MicroVms
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step, converge
 from ansible_collections.agentfleet.metal.plugins.modules.microvm import ARGUMENTS
 
 DIGEST = "ab" * 32
@@ -128,6 +128,7 @@ def metal(fake_host: t.Any, monkeypatch: t.Any) -> t.Any:
             "/proc/modules": "vhost_vsock 1 0\ntun 1 0\nbridge 1 0\nkvm_amd 1 0\n",
             "/dev/kvm": "",
             "/usr/bin/qemu-system-x86_64": "",
+            "/usr/libexec/virtiofsd": "",
             "/usr/sbin/ip": "",
             "/usr/sbin/bridge": "",
             "/usr/sbin/nft": "",
@@ -222,6 +223,17 @@ def test_stopped_and_present(metal: t.Any) -> None:
     assert "start microVMs" not in words(run(metal, call({"name": "a1"}, state="present")))
 
 
+def test_only_those_that_shall_are_started_at_boot(metal: t.Any) -> None:
+    wants = "/etc/systemd/system/agentfleet-microvms.target.wants"
+    run(metal, call({"name": "a1"}, {"name": "a2", "autostart": False}))
+    assert metal.names(wants) == ["agentfleet-microvm@a1.service"]
+    assert set(metal.systemd.active) == {"a1", "a2"}
+    assert words(run(metal, call({"name": "a1", "autostart": False}))) == [
+        "define microVM a1", "reload systemd", "disable microVMs at boot",
+    ]  # fmt: skip
+    assert metal.names(wants) == [] and "a1" in metal.systemd.active
+
+
 def test_absent_leaves_nothing(metal: t.Any) -> None:
     metal.files({"/srv/models": None})
     run(
@@ -255,6 +267,30 @@ def test_a_failed_start_is_undone_and_explained(metal: t.Any, monkeypatch: t.Any
         run(metal, call({"name": "a1"}))
     assert metal.systemd.active == {}
     assert metal.names("/var/lib/agentfleet/microvms") == []
+
+
+def test_of_many_each_ones_fate_is_told(metal: t.Any, monkeypatch: t.Any) -> None:
+    class Module:
+        check_mode, params, outcome = False, {}, {}  # type: t.Any, t.Any, t.Any
+        _name = "agentfleet.metal.microvm"
+
+        def fail_json(self, **outcome: t.Any) -> t.NoReturn:
+            self.outcome = outcome
+            raise SystemExit(1)
+
+    def agent(_host: t.Any, spec: t.Any, *_more: t.Any) -> dict[str, str] | None:
+        return None if spec["name"] == "a2" else {"hostname": spec["name"]}
+
+    monkeypatch.setattr(_microvm_state, "ask_agent", agent)
+    monkeypatch.setattr(_qemu, "console", lambda host, run: "agentfleet: no /dev/pmem0")
+    module = Module()
+    with pytest.raises(SystemExit):
+        converge(module, lambda: MicroVms(metal, call({"name": "a1"}, {"name": "a2"}, {"name": "a3"})))
+    told = {one["name"]: (one["state"], one["error"][:42]) for one in module.outcome["instances"]}
+    assert told == {
+        "a1": ("running", ""), "a2": ("absent", "no answer from its agent within 1 seconds."), "a3": ("running", ""),
+    }  # fmt: skip
+    assert "microVM a2: no answer" in module.outcome["msg"]
 
 
 def test_command_line(microvm_spec: t.Any) -> None:

@@ -10,6 +10,7 @@ import typing as t
 import pytest
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _qemu
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import Change
 
@@ -42,7 +43,7 @@ PORTS = [{"devices": [
 
 
 def machine(spec: t.Any, **table: t.Any) -> tuple[_qemu.QemuMachine, Qmp]:
-    running = _qemu.QemuMachine("/none", spec)
+    running = _qemu.QemuMachine(Host("/none"), spec)
     qmp = Qmp({"query-pci": PORTS, **{key.replace("_", "-"): value for key, value in table.items()}})
     running.qmp = qmp  # type: ignore[assignment]
     return running, qmp
@@ -142,6 +143,18 @@ def test_cpus_come_and_go_but_not_those_of_the_boot(microvm_spec: t.Any) -> None
 def test_what_needs_a_restart(change: Change, running: dict[str, t.Any], reason: str, microvm_spec: t.Any) -> None:
     found = _qemu.restart_reason(change, {**microvm_spec, **running})
     assert reason in found and bool(reason) == bool(found)
+
+
+def test_the_host_counts_what_goes_over_networks(microvm_spec: t.Any, fake_host: t.Any) -> None:
+    sent = {"rx_bytes": "700", "rx_packets": "7", "tx_bytes": "9000", "tx_packets": "90"}  # as the tap device sees it
+    fake_host.files({f"/sys/class/net/af0123/statistics/{name}": value for name, value in sent.items()})
+    running = _qemu.QemuMachine(fake_host, {**microvm_spec, "networks": [INTERFACE]})
+    stats = {"rd_bytes": 4096, "failed_rd_operations": 0, "account_failed": True, "timed_stats": []}
+    running.qmp = Qmp({"query-blockstats": [{"qdev": "disk-data", "stats": stats}]})  # type: ignore[assignment]
+    assert running.counters() == {
+        "disk-data": {"rd_bytes": 4096, "failed_rd_operations": 0},
+        "net-agents": {"rx_bytes": 9000, "rx_frames": 90, "tx_bytes": 700, "tx_frames": 7},
+    }
 
 
 def test_only_devices_behind_ports_can_go(microvm_spec: t.Any) -> None:
