@@ -16,6 +16,8 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Host
 
 _UNFINISHED = ("CREATED", "PLANNING", "PENDING", "RUNNING")
 _TIMEOUT_SECONDS = 10
+_DRAIN = "/api/v1/drain_jobs"
+_POLL_SECONDS = 0.5
 
 
 class Admin:
@@ -84,20 +86,48 @@ class Admin:
         raise HostError(f"{self.address}:{self.port}/metrics has no master_key_count. Is another program there?")
 
     def drain(self, names: t.Sequence[str], timeout_seconds: float) -> int:
-        """Move everything off these stores; returns the bytes that were moved."""
-        job = self._json("POST", "/api/v1/drain_jobs", {"segments": list(names)})["job_id"]
-        end = time.monotonic() + timeout_seconds
-        query = "/api/v1/drain_jobs/query?" + urllib.parse.urlencode({"job_id": job})
+        """Move everything off these stores to the pool's others; returns the bytes that were moved.
+
+        Other hosts may drain at the same time, and a store that is being drained takes nothing: two would wait for each
+        other for ever. So they take turns, the one whose name comes first before the others, which serve on meanwhile.
+        What an earlier run began and did not wait for is waited for.
+
+        :raises HostError: nothing takes the data, or not in time; what is left stays where it is
+        """
+        end, moved, job = time.monotonic() + timeout_seconds, 0, ""
         while True:
-            state = self.get(query)
-            if state["status_name"] == "SUCCEEDED":
-                return int(state["migrated_bytes"])
-            if state["status_name"] not in _UNFINISHED:
-                raise HostError(f"the drain ended as {state['status_name']}: {state['message']}")
+            state = self.get(f"{_DRAIN}/query?{urllib.parse.urlencode({'job_id': job})}") if job else {}
+            if job and state["status_name"] not in _UNFINISHED:
+                if state["status_name"] != "SUCCEEDED":
+                    raise HostError(f"the drain ended as {state['status_name']}: {state['message']}")
+                return moved + int(state["migrated_bytes"])
+            status = {name: store["status"] for name, store in self.segments().items()}
+            left = [status[name] for name in names if status.get(name, "DRAINED") != "DRAINED"]
+            if not left and not job:
+                return moved
+            others = {name: is_now for name, is_now in status.items() if name not in names}
+            taken = "OK" in others.values()
+            turn = all(min(names) < name for name, is_now in others.items() if is_now == "DRAINING")
+            if job and not taken and not turn and self._cancelled(job):
+                moved, job = moved + int(state["migrated_bytes"]), ""
+            elif not job and taken and turn and set(left) == {"OK"}:
+                job = self._json("POST", _DRAIN, {"segments": [n for n in names if status.get(n) == "OK"]})["job_id"]
             if time.monotonic() > end:
-                self._json("POST", "/api/v1/drain_jobs/cancel", {"job_id": job})
-                raise HostError(f"the drain was not done within {timeout_seconds:g} seconds and was cancelled")
-            time.sleep(0.5)
+                ended = "was given up" if not job or self._cancelled(job, 10) else "goes on in the master"
+                why = f"not done within {timeout_seconds:g} seconds" if taken else "no other store takes their data"
+                raise HostError(f"the drain of {', '.join(names)} {ended}: {why}")
+            time.sleep(_POLL_SECONDS)
+
+    def _cancelled(self, job: str, patience_seconds: float = 0) -> bool:
+        """Take a drain back, so that its stores serve again; the master refuses while an object is on its way."""
+        end = time.monotonic() + patience_seconds
+        while True:
+            query = urllib.parse.urlencode({"job_id": job})  # in the path: the body is not read
+            if self._ask("POST", f"{_DRAIN}/cancel?{query}")[0] == 200:
+                return True
+            if time.monotonic() > end:
+                return False
+            time.sleep(_POLL_SECONDS)
 
     # -- tenants ----------------------------------------------------------------
 

@@ -139,12 +139,13 @@ class Pools:
     def __init__(self, host: Host, pools: t.Sequence[t.Mapping[str, t.Any]]) -> None:
         self.host = host
         self.lose_data = {str(pool["name"]): bool(pool.get("lose_data")) for pool in pools}
+        self.leaving = {str(pool["name"]) for pool in pools if pool.get("state") == "drained"}
         self.ids = {str(pool["name"]): _pooldecl.tenant_ids(pool) for pool in pools}
         self.wanted: dict[str, dict[str, t.Any] | None] = {}
         for index, pool in enumerate(pools):
             option = f"pools[{index}]"
             name = _pooldecl.checked_name(f"{option}.name", pool["name"], self.wanted)
-            absent = pool.get("state", "present") == "absent"
+            absent = pool.get("state", "present") != "present"
             self.wanted[name] = None if absent else _pooldecl.declare(option, name, pool, host.read)
         ports: dict[int, str] = {}
         for index, (name, made) in enumerate(self.wanted.items()):
@@ -255,8 +256,10 @@ class Pools:
             # Silence is no emptiness: the stores may still hold what a master that comes back would find.
             return {**nothing, "lost": f"an unknown amount of data (it cannot be asked: {done.text[-200:]})"}
         state = json.loads(done.stdout)
-        used = {store["tier"]: store["used_bytes"] for store in state["stores"] if store["tier"] in ending}
-        full = {tier: bytes_ for tier, bytes_ in used.items() if bytes_}
+        here = {store["tier"]: store for store in state["stores"] if store["tier"] in ending}
+        # Of a store whose drain was begun and not finished the engine says 0 bytes, whatever it holds.
+        unfinished = [tier for tier, store in here.items() if store["status"] not in ("OK", "DRAINED")]
+        used = sum(store["used_bytes"] for store in here.values() if store["status"] == "OK")
         free = sum(
             store["capacity_bytes"] - store["used_bytes"]
             for store in state["stores"]
@@ -264,9 +267,20 @@ class Pools:
         )
         if headless and state["objects"]:
             return {**nothing, "lost": f"{state['objects']} objects"}
-        if sum(full.values()) > free:
-            return {**nothing, "lost": f"{sum(full.values())} bytes for which its other stores have no room"}
-        return {**nothing, "drain": sorted(full)}
+        if not used and not unfinished:
+            return nothing
+        if self.wanted[name] is None and name not in self.leaving:
+            # Other hosts may be told the same at this moment, and would have moved everything to each other.
+            held = (
+                f"{used} bytes"
+                if used
+                else f"an unknown amount of data (tiers {', '.join(unfinished)} are being drained)"
+            )
+            return {**nothing, "lost": f"{held} in the stores of this host"}
+        if used > free:
+            return {**nothing, "lost": f"{used} bytes for which its other stores have no room"}
+        # With those that are empty, or they would be given what the others hold.
+        return {**nothing, "drain": sorted(tier for tier, store in here.items() if store["status"] != "DRAINED")}
 
     # -- plan -----------------------------------------------------------------
 
@@ -307,12 +321,12 @@ class Pools:
         old_parts, new_parts = parts(old), parts(pool)
         stops, data = self._stops(name, observed), observed["data"][name]
         if data["lost"] and (stops or pool is None) and not self.lose_data[name]:
-            raise Refused(
-                self.options[name],
-                name,
-                f"the pool holds {data['lost']}, lost by {'removing it' if pool is None else 'this change'}",
-                "Set lose_data: true, or let the data expire first",
-            )
+            remedy = "Set lose_data: true, or let the data expire first"
+            if pool is None and name not in self.leaving and old["engine"] == "mooncake":
+                remedy += ", or take this host out of the pool with state: drained"
+            done = "removing it" if pool is None else "this change"
+            problem = f"the pool holds {data['lost']}, lost by {done}"
+            raise Refused(self.options[name], name, problem, remedy)
         if data["drain"]:
             stays = "so that what they hold stays in the pool"
             steps.append(Step("drain", f"pool {name}, tiers {', '.join(data['drain'])}", why=stays, data=(name, data)))

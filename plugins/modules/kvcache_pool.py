@@ -18,7 +18,8 @@ description:
     the kernel's own numbers prove where it lies. Only the data are bound; the engine's code stays in fast memory.
   - Master and stores are unprivileged systemd units that come back after a reboot without Ansible.
   - A tier that becomes larger grows while it serves. One that becomes smaller or goes is drained to the pool's other
-    stores first; where they have no room, the change is refused unless O(pools[].lose_data) is set.
+    stores first; where they have no room, the change is refused unless O(pools[].lose_data) is set. Hosts that do so at
+    the same time take turns.
   - Connectors are written below C(/etc/agentfleet/connectors/POOL/ENGINE-BACKEND), as files, an C(environment) that
     systemd and shells read, and C(arguments) with one argument of the engine on a line.
   - Pools that are not named are left alone.
@@ -36,9 +37,13 @@ options:
         type: str
         required: true
       state:
-        description: Whether the pool runs and comes back at boot, or is gone.
+        description:
+          - V(present) runs the pool and brings it back at boot, V(absent) removes it, which is refused while the stores
+            of this host hold data.
+          - V(drained) takes this host out of a Mooncake pool over several hosts. What its stores hold is moved to those
+            of the others first.
         type: str
-        choices: [present, absent]
+        choices: [present, absent, drained]
         default: present
       engine:
         description:
@@ -378,7 +383,7 @@ CONNECTOR = {
 }
 POOL = {
     "name": {"type": "str", "required": True},
-    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+    "state": {"type": "str", "choices": ["present", "absent", "drained"], "default": "present"},
     "engine": {"type": "str", "default": "mooncake"},
     "model": {"type": "str"},
     "dtype": {

@@ -33,12 +33,14 @@ def wish(**changes: t.Any) -> list[dict[str, t.Any]]:
 class Machine:
     """A host with systemd as far as pools use it, and Mooncake answering what its stores have.
 
-    ``used`` is in bytes by tier; the stores of other hosts have ``elsewhere`` bytes free.
+    ``used`` is in bytes by tier; the stores of other hosts have ``elsewhere`` bytes free. As the engine does, it says 0 of
+    a store that is not ``OK`` by ``status``.
     """
 
     def __init__(self, host: t.Any) -> None:
         self.host, self.active, self.enabled = host, set(), set()
         self.used: dict[str, int] = {}
+        self.status: dict[str, str] = {}
         self.elsewhere = 0
         self.answering = True
         self.quotas: dict[str, dict[str, int]] = {}
@@ -63,13 +65,16 @@ class Machine:
         if not self.answering:
             return (1, "", f"{words[0]} {words[1]}: the master does not answer")
         if words[0] == "holds":
-            stores = [(tier, used, 1 << 30) for tier, used in self.used.items()] + [(None, 0, self.elsewhere)]
-            keys = ("tier", "used_bytes", "capacity_bytes")
-            found = [{**dict(zip(keys, store)), "segment": "s", "status": "OK"} for store in stores]
+            states = [(tier, self.status.get(tier, "OK")) for tier in self.used]
+            stores = [
+                (tier, *((self.used[tier], 1 << 30) if state == "OK" else (0, 0)), state) for tier, state in states
+            ]
+            keys = ("tier", "used_bytes", "capacity_bytes", "status")
+            found = [dict(zip(keys, store)) for store in (*stores, (None, 0, self.elsewhere, "OK"))]
             return json.dumps({"objects": sum(map(bool, self.used.values())), "stores": found})
         if words[0] == "drain":
             for tier in words[2].split(","):
-                self.used[tier] = 0
+                self.used[tier], self.status[tier] = 0, "DRAINED"
         if words[0] == "set-quotas":
             pool = json.loads(host.read(f"/etc/agentfleet/pools/{words[1]}.json"))
             self.quotas = {x["name"]: {"quota_bytes": x["quota_bytes"], "used_bytes": 0} for x in pool["tenants"]}
@@ -167,6 +172,64 @@ def test_a_tier_that_cannot_be_drained_is_not_touched(machine: Machine) -> None:
     with pytest.raises(Refused, match="5 bytes for which its other stores have no room, lost by this change"):
         machine.run(other)
     assert machine.active == {MASTER, DRAM, SECOND}
+
+
+SHARED = {"etcd": ["127.0.0.1:2379"]}
+GONE = [
+    f"stop {SECOND}",
+    f"stop {DRAM}",
+    f"stop {MASTER}",
+    f"disable {MASTER}",
+    f"disable {DRAM}",
+    f"disable {SECOND}",
+    "forget /etc/agentfleet/pools/a.json",
+]
+
+
+def test_a_pool_with_data_is_not_removed_by_moving_them_to_a_host_that_removes_it_too(machine: Machine) -> None:
+    machine.run(wish(**SHARED))
+    machine.used, machine.elsewhere = {"dram": 5, "second": 0}, 1 << 30
+
+    with pytest.raises(Refused, match="holds 5 bytes in the stores of this host, lost by removing it") as refused:
+        machine.run([{"name": "a", "state": "absent"}])
+    assert "state: drained" in refused.value.remedy
+    assert machine.run([{"name": "a", "state": "absent", "lose_data": True}]) == GONE
+    assert [words for words in machine.agents if words.startswith("drain")] == []
+
+
+def test_a_host_leaves_a_pool_and_its_data_stay(machine: Machine) -> None:
+    machine.run(wish(**SHARED))
+    machine.used, machine.elsewhere = {"dram": 5, "second": 0}, 4
+
+    with pytest.raises(Refused, match="5 bytes for which its other stores have no room") as refused:
+        machine.run([{"name": "a", "state": "drained"}])
+    assert "state: drained" not in refused.value.remedy
+    machine.elsewhere = 5
+    assert machine.run([{"name": "a", "state": "drained"}]) == ["drain pool a, tiers dram, second", *GONE]
+    assert machine.run([{"name": "a", "state": "drained"}]) == []
+
+
+def test_data_are_not_moved_to_a_tier_that_goes_too(machine: Machine) -> None:
+    third = {"name": "third", "medium": "dram", "size": "4MiB", "numa_node": 0}
+    machine.run(wish(tiers=[*wish()[0]["tiers"], third]))
+    machine.used = {"dram": 0, "second": 5, "third": 0}
+
+    assert machine.run(wish(tiers=[third]))[0] == "drain pool a, tiers dram, second"
+    assert "drain a dram,second 600" in machine.agents
+
+
+def test_a_store_that_is_being_drained_is_not_taken_for_an_empty_one(machine: Machine) -> None:
+    machine.run(wish(**SHARED))
+    machine.used, machine.status, machine.elsewhere = {"dram": 0, "second": 5}, {"second": "DRAINING"}, 1 << 30
+
+    with pytest.raises(Refused, match=r"an unknown amount of data \(tiers second are being drained\)"):
+        machine.run([{"name": "a", "state": "absent"}])
+    fewer = wish(**SHARED)
+    del fewer[0]["tiers"][1]
+    assert machine.run(fewer)[0] == "drain pool a, tiers second"
+    machine.status = {"dram": "DRAINED"}  # a run that ended between the drain and the stop is gone on with
+    machine.used = {"dram": 0}
+    assert machine.run([{"name": "a", "state": "absent"}])[0] == f"stop {DRAM}"
 
 
 def test_a_master_that_does_not_answer_is_not_taken_for_an_empty_pool(machine: Machine) -> None:
