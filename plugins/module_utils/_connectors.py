@@ -131,9 +131,10 @@ def check(option: str, pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.
         )
     if made["python"] and not made["python"].startswith("/"):
         raise Refused(f"{option}.python", made["python"], "not an absolute path", f"Name {engine}'s own interpreter")
-    evicts = (engine, backend) in (("vllm", "offloading"), ("lmcache", "cpu"), ("lmcache", "disk"))
-    if evicts and engine not in _EVICTION[pool["eviction_policy"]]:
-        able = [policy for policy, engines in _EVICTION.items() if engine in engines]
+    # LMCache keeps its own first tier with every backend.
+    evicts = "lmcache" if "lmcache" in (engine, backend) else "vllm" if backend == "offloading" else ""
+    if evicts and evicts not in _EVICTION[pool["eviction_policy"]]:
+        able = [policy for policy, engines in _EVICTION.items() if evicts in engines]
         raise Refused(
             f"{option}.engine",
             engine,
@@ -318,7 +319,7 @@ def _lmcache(made: Rendered, pool: t.Mapping[str, t.Any], connector: t.Mapping[s
         "chunk_size": max(256, pool["page_tokens"]),
         "local_cpu": True,
         "max_local_cpu_size": connector["host_memory_bytes"] / (1 << 30) / gpus,  # of each rank
-        "cache_policy": _EVICTION.get(pool["eviction_policy"], {}).get("lmcache", "LRU"),
+        "cache_policy": _EVICTION[pool["eviction_policy"]]["lmcache"],
     }
     extra: dict[str, t.Any] = {}
     if backend == "disk":

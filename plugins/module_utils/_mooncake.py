@@ -346,7 +346,8 @@ class _Store:
         more = size - sum(part[3] for part in self.memory)
         if more > 0:
             fd, mapping, address = _bound_memory(memory_name(self.pool["name"], self.name), more, self.node)
-            mounted = self.client.mount_segment(f"/proc/self/fd/{fd}", more, 0, self.pool["protocol"], "")
+            # "*" lets the engine find out where the memory lies, and choose RDMA devices that are near.
+            mounted = self.client.mount_segment(f"/proc/self/fd/{fd}", more, 0, self.pool["protocol"], "*")
             if mounted["ret"] != 0:
                 raise HostError(f"the engine does not take the segment of {more} bytes: error {mounted['ret']}")
             self.memory.append((fd, mapping, address, more))

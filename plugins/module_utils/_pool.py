@@ -146,7 +146,10 @@ class Pools:
             option = f"pools[{index}]"
             name = _pooldecl.checked_name(f"{option}.name", pool["name"], self.wanted)
             absent = pool.get("state", "present") != "present"
-            self.wanted[name] = None if absent else _pooldecl.declare(option, name, pool, host.read)
+            made = None if absent else _pooldecl.declare(option, name, pool, host.read)
+            if made:
+                _pooldecl.check_heeded(option, made)
+            self.wanted[name] = made
         ports: dict[int, str] = {}
         for index, (name, made) in enumerate(self.wanted.items()):
             if made is None or made["engine"] != "mooncake" or not made["master"]["run"]:

@@ -65,6 +65,18 @@ def declare(option: str, name: str, pool: t.Mapping[str, t.Any], read: t.Callabl
     return made
 
 
+def check_heeded(option: str, made: t.Mapping[str, t.Any]) -> None:
+    """Refuse a write policy that nothing of the pool would follow."""
+    policy = made["write_policy"]
+    offloads = made["engine"] == "mooncake" and any(tier["medium"] == "ssd" for tier in made["tiers"])
+    heeded = any(connector["engine"] == "sglang" for connector in made["connectors"])
+    if policy != "write_through" and not heeded and not (policy == "write_back" and offloads):
+        remedy = "Leave it out, or add an sglang connector"
+        if policy == "write_back" and made["engine"] == "mooncake":
+            remedy += " or an ssd tier"
+        raise Refused(f"{option}.write_policy", policy, "nothing of the pool follows it", remedy)
+
+
 def checked_name(option: str, value: t.Any, taken: t.Container[str]) -> str:
     """A name that a unit, a file and a directory can carry."""
     name = str(value)
@@ -99,8 +111,11 @@ def _policy(option: str, engine: str, pool: t.Mapping[str, t.Any]) -> dict[str, 
     if replicas > 1 and engine != "mooncake":
         keeps = "3FS replicates by its chain table" if engine == "threefs" else "a directory has one copy"
         raise Refused(f"{option}.replicas", replicas, f"the pool does not replicate: {keeps}", "Leave it out")
+    eviction = pool.get("eviction_policy") or "lru"
+    if engine == "mooncake" and eviction == "arc":  # its stores would take it for "none", and their disks would fill up
+        raise Refused(f"{option}.eviction_policy", eviction, "Mooncake does not evict by it", "Use lru or fifo")
     return {
-        "eviction_policy": pool.get("eviction_policy") or "lru",
+        "eviction_policy": eviction,
         "eviction_high_watermark": watermark,
         "write_policy": pool.get("write_policy") or "write_through",
         "replicas": replicas,

@@ -82,7 +82,8 @@ options:
         type: int
         default: 1
       eviction_policy:
-        description: What goes first when a tier is full, where the engine lets one choose.
+        description:
+          - What goes first when a tier is full, where the engine lets one choose. Mooncake does for its disks.
         type: str
         choices: [lru, fifo, arc]
         default: lru
@@ -92,6 +93,7 @@ options:
       write_policy:
         description:
           - V(write_through) writes a block to the slower tiers at once, V(write_back) when it has to make room.
+          - SGLang follows it, and with V(write_back) an V(ssd) tier of Mooncake. V(write_through_selective) is SGLang's alone.
         type: str
         choices: [write_through, write_back, write_through_selective]
         default: write_through

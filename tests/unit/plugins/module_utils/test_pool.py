@@ -431,11 +431,22 @@ def test_ssd_offload_gives_each_store_its_share(machine: Machine) -> None:
 
 
 def test_a_masters_command_line(machine: Machine) -> None:
-    machine.run(wish(tenants=TENANTS, etcd=["h:2379"], write_policy="write_back"))
+    machine.run(wish(tenants=TENANTS, etcd=["h:2379"]))
     flags = _mooncake.master_flags(_poolprobe.declared(machine.host)["a"])
     assert flags["enable_oplog"] == "true" and flags["cluster_id"] == "a"
     assert flags["tenant_quota_connector_type"] == "etcd" and flags["metrics_host"] == "127.0.0.1"
     assert "red" not in json.dumps(flags)
+
+
+def test_a_write_policy_is_followed_by_the_disk_or_by_the_engine(machine: Machine) -> None:
+    tiers = [*wish()[0]["tiers"], {"medium": "ssd", "size": "48MiB", "path": "/srv/kv"}]
+    machine.run(wish(tiers=tiers, write_policy="write_back"))
+    assert _mooncake.master_flags(_poolprobe.declared(machine.host)["a"])["offload_on_evict"] == "true"
+
+    connectors = [{"engine": "sglang", "backend": "mooncake"}]
+    machine.run(wish(write_policy="write_through_selective", connectors=connectors))
+    arguments = machine.host.read("/etc/agentfleet/connectors/a/sglang-mooncake/arguments")
+    assert "--hicache-write-policy=write_through_selective" in arguments
 
 
 @pytest.mark.parametrize("tenants", [[], [{"name": "red", "quota": "2MiB", "owner": "svc"}]])
