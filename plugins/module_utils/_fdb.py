@@ -306,28 +306,36 @@ class Servers:
     def _backup_units(self) -> dict[str, str]:
         if not self.backup:
             return {}
-        directory, program = self.backup["directory"], self._programs()["fdbbackup"]
+        directory, programs, file = self.backup["directory"], self._programs(), cluster_file(self.name)
+        program = programs["fdbbackup"]
         newest = f"ls -d1 {directory}/backup-* | sort"
+        wait = f"ExecStartPre=-{program} wait -C {file} -t agentfleet\n"
         run = (
-            f"ExecStartPre=-{program} wait -C {cluster_file(self.name)} -t agentfleet\n"
-            f"ExecStart={program} start -C {cluster_file(self.name)} -t agentfleet -d file://{directory} -w\n"
+            f"{wait}ExecStart={program} start -C {file} -t agentfleet -d file://{directory} -w\n"
             f"ExecStartPost=/bin/sh -c '{newest} | head -n -{self.backup['keep']} | "
             f"while read d; do {program} delete -d file://$$d; done'\n"
         )
-        check = (
-            f'ExecStart=/bin/sh -ec \'d=$$({newest} | tail -n 1); test -n "$$d"; '
-            f'{program} describe -C {cluster_file(self.name)} -d file://$$d | grep -i "restorable: true"\'\n'
+        restorable = f'{program} describe -C {file} -d file://%s | grep -i "restorable: true"'
+        check = f"ExecStart=/bin/sh -ec 'd=$$({newest} | tail -n 1); test -n \"$$d\"; {restorable % '$$d'}'\n"
+        # Only a backup that is good empties the database; an interrupted restore is begun again.
+        restore = (
+            f"ExecStartPre=/bin/sh -ec '{restorable % f'{directory}/%i'}'\n{wait}"
+            f"ExecStartPre=-{programs['fdbrestore']} abort --dest-cluster-file {file} -t agentfleet\n"
+            f'ExecStart={programs["fdbcli"]} -C {file} --timeout 600 --exec "writemode on; clearrange \\"\\" \\\\xff"\n'
+            f"ExecStart={programs['fdbrestore']} start --dest-cluster-file {file} -t agentfleet -r file://{directory}/%i -w\n"
         )
-        units = {}
+        title = f"Description=FoundationDB {self.name}"
+        head, service = "# Written by agentfleet.metal.\n[Unit]", f"[Service]\nType=oneshot\n{self._environment()}"
+        own, long = unit_name(self.name), "TimeoutStartSec=6h\n"
+        units = {
+            f"{self._dashed()}-restore@.service": f"{head}\n{title}: restore of %i\nAfter={own}\n\n{service}{restore}{long}"
+        }
         for verb, calendar, command in (("backup", "on_calendar", run), ("backup-check", "check_on_calendar", check)):
             base = f"{self._dashed()}-{verb}"
-            after = unit_name(self.name) + (f" {self._dashed()}-backup.service" if verb == "backup-check" else "")
-            units[f"{base}.service"] = (
-                f"# Written by agentfleet.metal.\n[Unit]\nDescription=FoundationDB {self.name}: {verb}\nAfter={after}\n\n"
-                f"[Service]\nType=oneshot\n{self._environment()}{command}TimeoutStartSec=6h\n"
-            )
+            after = own + (f" {self._dashed()}-backup.service" if verb == "backup-check" else "")
+            units[f"{base}.service"] = f"{head}\n{title}: {verb}\nAfter={after}\n\n{service}{command}{long}"
             units[f"{base}.timer"] = (
-                f"# Written by agentfleet.metal.\n[Unit]\nDescription=FoundationDB {self.name}: {verb}\n\n"
+                f"{head}\n{title}: {verb}\n\n"
                 f"[Timer]\nOnCalendar={self.backup[calendar]}\nPersistent=true\n\n[Install]\nWantedBy=timers.target\n"
             )
         return units

@@ -77,7 +77,9 @@ options:
     elements: str
     default: []
   backup:
-    description: Regular backups by a timer on this host.
+    description:
+      - Regular backups by a timer on this host, and another timer that looks whether the newest is restorable.
+      - Starting C(foundationdb-restore@BACKUP.service) gives up what the database has for one of them.
     type: dict
     default: {}
     suboptions:

@@ -13,6 +13,7 @@ One file under the names fdbmonitor, fdbserver, fdbcli, fdbbackup, fdbrestore an
   coordinators forward them.
 - A redundancy mode is accepted also when there are too few machines; the database is then not healthy.
 - A backup needs an agent, and lands on the disk of whichever agent took it.
+- Keys are cleared only in write mode, and a restore wants a database without any.
 
 State: the data directory of each fdbserver. 3FS's double keeps its own state under "keys" of the same document.
 """
@@ -217,7 +218,8 @@ def options_of(arguments: list[str], flags: tuple[str, ...] = ()) -> tuple[dict[
         if not word.startswith("-"):
             rest.append(word)
             continue
-        name, equals, value = word.lstrip("-").replace("_", "-").partition("=")
+        name, equals, value = word.lstrip("-").partition("=")
+        name = name.replace("_", "-")
         options[name] = value if equals else "" if name in flags else words.pop(0)
     return options, rest
 
@@ -303,7 +305,14 @@ def fdbcli(arguments: list[str]) -> int:
     if not os.path.exists(path):
         sys.stdout.write(f"ERROR: Unable to load cluster file `{path}': file not found\n")
         return 1
+    writable = False
     for command in filter(None, (part.strip() for part in options["exec"].split(";"))):
+        if command.split()[0] == "writemode":  # of this call only
+            writable = command.split()[1] == "on"
+            continue
+        if command.split()[0] == "clearrange" and not writable:
+            sys.stdout.write("ERROR: writemode must be enabled to set or clear keys in the database.\n")
+            return 1
         code = _command(Cluster(path), command, end)
         if code:
             return code
@@ -395,6 +404,13 @@ def _change(cluster: Cluster, words: list[str]) -> int:
         return 0
     if words[0] == "coordinators":
         return _coordinators(cluster, words[1:])
+    if words[0] == "clearrange":
+        if words[1:] != ['""', r"\xff"]:
+            sys.stdout.write("ERROR: the double knows only the range of all keys\n")
+            return 1
+        cluster.change(lambda document: document.update(keys={}))
+        sys.stdout.write("Committed\n")
+        return 0
     sys.stdout.write(f"ERROR: Unknown command `{words[0]}'. Try `help'?\n")
     return 1
 
@@ -528,6 +544,9 @@ def fdbrestore(arguments: list[str]) -> int:
     options, rest = options_of(arguments, ("w", "waitfordone"))
     cluster = Cluster(options["dest-cluster-file"])
     url = options.get("r", "")
+    if rest[0] == "abort":
+        sys.stdout.write("Tag: " + options["t"] + "  State: unitialized\n")
+        return 0
     if rest[0] != "start":
         sys.stdout.write(f"ERROR: unknown subcommand {rest[0]}\n")
         return 1

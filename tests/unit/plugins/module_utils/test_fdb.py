@@ -6,7 +6,12 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import socket
+import subprocess
 import typing as t
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +22,9 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._fdb import (
     connection,
     coordinators_of,
 )
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, apply_all
+from ansible_collections.agentfleet.metal.tests.unit.threefs_lab import DOUBLES, load
 
 RELEASE = "/opt/foundationdb/1"
 MACHINES = ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
@@ -194,3 +201,73 @@ def test_the_smallest_layouts_that_can_work() -> None:
 def test_cluster_files() -> None:
     assert connection("# comment\n\nmetal:abc@10.0.0.1:4500\n") == "metal:abc@10.0.0.1:4500"
     assert connection("nonsense") == "" and coordinators_of("a:b@2:1,1:1") == ["1:1", "2:1"]
+
+
+class Doubles:
+    """A database of one process, a backup agent and the client programs, all of them doubles."""
+
+    def __init__(self, directory: Path) -> None:
+        self.release, self.file = directory / "release", directory / "fdb.cluster"
+        (self.release / "bin").mkdir(parents=True)
+        double = directory / "double"
+        double.write_text((DOUBLES / "foundationdb" / "fdb_double.py").read_text())
+        double.chmod(0o755)
+        for name in ("fdbmonitor", "fdbserver", "fdbcli", "fdbbackup", "fdbrestore", "backup_agent"):
+            (self.release / "bin" / name).symlink_to(double)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+        self.file.write_text(f"metal:abc@{address}\n")
+        where = (f"--cluster-file={self.file}", f"--datadir={directory / 'data'}", f"--public-address={address}")
+        self.running = [self.start("fdbserver", *where), self.start("backup_agent", where[0])]
+        self.run(f"{self.release}/bin/fdbcli -C {self.file} --timeout 30 --exec 'configure new single ssd'")
+
+    def start(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([str(self.release / "bin" / program), *arguments])
+
+    def run(self, command: str) -> bool:
+        return subprocess.run(shlex.split(command), capture_output=True, timeout=60, check=False).returncode == 0
+
+    def unit(self, text: str, instance: str) -> list[bool]:
+        """What became of a unit's commands, up to the one that fails it."""
+        found = []
+        for kind, command in re.findall(r"^(ExecStart(?:Pre)?)=(.*)$", text, re.M):
+            line = command.replace("/etc/foundationdb/fdb.cluster", str(self.file)).replace("%i", instance)
+            found.append(self.run(line.lstrip("-")) or (kind == "ExecStartPre" and line.startswith("-")))
+            if not found[-1]:
+                break
+        return found
+
+    def keys(self, **changed: str) -> dict[str, str]:
+        double = load("fdb_double", DOUBLES / "foundationdb" / "fdb_double.py")
+        return dict(double.Cluster(str(self.file)).change(lambda document: document["keys"].update(changed))["keys"])
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> t.Iterator[Doubles]:
+    made = Doubles(tmp_path)
+    yield made
+    for process in made.running:
+        process.terminate()
+        process.wait()
+
+
+def test_a_backup_is_restored_by_its_unit_and_only_a_good_one(database: Doubles, tmp_path: Path) -> None:
+    backup = {"directory": str(tmp_path / "backup"), "keep": 3}
+    one = {
+        "release": str(database.release),
+        "machines": MACHINES[:1],
+        "coordinators": THREE[:1],
+        "redundancy": "single",
+    }
+    units = Servers(Host(), {**SERVERS, **one, "backup_agents": 1, "backup": backup})._files()
+    restore = units["/etc/systemd/system/foundationdb-restore@.service"]
+    database.keys(then="kept")
+    assert all(database.unit(units["/etc/systemd/system/foundationdb-backup.service"], ""))
+    (taken,) = (tmp_path / "backup").iterdir()
+    now = database.keys(then="changed", since="new")
+
+    assert database.unit(restore, "backup-of-nothing") == [False], "it is looked at before the database is emptied"
+    assert database.keys() == now
+    assert database.unit(restore, taken.name) == [True] * 5
+    assert database.keys() == {"then": "kept"}
+    assert database.unit(restore, taken.name) == [True] * 5, "begun again after an interruption"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import typing as t
+from collections import Counter
 
 import pytest
 
@@ -55,6 +56,24 @@ def test_a_table_is_made_once(fake_host: t.Any) -> None:
     )
     assert converge(fake_host)[0] == []
     assert converge(fake_host, seed=5)[0] == []
+
+
+def test_a_disk_of_twice_the_weight_has_twice_the_targets(fake_host: t.Any) -> None:
+    nodes = options()["nodes"]
+    nodes[2] = {**nodes[2], "weight": 2.0, "disks": 2}
+    nodes[5] = {**nodes[5], "weight": 0.5}
+    _written, result = converge(fake_host, nodes=nodes)
+    assert all(invariant["valid"] for invariant in result["invariants"])
+    on_disk = Counter(
+        divmod(int(target) // 100 % 10**9, 1000)
+        for line in fake_host.read(f"/chains/{CHAINS}").splitlines()[1:]
+        for target in line.split(",")[1:]
+    )
+    wanted = {10003: (2, 12), 10006: (4, 3)}
+    for node in range(10001, 10008):
+        disks, targets = wanted.get(node, (4, 6))
+        assert [on_disk[node, disk + 1] for disk in range(disks)] == [targets] * disks
+    assert sum(on_disk.values()) == 5 * 24 + 24 + 12
 
 
 def test_a_plan_writes_nothing_and_predicts_the_result(fake_host: t.Any) -> None:
