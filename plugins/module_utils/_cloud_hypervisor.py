@@ -23,6 +23,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils import _cloud_hyp
 from ansible_collections.agentfleet.metal.plugins.module_utils._cloud_hypervisor_api import Api
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
+    IMAGES,
     VOLUMES,
     credentials,
     run_directory,
@@ -35,6 +36,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import (
     KERNEL_WORDS,
     Change,
+    DataImage,
     Disk,
     Share,
     Spec,
@@ -218,7 +220,10 @@ def machine_config(spec: Spec, credentials: str = "%d") -> config.VmConfig:
         console=config.ConsoleConfig("Tty"),
         serial=config.SerialConfig("Null"),
         vsock=config.VsockConfig(spec["cid"], _vsock_socket(spec)),
-        pmem=(config.PmemConfig(spec["image_path"], discard_writes=True, id="image"),),
+        pmem=(
+            config.PmemConfig(spec["image_path"], discard_writes=True, id="image"),
+            *(_image(image) for image in spec["data_images"]),
+        ),
         disks=tuple(_disk(disk, spec) for disk in disks(spec, credentials)),
         net=tuple(_net(network, spec) for network in spec["networks"]) or None,
         fs=tuple(_share(share, spec) for share in spec["shares"]) or None,
@@ -311,6 +316,10 @@ def _disk(disk: Disk, spec: Spec) -> config.DiskConfig:
     )
 
 
+def _image(image: DataImage) -> config.PmemConfig:
+    return config.PmemConfig(image["path"], discard_writes=True, id=f"image-{image['digest'][:12]}")
+
+
 def _net(network: Interface, spec: Spec) -> config.NetConfig:
     limit = _limits(spec["rate_limits"]["network_bytes_per_second"])
     return config.NetConfig(network["tap"], network["mac"], id=f"net-{network['network']}", rate_limiter_config=limit)
@@ -331,6 +340,8 @@ def _rules(spec: Spec) -> tuple[config.LandlockConfig, ...]:
         config.LandlockConfig("/dev/net/tun", "rw"),
         config.LandlockConfig("/sys/devices/virtual/net", "r"),  # it reads the flags of its taps
     ]
+    if spec["data_images"] or spec["hotplug_slots"]:  # others may come
+        rules.append(config.LandlockConfig(IMAGES, "r"))
     if spec["volumes"]:
         rules.append(config.LandlockConfig(f"{VOLUMES}/{spec['name']}", "rw"))
     if spec["devices"]:
@@ -363,6 +374,12 @@ def _new_or_gone(change: Change, _running: Spec) -> str:
     )
 
 
+def _image_change(change: Change, running: Spec) -> str:
+    if change.before is None and running["landlock"] and not (running.get("data_images") or running["hotplug_slots"]):
+        return "it was started without hotplug_slots, and is confined to the image that it was started with"
+    return _new_or_gone(change, running)
+
+
 def _share_change(change: Change, running: Spec) -> str:
     if change.before is None and not running["shares"]:
         return "it was started without shares, with memory that virtiofsd cannot map"
@@ -379,6 +396,7 @@ _REASONS: dict[str, t.Callable[[Change, Spec], str]] = {
     "vcpus": too_many_vcpus,
     "memory_bytes": memory_does_not_plug,
     "balloon_bytes": _balloon,
+    "data_images": _image_change,
     "volumes": _volume,
     "networks": _new_or_gone,
     "shares": _share_change,
@@ -513,7 +531,8 @@ class CloudHypervisorMachine:
             size = change.after["size_bytes"]
             self._api.put("vm.resize-disk", config.VmResizeDisk(f"disk-{change.item}", size))
         elif change.after is None:
-            self._remove(f"{_PREFIXES[change.key]}-{change.item}")
+            item = change.item[:12] if change.key == "data_images" else change.item
+            self._remove(f"{_PREFIXES[change.key]}-{item}")
         else:
             self._add(change, spec)
 
@@ -529,6 +548,8 @@ class CloudHypervisorMachine:
             path = volume_path(spec["name"], change.item)
             disk = Disk(change.item, path, change.after["readonly"])
             self._api.put("vm.add-disk", _disk(disk, spec))
+        elif change.key == "data_images":
+            self._api.put("vm.add-pmem", _image(change.after))
         elif change.key == "networks":
             self._api.put("vm.add-net", _net(change.after, spec))
         elif change.key == "shares":
@@ -573,7 +594,7 @@ class CloudHypervisorMachine:
 
 
 # The spec's list -> how its devices' ids begin.
-_PREFIXES = {"volumes": "disk", "networks": "net", "shares": "share", "devices": "device"}
+_PREFIXES = {"data_images": "image", "volumes": "disk", "networks": "net", "shares": "share", "devices": "device"}
 
 
 def adapted(document: dict[str, t.Any], spec: Spec) -> dict[str, t.Any]:

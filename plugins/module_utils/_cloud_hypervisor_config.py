@@ -375,6 +375,7 @@ REQUESTS: dict[str, type[Schema] | None] = {
     "vm.resize-disk": VmResizeDisk,
     "vm.add-disk": DiskConfig,
     "vm.add-net": NetConfig,
+    "vm.add-pmem": PmemConfig,
     "vm.add-fs": FsConfig,
     "vm.add-device": DeviceConfig,
     "vm.remove-device": VmRemoveDevice,

@@ -12,6 +12,7 @@ The disk with the serial ``agentfleet-config`` is a script that sets (one item a
 
     agentfleet_hostname=NAME
     agentfleet_networks='MAC ADDRESS/LENGTH[,ADDRESS6/LENGTH] [GATEWAY[,GATEWAY6]]'
+    agentfleet_images='UUID MOUNTPOINT FILESYSTEM OPTIONS'
     agentfleet_shares='TAG MOUNTPOINT OPTIONS'
     agentfleet_volumes='SERIAL MOUNTPOINT FILESYSTEM OPTIONS'
     agentfleet_upper=SERIAL         # volume (ext4, made and grown as needed) with the root's writable layer; tmpfs without
@@ -86,6 +87,25 @@ volume() {{ # SERIAL MOUNTPOINT FILESYSTEM OPTIONS
     mkdir -p "$2" && mount -t "$3" -o "rw$flags" "$device" "$2" || fail "volume $1 does not mount as $3"
 }}
 
+pmem() {{ # UUID FILESYSTEM: sets device to the one whose file system has it
+    at=1128
+    [ "$2" != erofs ] || at=1072
+    tries=0
+    while [ $tries -lt 1000 ]; do
+        for device in /dev/pmem*; do
+            [ "$(hexdump -s $at -n 16 -e '16/1 "%02x"' "$device" 2>/dev/null)" != "$1" ] || return 0
+        done
+        tries=$((tries + 1))
+        usleep 10000
+    done
+    return 1
+}}
+with_dax() {{ # MOUNTPOINT OPTIONS: fails where DAX was asked for and is not used, which file systems do silently
+    case $2 in
+    *dax=always*) grep -q " $1 [^ ]* [^ ]*dax=always" /proc/mounts ;;
+    esac
+}}
+
 mount -t proc proc /proc && mount -t sysfs sys /sys || fail "no kernel file systems"
 grep -q ' /dev devtmpfs ' /proc/mounts || mount -t devtmpfs dev /dev || fail "no devices"
 mount -t tmpfs -o mode=755,nosuid,nodev run /run && mkdir -p "$image" || fail "no /run"
@@ -115,11 +135,7 @@ if [ "$0" = /init ]; then
 else
     mount -o bind / "$image" || fail "the image is nowhere"
 fi
-case $image_options in
-*dax=always*)
-    grep -q " $image [^ ]* [^ ]*dax=always" /proc/mounts || fail "the image is mounted without DAX"
-    ;;
-esac
+with_dax "$image" "$image_options" || fail "the image is mounted without DAX"
 if [ -n "$agentfleet_upper" ]; then
     volume "$agentfleet_upper" /mnt ext4 mkfs,grow
 else
@@ -153,6 +169,15 @@ echo "$agentfleet_networks" | while read -r mac addresses gateways; do
         unset IFS
     done
 done
+echo "$agentfleet_images" >/run/agentfleet/images
+while read -r uuid target filesystem options; do
+    [ -n "$uuid" ] || continue
+    pmem "$uuid" "$filesystem" || fail "the image for $target is not attached"
+    load "$filesystem"
+    mkdir -p "$root$target" && mount -t "$filesystem" -o "$options" "$device" "$root$target" ||
+        fail "the image for $target does not mount with $options"
+    with_dax "$root$target" "$options" || fail "the image for $target is mounted without DAX"
+done </run/agentfleet/images
 echo "$agentfleet_volumes" >/run/agentfleet/volumes
 while read -r serial target filesystem options; do
     [ -z "$serial" ] || volume "$serial" "$root$target" "$filesystem" "$options" </dev/null

@@ -119,7 +119,7 @@ class Images:
             if not self.predicting:
                 self._check_programs(image)
                 self._check_oci(image)
-            if not self._mirror(image):
+            if not image.data and not self._mirror(image):
                 raise Refused(
                     f"{image.option}.mirror", None,
                     f"this machine's apt configuration has no mirror of {image.family}",
@@ -135,6 +135,8 @@ class Images:
 
     def _check_programs(self, image: Definition) -> None:
         needed = {**PROGRAMS, **MADE_BY[image.content["filesystem"]]}
+        if image.data:
+            del needed["mmdebstrap"]
         files: dict[str, str] = {}
         if os.geteuid() != 0:
             needed["fakeroot"] = "fakeroot"

@@ -114,13 +114,13 @@ class Build:
     def run(self) -> dict[str, t.Any]:
         """Build; returns the manifest. ``work`` then also has the log and the bill of materials."""
         content = self.wanted.content
-        kernel = self._kernel()
+        kernel = "" if self.wanted.data else self._kernel()
         layers = self._layers()
         os.mkdir(self.tree)
         self._in_tree(f"set -e; {UNPACK}", *layers)
-        release = Host(kernel).read("/release")
+        release = Host(kernel).read("/release") if kernel else ""
         initrd = self._initramfs(kernel)
-        described = {_store.KERNEL: describe(f"{kernel}/kernel")}
+        described = {_store.KERNEL: describe(f"{kernel}/kernel")} if kernel else {}
         if initrd is not None:
             described[_store.INITRD] = {"sha256": hashlib.sha256(initrd).hexdigest(), "size_bytes": len(initrd)}
         # One digest for all: the image names its kernel and initramfs (without the settings, which follow from the image).
@@ -134,8 +134,10 @@ class Build:
         getattr(self, f"_{content['filesystem']}")(image)
         table = self._verity(image) if content["verity"] else ""
         os.truncate(image, -(-os.path.getsize(image) // ALIGNMENT) * ALIGNMENT)
-        shutil.copyfile(f"{kernel}/kernel", f"{self.work}/{_store.KERNEL}")
-        files = [_store.IMAGE, _store.KERNEL]
+        files = [_store.IMAGE]
+        if kernel:
+            shutil.copyfile(f"{kernel}/kernel", f"{self.work}/{_store.KERNEL}")
+            files.append(_store.KERNEL)
         if initrd is not None:
             with open(f"{self.work}/{_store.INITRD}", "wb") as file:
                 file.write(initrd + _initramfs.settings(self._settings(table)))
@@ -146,7 +148,7 @@ class Build:
             "definition_digest": self.wanted.digest,
             "files": {name: describe(f"{self.work}/{name}") for name in files},
             "kernel_release": release,
-            "kernel_arguments": [] if initrd is not None else self._arguments(table),
+            "kernel_arguments": self._arguments(table) if kernel and initrd is None else [],
             "packages": _sbom.dpkg_packages(Host(self.tree).read("/var/lib/dpkg/status")),
             "python_packages": _sbom.python_packages(self.tree),
             "base": self.base["files"][_store.IMAGE]["sha256"] if self.base else "",
@@ -167,7 +169,7 @@ class Build:
                     _oci.flatten(self.wanted.oci, archive)
             except _oci.OciError as error:
                 raise HostError(f"{self.wanted.oci.path}: {error}. Export the image again") from error
-        if self.wanted.packages or not layers:
+        if self.wanted.packages or not (layers or self.wanted.data):
             target = f"{self.work}/packages.tar"
             packages = self.wanted.content["packages"]
             if layers:
@@ -252,9 +254,7 @@ class Build:
 
     def _settings(self, table: str) -> dict[str, str]:
         content = self.wanted.content
-        options = {"erofs": "ro", "ext4": "ro,noload"}[content["filesystem"]] + (
-            ",dax=always" if content["dax"] else ""
-        )
+        options = _store.mount_options(content)
         return {"image_filesystem": content["filesystem"], "image_options": options, "image_verity": table}
 
     def _arguments(self, table: str) -> list[str]:
@@ -274,8 +274,12 @@ class Build:
     def _overlay(self, kernel: str, identity: bytes) -> None:
         """What comes on top of the packages, as a tar."""
         library = _early_init.LIBRARY
-        items: dict[str, Item] = {f"{library}/kernel.json": Item("file", 0o444, data=identity)}
-        if "initramfs" not in self.wanted.content:  # the kernel starts from the image what the initramfs would have
+        items: dict[str, Item] = {}
+        if kernel:
+            items[f"{library}/kernel.json"] = Item("file", 0o444, data=identity)
+        if (
+            kernel and "initramfs" not in self.wanted.content
+        ):  # the kernel starts from the image what the initramfs would have
             text = _initramfs.shell(self._settings(""))
             items[_early_init.SETTINGS] = Item("file", 0o444, data=text.encode())
             items[_early_init.PATH] = Item("file", 0o755, data=_early_init.SCRIPT.encode())

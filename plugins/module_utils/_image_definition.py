@@ -33,6 +33,8 @@ HASHED = re.compile(
 DEFAULT_PACKAGES = ("python3", "e2fsprogs")  # for the agent and for modules over vsock; for volumes
 # Of an image that is made of another one or of an OCI image, these are the base's.
 FROM_BASE = ("family", "suite", "components", "mirror", "kernel_package", "kernel_source", "kernel_modules")
+# An image of data has nothing that runs.
+NOT_DATA = (*FROM_BASE, "base", "packages", "python_requirements", "users", "services", "units", "verity", "sbom")
 LARGE = 1 << 20  # files from here on are not hashed again while they look the same
 
 
@@ -100,8 +102,13 @@ class Definition:
 
     @property
     def kernel(self) -> dict[str, t.Any]:
-        """The definition of its kernel."""
-        return t.cast("dict[str, t.Any]", self.content["kernel"])
+        """The definition of its kernel; empty for an image of data."""
+        return t.cast("dict[str, t.Any]", self.content.get("kernel", {}))
+
+    @property
+    def data(self) -> bool:
+        """Whether it is data alone, without an operating system."""
+        return "data" in self.content
 
     @property
     def root(self) -> Definition:
@@ -162,6 +169,10 @@ def read_all(host: Host, images: t.Sequence[t.Mapping[str, t.Any]], digests: Fil
                     f"Define it beside this one (defined: {', '.join(by_name)})",
                 )  # fmt: skip
             base = resolve(image["base"], (*chain, name))
+            if base.data:
+                raise Refused(
+                    f"{option}.base", image["base"], "is an image of data", "Attach it to microVMs with data_images"
+                )
         done[name] = _Reader(host, option, image, base, digests).read()
         return done[name]
 
@@ -200,6 +211,8 @@ class _Reader:
                         "Write one a list item, with no options",
                     )  # fmt: skip
         oci = self._oci()
+        if image["data"]:
+            return self._data(oci)
         packages = image["packages"]
         if packages is None:
             packages = [] if self.base or oci else list(DEFAULT_PACKAGES)
@@ -229,19 +242,42 @@ class _Reader:
         content["users"] = self._users()
         self._services()
         content["units"] = self._units()
-        for path in self.items:
-            parent = os.path.dirname(path)
-            while parent != "/":
-                if parent in self.items and self.items[parent].kind != "directory":
-                    raise self._refuse("files", path, f"lies below the file {parent}", "Correct one of the paths")
-                parent = os.path.dirname(parent)
-        content["items"] = {path: item.public() for path, item in sorted(self.items.items())}
+        content["items"] = self._public_items()
         root = self.base.root if self.base else None
         return Definition(
             image["name"], self.option, content, self.base, oci,
             root.mirror if root else image["mirror"], root.family if root else content["family"],
             packages, self.items, image["sbom"],
         )  # fmt: skip
+
+    def _data(self, oci: _oci.Image | None) -> Definition:
+        """Of an image that has directories and files alone."""
+        for key in NOT_DATA:
+            if self.image[key]:
+                raise self._refuse(
+                    key, self.image[key], "of no use in an image of data", "Leave it out, or leave data out"
+                )
+        content: dict[str, t.Any] = {
+            "format": FORMAT, "data": True, "packages": [], "python_requirements": [], "users": [], "units": [],
+            **self._file_system(),
+        }  # fmt: skip
+        if oci:
+            content["oci"] = oci.digest
+        self._files()
+        self._directories()
+        if not self.items and not oci:
+            raise self._refuse("data", True, "an image of nothing", "Give directories, files or oci")
+        content["items"] = self._public_items()
+        return Definition(self.image["name"], self.option, content, None, oci, None, "", [], self.items, False)
+
+    def _public_items(self) -> dict[str, list[t.Any]]:
+        for path in self.items:
+            parent = os.path.dirname(path)
+            while parent != "/":
+                if parent in self.items and self.items[parent].kind != "directory":
+                    raise self._refuse("files", path, f"lies below the file {parent}", "Correct one of the paths")
+                parent = os.path.dirname(parent)
+        return {path: item.public() for path, item in sorted(self.items.items())}
 
     def _requirements(self) -> list[str]:
         wishes: list[str] = self.image["python_requirements"]

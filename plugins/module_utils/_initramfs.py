@@ -118,9 +118,10 @@ def initramfs(
     lists = {"boot": module_order(modules_tree, wanted, optional)}
     loaded = {name for name, _data in lists["boot"]}
     lists["last"] = [(name, data) for name, data in module_order(modules_tree, [], LAST) if name not in loaded]
-    if "ext4" not in needs:  # for volumes; loaded when one is attached
-        order = module_order(modules_tree, NEEDS["ext4"][1], NEEDS["ext4"][0])
-        lists["ext4"] = [(name, data) for name, data in order if name not in loaded]
+    for filesystem in ("erofs", "ext4"):  # for other images and volumes; loaded when one is attached
+        if filesystem not in needs:
+            order = module_order(modules_tree, NEEDS[filesystem][1], NEEDS[filesystem][0])
+            lists[filesystem] = [(name, data) for name, data in order if name not in loaded]
     files = {f"modules/{name}": (0o100644, data) for order in lists.values() for name, data in order}
     for name, order in lists.items():
         files[f"modules/{name}"] = (0o100644, "".join(f"{module}\n" for module, _data in order).encode())

@@ -258,9 +258,15 @@ class MicroVms:
         problems = [("driver", item["driver"], _vmm.driver(spec["driver"]).problem(self.host, spec["program"]))]
         if spec["networks"]:
             problems.append(("networks", spec["networks"][0]["network"], _network.problem(self.host)))
-        if spec["image_bytes"] and resolve.size_of(self.host, spec["image_path"]) != spec["image_bytes"]:
-            damage = "its file in the host's store is missing or damaged", "Bring it again with image_store"
-            problems.append(("image", spec["image"], damage))
+        images = [("image", spec["image"], spec["image_path"], spec["image_bytes"])]
+        images += [
+            (f"data_images[{index}].image", wish["image"], image["path"], image["size_bytes"])
+            for index, (wish, image) in enumerate(zip(item["data_images"], spec["data_images"]))
+        ]
+        damage = "its file in the host's store is missing or damaged", "Bring it again with image_store"
+        for option, asked, path, size in images:
+            if size and resolve.size_of(self.host, path) != size:
+                problems.append((option, asked, damage))
         for option, value, found in problems:
             if found and self.predicting:
                 self.warnings.append(f"{found[0]}; an earlier task is expected to correct it")
@@ -304,7 +310,7 @@ class MicroVms:
     @staticmethod
     def _memory_max(spec: _vmm.Spec) -> int:
         """What a VMM can need: guest RAM, image pages that the guest writes, and itself."""
-        return spec["memory_max_bytes"] + spec["image_bytes"] + OVERHEAD
+        return spec["memory_max_bytes"] + _vmm.images_bytes(spec) + OVERHEAD
 
     def _stale(self, files: t.Mapping[str, tuple[str, int]]) -> dict[str, tuple[str, int]]:
         return {p: f for p, f in files.items() if not self.host.exists(p) or self.host.read(p) != f[0].strip()}
@@ -404,8 +410,8 @@ class MicroVms:
         if gone < len(networks):
             self._taps(name)
         for change in changes:
-            if change.key == "shares" and change.after is None:
-                self._unmount(running, change.before)
+            if change.key in ("shares", "data_images") and change.after is None:
+                self._unmount(running, change)
             self._before(name, change)
             if change.key == "resources":
                 self._limit(name)
@@ -421,28 +427,32 @@ class MicroVms:
         self._tell(name, changes)
 
     def _tell(self, name: str, changes: list[_vmm.Change]) -> None:
-        """Let the guest use CPUs, networks and shares that are new; its kernel only sees them."""
+        """Let the guest use CPUs, networks, images and shares that are new; its kernel only sees them."""
         new = {change.item for change in changes if change.key == "networks" and change.after is not None}
-        shares = [change.after for change in changes if change.key == "shares" and change.after is not None]
-        if not new and not shares and not any(change.key == "vcpus" for change in changes):
+        images, shares = (
+            [change.after for change in changes if change.key == key and change.after is not None]
+            for key in ("data_images", "shares")
+        )
+        if not new and not images and not shares and not any(change.key == "vcpus" for change in changes):
             return
         networks = self.specs[name]["networks"]
         lines = zip(networks, _network.guest_lines(networks))
         message = {
             "networks": [line for interface, line in lines if interface["network"] in new],
+            "images": _microvm_data.image_lines(images),
             "shares": _microvm_data.share_lines(shares),
         }
         told = state_of.ask_agent(self.host, self.specs[name], 20, "/attached", message) or {"error": "no answer"}
         if "error" in told:
             self.warnings.append(f"microVM {name}: its agent does not use what was attached: {told['error']}")
 
-    def _unmount(self, running: _vmm.Spec, share: _vmm.Share) -> None:
-        """Have a share unmounted before it goes: a guest that uses it keeps it."""
-        message = {"targets": [share["target"]]}
+    def _unmount(self, running: _vmm.Spec, change: _vmm.Change) -> None:
+        """Have an image or a share unmounted before it goes: a guest that uses it keeps it."""
+        message = {"targets": [change.before["target"]]}
         told = state_of.ask_agent(self.host, running, 20, "/detaching", message) or {"error": "no answer"}
         if "error" in told:
             raise HostError(
-                f"microVM {running['name']}: its agent does not let go of share {share['tag']}: {told['error']}. "
+                f"microVM {running['name']}: its agent does not let go of {change.key} {change.item}: {told['error']}. "
                 "End what uses it there, and run this again"
             )
 
@@ -464,6 +474,8 @@ class MicroVms:
             volumes.give(self.host, name, volume_path(name, change.item))
         elif change.key == "shares":
             self.host.run(["systemctl", "start", f"agentfleet-virtiofsd@{name}:{change.item}.socket"])
+        elif change.key == "data_images":
+            self._limit(name)  # the guest may write as many pages of its own
         elif change.key == "devices":
             owner = os.stat(self.host.path(run_directory(name))).st_uid
             os.chown(self._vfio_node(change.item), owner, -1)
@@ -474,6 +486,8 @@ class MicroVms:
                 os.chown(self._vfio_node(change.item), 0, -1)
             # What microvm-end takes back.
             self.host.write(f"{RUN}/{name}.devices", "".join(f"{address}\n" for address in running["devices"]))
+        elif change.key == "data_images" and change.after is None:
+            self._limit(name)
         elif change.key == "shares" and change.after is None:
             service = f"agentfleet-virtiofsd@{name}:{change.item}"
             self.host.run(["systemctl", "stop", f"{service}.socket", f"{service}.service"])

@@ -18,7 +18,7 @@ import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _network
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
-from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import Share, Spec
+from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import DataImage, Share, Spec
 
 SECTOR = 512
 # systemd's limit for all credentials of a unit is 1 MiB.
@@ -31,10 +31,16 @@ def share_lines(shares: t.Iterable[Share]) -> list[str]:
     return [f"{share['tag']} {share['target']} {'ro' if share['readonly'] else 'rw'}" for share in shares]
 
 
+def image_lines(images: t.Iterable[DataImage]) -> list[str]:
+    """What a guest maps beside its root: UUID, target, file system and options of each image."""
+    return [f"{image['uuid']} {image['target']} {image['filesystem']} {image['options']}" for image in images]
+
+
 def config(spec: Spec) -> str:
     """The disk that tells a guest who it is: lines that its first program sources."""
     lists = {
         "networks": _network.guest_lines(spec["networks"]),
+        "images": image_lines(spec["data_images"]),
         "shares": share_lines(spec["shares"]),
         "volumes": [
             f"{v['name']} {v['mount']} {v['filesystem']} {'ro' if v['readonly'] else 'mkfs,grow'}"

@@ -85,7 +85,7 @@ class MicrovmInfo:
             "restarts": unit.get("restarts", 0),
             **{key: spec.get(key, "") for key in ("tenant", "driver", "image", "image_digest", "accelerator")},
             "pid": pid,
-            **(memory_of(self.host, pid, spec.get("image_path", ""), _ram(spec)) if pid and spec else NOTHING),
+            **(memory_of(self.host, pid, _images(spec), _ram(spec)) if pid and spec else NOTHING),
             "memory_bytes": spec.get("memory_bytes", 0),
             "counters": inner.get("counters", {}),
             "ready": bool(inner.get("agent")),
@@ -108,6 +108,10 @@ class MicrovmInfo:
     def result(self, observed: list[dict[str, t.Any]]) -> dict[str, t.Any]:
         """The microVMs as they were seen."""
         return {"instances": observed}
+
+
+def _images(spec: t.Mapping[str, t.Any]) -> list[str]:
+    return [spec["image_path"], *(image["path"] for image in spec.get("data_images", ()))]
 
 
 def _ram(spec: t.Mapping[str, t.Any]) -> list[int]:

@@ -114,6 +114,7 @@ class Resolver:
             "image_digest": digest,
             "image_path": _store.image_path(digest),
             "image_bytes": manifest["files"][_store.IMAGE]["size_bytes"] if manifest else 0,
+            "data_images": self._data_images(item, digest),
             **self._kernel(item, digest),  # type: ignore[typeddict-item]  # kernel, initrd, kernel_arguments
             "vcpus": item["vcpus"],
             "vcpus_max": item["vcpus_max"],
@@ -166,6 +167,28 @@ class Resolver:
             f"Bring it with image_store first (there: {', '.join(sorted(self.observed['names'])) or 'none'})",
         )  # fmt: skip
 
+    def _data_images(self, item: Item, root: str) -> list[_vmm.DataImage]:
+        found: list[_vmm.DataImage] = []
+        for index, one in enumerate(item["data_images"]):
+            option = f"{item['option']}.data_images[{index}].image"
+            digest = self._digest(option, one["image"])
+            if digest and digest in [root, *(other["digest"] for other in found)]:
+                raise Refused(option, one["image"], "the microVM has it already", "Attach an image once")
+            manifest = self.observed["images"].get(digest, {})
+            content = manifest.get("definition", {})
+            found.append(
+                {
+                    "digest": digest,
+                    "path": _store.image_path(digest),
+                    "size_bytes": manifest["files"][_store.IMAGE]["size_bytes"] if manifest else 0,
+                    "uuid": manifest.get("definition_digest", "")[:32],  # as the build gives it
+                    "target": one["target"],
+                    "filesystem": content.get("filesystem", "erofs"),
+                    "options": _store.mount_options(content),
+                }
+            )
+        return found
+
     def _kernel(self, item: Item, digest: str) -> dict[str, t.Any]:
         """Kernel and initramfs: the image's own, another image's, or a file that needs no initramfs."""
         words = item["kernel_arguments"]
@@ -177,6 +200,12 @@ class Resolver:
         if item["kernel"]:
             digest = self._digest(f"{item['option']}.kernel", item["kernel"])
         manifest = self.observed["images"].get(digest) or {"files": {"initrd": {}}}
+        if manifest.get("definition", {}).get("data"):
+            key = "kernel" if item["kernel"] else "image"
+            raise Refused(
+                f"{item['option']}.{key}", item[key], "an image of data, which has no kernel",
+                "Name it in data_images, beside the image of a root",
+            )  # fmt: skip
         has_initrd = "initrd" in manifest["files"]
         own = manifest.get("kernel_arguments", [] if has_initrd else ROOT)
         return {

@@ -93,6 +93,7 @@ def wish(option: str, item: Item, networks: _network.Networks) -> dict[str, t.An
         **_boot(option, item),
         "environment": _environment(option, item["environment"]),
         "hotplug_slots": _slots(option, item["hotplug_slots"]),
+        "data_images": _data_images(option, item["data_images"]),
         "volumes": _volumes(option, item["volumes"]),
         "shares": _shares(option, item["shares"]),
         "networks": networks.wishes(option, item["networks"]),
@@ -191,10 +192,16 @@ def _check_node(option: str, node: int | None) -> None:
         raise Refused(option, node, "not a NUMA node", "Give the number of one of the host's NUMA nodes")
 
 
+def _image(option: str, written: str) -> str:
+    """Name or digest of an image."""
+    image = written.partition("sha256:")[2] or written
+    if not (_store.NAME.fullmatch(image) or _store.DIGEST.fullmatch(image)):
+        raise Refused(option, written, "neither a name nor a digest", "Name an image of image_store")
+    return image
+
+
 def _boot(option: str, item: Item) -> dict[str, t.Any]:
-    image = item["image"].partition("sha256:")[2] or item["image"]
-    if not item["from_snapshot"] and not (_store.NAME.fullmatch(image) or _store.DIGEST.fullmatch(image)):
-        raise Refused(f"{option}.image", item["image"], "neither a name nor a digest", "Name an image of image_store")
+    image = "" if item["from_snapshot"] and not item["image"] else _image(f"{option}.image", item["image"])
     kernel = item["kernel"].partition("sha256:")[2] or item["kernel"]
     if kernel.startswith("/"):
         _check_path(f"{option}.kernel", kernel)
@@ -224,6 +231,15 @@ def _environment(option: str, environment: Item) -> dict[str, str]:
 def _check_path(option: str, path: str) -> None:
     if not PATH.fullmatch(path) or os.path.normpath(path) != path:
         raise Refused(option, path, "not a clean absolute path", "Write a path such as /srv/models")
+
+
+def _data_images(option: str, images: t.Sequence[Item]) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = []
+    for index, one in enumerate(images):
+        where = f"{option}.data_images[{index}]"
+        _check_path(f"{where}.target", one["target"])
+        found.append({"image": _image(f"{where}.image", one["image"]), "target": one["target"]})
+    return found
 
 
 def _volumes(option: str, volumes: t.Sequence[Item]) -> list[_vmm.Volume]:
@@ -296,7 +312,8 @@ def _shares(option: str, shares: t.Sequence[Item]) -> list[_vmm.Share]:
 def _check_mounts(option: str, found: Item) -> None:
     """Two things at one mount point would hide each other."""
     seen: dict[str, str] = {}
-    for kind, key, name in (("volumes", "mount", "name"), ("shares", "target", "tag")):
+    kinds = (("data_images", "target", "image"), ("volumes", "mount", "name"), ("shares", "target", "tag"))
+    for kind, key, name in kinds:
         for index, one in enumerate(found[kind]):
             target = one[key]
             if target and target in seen:
@@ -304,7 +321,7 @@ def _check_mounts(option: str, found: Item) -> None:
                     f"{option}.{kind}[{index}].{key}", target, f"{seen[target]} is mounted there",
                     "Give each its own mount point",
                 )  # fmt: skip
-            seen[target] = f"{kind[:-1]} {one[name]}"
+            seen[target] = f"{kind[:-1].replace('_', ' ')} {one[name]}"
 
 
 def _slots(option: str, slots: int) -> int:

@@ -123,12 +123,15 @@ def wish_of(
     zones = _zones(option, item, nodes)
     memory = sum(size for size, _node in zones)
     balloon = parse_size(f"{option}.balloon", item["balloon"], 1 << 20) if item.get("balloon") else 0
-    image = str(item.get("image", ""))
-    if image not in images:
-        raise Refused(
-            f"{option}.image", image, "its size is not known",
-            f"Give it in images (there: {', '.join(sorted(images)) or 'none'})",
-        )  # fmt: skip
+    mapped = {f"{option}.image": str(item.get("image", ""))}
+    for number, one in enumerate(item.get("data_images") or ()):
+        mapped[f"{option}.data_images[{number}].image"] = str(one.get("image", ""))
+    for where, image in mapped.items():
+        if image not in images:
+            raise Refused(
+                where, image, "its size is not known",
+                f"Give it in images (there: {', '.join(sorted(images)) or 'none'})",
+            )  # fmt: skip
     hugepages = parse_size(f"{option}.hugepages", item["hugepages"]) if item.get("hugepages") else 0
     if hugepages and memory % hugepages:
         raise Refused(
@@ -136,7 +139,7 @@ def wish_of(
             f"Give a multiple of {format_size(hugepages)}",
         )  # fmt: skip
     wish = {
-        "name": name, "driver": driver, "count": count, "memory": memory, "image": image, "hugepages": hugepages,
+        "name": name, "driver": driver, "count": count, "memory": memory, "images": list(mapped.values()), "hugepages": hugepages,
         "zones": zones, "balloon": balloon, "from_snapshot": source, "shares": len(item.get("shares") or ()),
         "pinned": bool(item.get("devices")),
         "volumes": sum(
@@ -148,7 +151,7 @@ def wish_of(
     if inside >= memory - balloon:
         raise Refused(
             f"{option}.memory", format_size(memory),
-            f"the guest's kernel and its page structs for image {image} take {inside >> 20} MiB of it",
+            f"the guest's kernel and its page structs for {', '.join(mapped.values())} take {inside >> 20} MiB of it",
             f"Give more than {format_size((inside >> 20) + 1 << 20)}, or serve rarely used data by a share",
         )  # fmt: skip
     return wish
@@ -177,9 +180,14 @@ def _zones(option: str, item: t.Mapping[str, t.Any], nodes: t.Mapping[int, t.Any
 # -- what is counted -------------------------------------------------------------
 
 
+def _mapped(wish: t.Mapping[str, t.Any], images: t.Mapping[str, int]) -> int:
+    """Size of all images that one microVM maps."""
+    return sum(images[name] for name in wish["images"])
+
+
 def guest_lines(wish: t.Mapping[str, t.Any], images: t.Mapping[str, int]) -> list[Line]:
     """What is inside a guest's RAM before its programs get any."""
-    memory, image = wish["memory"], images[wish["image"]]
+    memory, image = wish["memory"], _mapped(wish, images)
     return [
         line("guest", "kernel and agent", KERNEL_BYTES, "code, data and tables of a distribution's kernel once booted"),
         line("guest", "page structs of its RAM", struct_pages(memory), "64 bytes for each 4 KiB page"),
@@ -194,7 +202,7 @@ def instance_lines(
     wish: t.Mapping[str, t.Any], images: t.Mapping[str, int], policy: t.Mapping[str, t.Any]
 ) -> list[Line]:
     """What the host holds for each microVM of one kind. ``movable`` lines may be on any node, others need DRAM."""
-    memory, image = wish["memory"], images[wish["image"]]
+    memory, image = wish["memory"], _mapped(wish, images)
     overcommit = 1.0 if wish["hugepages"] or wish["pinned"] else policy["overcommit"]
     floor = sum(one["bytes"] for one in guest_lines(wish, images))
     counted = max(int((memory - wish["balloon"]) / overcommit), floor)
@@ -239,7 +247,7 @@ def host_lines(
     reserve: int,
 ) -> list[Line]:
     """What the host holds once, however many microVMs run."""
-    used = sorted({wish["image"] for wish in wishes})
+    used = sorted({name for wish in wishes for name in wish["images"]})
     sources = sorted({wish["from_snapshot"] for wish in wishes if wish["from_snapshot"]})
     return [
         line("host", "reserve", reserve, "the host's own kernel, services and page cache (policy.reserve)"),

@@ -17,15 +17,15 @@ NOTHING = dict.fromkeys(
 )
 
 
-def memory_of(host: Host, pid: int, image: str, ram: t.Collection[int] = ()) -> dict[str, int]:
+def memory_of(host: Host, pid: int, images: t.Collection[str], ram: t.Collection[int] = ()) -> dict[str, int]:
     """Bytes of a process, split.
 
-    ``rss_bytes`` and ``pss_bytes`` are the kernel's resident and proportional sets. ``shared_bytes`` are the image's
+    ``rss_bytes`` and ``pss_bytes`` are the kernel's resident and proportional sets. ``shared_bytes`` are the images'
     pages that this process has mapped and that the host holds once for all processes; ``private_bytes`` exist because
     of this process alone. Of these, ``guest_ram_bytes`` are guest RAM that was touched, ``overhead_bytes`` the VMM
     itself; the rest are image pages that the guest wrote.
 
-    :param image: path of the shared image file
+    :param images: paths of the shared image files
     :param ram: sizes of the mappings of guest RAM that have no name
     """
     total = dict(NOTHING)
@@ -35,7 +35,7 @@ def memory_of(host: Host, pid: int, image: str, ram: t.Collection[int] = ()) -> 
         if not words[0].endswith(":"):
             first, last = (int(number, 16) for number in words[0].split("-"))
             named = words[5] if words[5:] else ""
-            kind = "image" if named == image else "ram" if _is_ram(named, last - first, ram) else "other"
+            kind = "image" if named in images else "ram" if _is_ram(named, last - first, ram) else "other"
             continue
         key, size = words[0], int(words[1]) * 1024 if words[1].isdigit() else 0
         total["rss_bytes"] += size if key == "Rss:" else 0

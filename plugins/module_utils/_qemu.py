@@ -31,10 +31,12 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._qmp import Qmp
 from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import (
     KERNEL_WORDS,
     Change,
+    DataImage,
     Disk,
     Spec,
     Unsupported,
     disks,
+    images_bytes,
     memory_does_not_plug,
     too_many_vcpus,
     volume_stays,
@@ -47,6 +49,7 @@ PACKAGE = "qemu-system-x86"
 MINIMUM = (8, 2)
 UNPLUG_SECONDS = 30
 CONSOLE_LINES = 60
+IMAGE_ROOM = 64 << 30  # for images that are attached while it runs
 PERIPHERAL = "/machine/peripheral"  # where devices with an id are
 IGNORE_SHARED = [{"capability": "x-ignore-shared", "state": True}]
 
@@ -113,8 +116,7 @@ def unsupported(spec: Spec) -> list[Unsupported]:
 def command(spec: Spec) -> list[str]:
     """QEMU's argv for one microVM."""
     kvm = spec["accelerator"] == "kvm"
-    # Room for the image in the guest's device memory, in whole GiB so that images can grow.
-    maximum = spec["memory_max_bytes"] + (-(-spec["image_bytes"] >> 30) + 1 << 30)
+    maximum = spec["memory_max_bytes"] + _device_memory(spec)
     machine = "q35,smm=off,sata=off,smbus=off,hpet=off,vmport=off,i8042=off,usb=off,graphics=off,dump-guest-core=off"
     # Of the 256 buses that a q35 may have Linux would ask each for each of its 32 devices, an exit each, though ACPI told it
     # the one there is; what is behind ports it finds by these.
@@ -153,6 +155,11 @@ def command(spec: Spec) -> list[str]:
         reporting = "on" if spec["free_page_reporting"] else "off"
         argv += ["-device", f"virtio-balloon-pci,id=balloon,deflate-on-oom=on,free-page-reporting={reporting}"]
     return argv + _attached(spec)
+
+
+def _device_memory(spec: Spec) -> int:
+    """Addresses for images, in whole GiB so that the root's can grow; they cost nothing before they are used."""
+    return (-(-images_bytes(spec) >> 30) + 1 << 30) + (IMAGE_ROOM if spec["hotplug_slots"] else 0)
 
 
 def unit_lines(spec: Spec) -> list[str]:
@@ -224,7 +231,9 @@ def _has_balloon(spec: Spec) -> bool:
 def _attached(spec: Spec) -> list[str]:
     """Disks, shares, networks, PCI devices: each as it would also be attached while the machine runs."""
     volumes = {volume["name"] for volume in spec["volumes"]}
-    parts = [(_disk(disk, spec), disk.serial in volumes) for disk in disks(spec)]
+    # QEMU takes no image away, and the root's, which comes before them all, is the guest's first.
+    parts = [(_image(image, spec), False) for image in spec["data_images"]]
+    parts += [(_disk(disk, spec), disk.serial in volumes) for disk in disks(spec)]
     parts += [(_share(spec["name"], share["tag"]), True) for share in spec["shares"]]
     parts += [(_network(network), True) for network in spec["networks"]]
     parts += [(_passed_through(address), True) for address in spec["devices"]]
@@ -257,6 +266,25 @@ class _Part:
     device: dict[str, t.Any]
     add: list[tuple[str, dict[str, t.Any]]]
     remove: list[tuple[str, dict[str, t.Any]]]
+
+
+def _image(image: DataImage, spec: Spec) -> _Part:
+    """Mapped as the root's image is."""
+    mapped = dict(word.split("=") for word in _image_mapping(spec).split(","))
+    backend = {
+        "qom-type": "memory-backend-file",
+        "id": f"image-{image['digest'][:12]}",
+        "mem-path": image["path"],
+        "size": image["size_bytes"],
+        "share": mapped["share"] == "on",
+        "readonly": True,
+        "rom": mapped["rom"],
+        "prealloc": False,
+        "merge": False,
+        "dump": False,
+    }
+    device = {"driver": "virtio-pmem-pci", "id": f"pmem-{image['digest'][:12]}", "memdev": backend["id"]}
+    return _Part([("object", backend)], device, [("object-add", backend)], [("object-del", {"id": backend["id"]})])
 
 
 def _disk(disk: Disk, spec: Spec) -> _Part:
@@ -370,6 +398,16 @@ def _device_change(change: Change, running: Spec) -> str:
     return _new_or_gone(change, running)
 
 
+def _image_change(change: Change, running: Spec) -> str:
+    if change.after is None:
+        return "QEMU takes no image away from a running machine"
+    if change.after["target"] in [image["target"] for image in running.get("data_images", ())]:
+        return "another image is mounted there, which QEMU does not take away"
+    if images_bytes(running) + change.after["size_bytes"] > _device_memory(running):
+        return "it was started without room for so large an image"
+    return _new_or_gone(change, running)
+
+
 def _limits_change(change: Change, running: Spec) -> str:
     if not _throttle(running) or not any(change.after[key] for key in change.after if key.startswith("disk")):
         return "it was started without limits, or is to have none"
@@ -380,6 +418,7 @@ _REASONS: dict[str, t.Callable[[Change, Spec], str]] = {
     "vcpus": _vcpus,
     "memory_bytes": memory_does_not_plug,
     "balloon_bytes": _balloon,
+    "data_images": _image_change,
     "volumes": _volume,
     "networks": _new_or_gone,
     "shares": _share_change,
@@ -551,6 +590,8 @@ class QemuMachine:
 
 def _part(change: Change, spec: Spec) -> _Part:
     """The device that a change is about."""
+    if change.key == "data_images":
+        return _image(change.after or change.before, spec)
     if change.key == "volumes":
         volume = change.after or change.before
         return _disk(Disk(change.item, volume_path(spec["name"], change.item), volume["readonly"]), spec)

@@ -65,8 +65,8 @@ CPU = (
 )  # fmt: skip
 # What the machine is made of: a clone has it from its snapshot, whatever its own declaration says.
 INHERITED = (
-    "driver", "program", "accelerator", "image", "image_digest", "image_path", "image_bytes", "kernel", "initrd",
-    "kernel_arguments", "vcpus", "vcpus_max", "memory_bytes", "memory_max_bytes", "memory_zones", "hugepage_bytes",
+    "driver", "program", "accelerator", "image", "image_digest", "image_path", "image_bytes", "data_images", "kernel",
+    "initrd", "kernel_arguments", "vcpus", "vcpus_max", "memory_bytes", "memory_max_bytes", "memory_zones", "hugepage_bytes",
     "thp", "balloon_bytes", "free_page_reporting", "hotplug_slots", "volumes", "shares", "devices", "rate_limits",
 )  # fmt: skip
 
@@ -160,8 +160,9 @@ def problem(host: Host, name: str, manifest: t.Mapping[str, t.Any], thorough: bo
             return f"its file {file} has {state.st_size} bytes instead of {entry['size_bytes']}"
         if (thorough or state.st_mtime_ns != entry["mtime_ns"]) and _sha256(path) != entry["sha256"]:
             return f"its file {file} is damaged: its SHA-256 is not that of the manifest"
-    image = manifest["spec"]["image_path"]
-    return "" if host.exists(image) else f"its image {image} is not on this host"
+    images = [manifest["spec"]["image_path"], *(image["path"] for image in manifest["spec"].get("data_images", ()))]
+    gone = [image for image in images if not host.exists(image)]
+    return f"its image {gone[0]} is not on this host" if gone else ""
 
 
 def unsuitable(spec: _vmm.Spec) -> tuple[str, str] | None:
@@ -281,7 +282,7 @@ class Sources:
                     f"Declare as many as microVM {parent['name']} had",
                 )  # fmt: skip
         machine = t.cast("dict[str, t.Any]", parent)
-        t.cast("dict[str, t.Any]", spec).update({key: machine[key] for key in INHERITED})
+        t.cast("dict[str, t.Any]", spec).update({key: machine[key] for key in INHERITED if key in machine})
 
 
 def unit_lines(spec: _vmm.Spec) -> str:

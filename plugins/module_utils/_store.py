@@ -22,12 +22,14 @@ import time
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import IMAGES
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 
-STORE = "/var/lib/agentfleet/images"
+STORE = IMAGES
 BLOBS = f"{STORE}/blobs"
 IMAGE, KERNEL, INITRD, MANIFEST = "rootfs.erofs", "kernel", "initrd", "manifest.json"
-REQUIRED, OPTIONAL = {IMAGE, KERNEL, MANIFEST}, {INITRD}  # a kernel with everything built in needs no initramfs
+# An image of data has no kernel, and a kernel with everything built in needs no initramfs.
+REQUIRED, OPTIONAL = {IMAGE, MANIFEST}, {KERNEL, INITRD}
 NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,62}[a-z0-9])?")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 RESERVE_BYTES = 64 << 20
@@ -37,6 +39,12 @@ PREFIX = "agentfleet-"  # of what arrives
 def image_path(digest: str, name: str = IMAGE) -> str:
     """Host path of one file of an image."""
     return f"{STORE}/{digest}/{name}"
+
+
+def mount_options(content: t.Mapping[str, t.Any]) -> str:
+    """How guests mount an image of this definition."""
+    options = {"ext4": "ro,noload"}.get(content.get("filesystem", ""), "ro")
+    return options + (",dax=always" if content.get("dax", True) else "")
 
 
 def delta_name(digest: str, base: str) -> str:
@@ -135,7 +143,7 @@ class Store:
             return
         if not REQUIRED <= set(files) <= REQUIRED | OPTIONAL:
             raise Refused(
-                f"{option}.files", sorted(files), f"not {', '.join(sorted(REQUIRED))} and perhaps {INITRD}",
+                f"{option}.files", sorted(files), f"not {', '.join(sorted(REQUIRED))} and perhaps {KERNEL} and {INITRD}",
                 "Pass on what rootfs_image returned as store",
             )  # fmt: skip
         for name, file in files.items():

@@ -47,6 +47,18 @@ class Volume(t.TypedDict):
     writable_layer: bool  # whether it has the upper layer of the guest's root
 
 
+class DataImage(t.TypedDict):
+    """An image beside the root's, mapped in the same way; the guest finds it by the UUID of its file system."""
+
+    digest: str
+    path: str
+    size_bytes: int
+    uuid: str  # 32 hexadecimal digits
+    target: str  # mount point in the guest
+    filesystem: str
+    options: str  # of the mount
+
+
 class Share(t.TypedDict):
     """A directory of the host; virtiofsd serves it at ``share_socket(spec["name"], share["tag"])``."""
 
@@ -83,6 +95,7 @@ class Spec(t.TypedDict):
     image_digest: str
     image_path: str
     image_bytes: int
+    data_images: list[DataImage]  # unknown to definitions of earlier versions
     kernel: str  # path
     initrd: str  # path, or empty for a kernel that needs none
     kernel_arguments: list[str]  # besides the driver's console
@@ -133,7 +146,7 @@ class Change:
 
 
 # Key -> what names an item of its list.
-_NAMED = {"volumes": "name", "shares": "tag", "networks": "network"}
+_NAMED = {"volumes": "name", "shares": "tag", "networks": "network", "data_images": "digest"}
 # Nothing that the machine itself has: systemd's part, or derived from what is compared anyway.
 _OUTSIDE = {"autostart", "restart_policy", "config", "image", "restore_from"}
 
@@ -160,7 +173,7 @@ def applied(running: Spec, change: Change) -> Spec:
     if not change.item:
         result[change.key] = change.after
     else:
-        items = [one for one in result[change.key] if _item(change.key, one) != change.item]
+        items = [one for one in result.get(change.key, ()) if _item(change.key, one) != change.item]
         result[change.key] = items + ([] if change.after is None else [change.after])
     return t.cast(Spec, result)
 
@@ -194,6 +207,11 @@ def volume_stays(change: Change) -> str:
         return "the guest mounts volumes when it starts" if volume["mount"] else ""
     grown = {**before, "size_bytes": after["size_bytes"]} == after and after["size_bytes"] > before["size_bytes"]
     return "" if grown else "a volume that is attached can only grow"
+
+
+def images_bytes(spec: Spec) -> int:
+    """Size of all images that a microVM maps."""
+    return spec["image_bytes"] + sum(image["size_bytes"] for image in spec.get("data_images", ()))
 
 
 def _item(key: str, item: t.Any) -> str:

@@ -30,8 +30,8 @@ options:
       - V(stopped) defines and stops by the power button. V(restarted) stops what runs, too, and starts all.
       - V(absent) stops and removes everything that a microVM has on the host but its volumes; only O(instances[].name) and
         O(instances[].count) matter then.
-      - What can be changed while a microVM runs (CPUs and memory up to their maximum, balloon, volumes, shares, networks,
-        devices, disk limits) is.
+      - What can be changed while a microVM runs (CPUs and memory up to their maximum, balloon, images of data, volumes,
+        shares, networks, devices, disk limits) is.
     type: str
     choices: [present, running, paused, stopped, restarted, absent]
     default: running
@@ -65,6 +65,23 @@ options:
           - Name or digest in the host's image store. Needed unless O(state=absent) or O(instances[].from_snapshot) is given.
         type: str
         default: ""
+      data_images:
+        description:
+          - Images beside the root's, such as models and data sets, of O(agentfleet.metal.rootfs_image#module:images[].data) or any
+            other. They are mapped read-only in the same way, so that all microVMs of the host use one copy.
+          - They come while it runs, where it was started with O(instances[].hotplug_slots); with V(cloud_hypervisor) they also go.
+        type: list
+        elements: dict
+        default: []
+        suboptions:
+          image:
+            description: Name or digest in the host's image store.
+            type: str
+            required: true
+          target:
+            description: Mount point in the guest.
+            type: str
+            required: true
       kernel:
         description:
           - Kernel instead of the image's own. The name or digest of another image of the store, whose kernel and initramfs are
@@ -191,8 +208,8 @@ options:
         default: []
       hotplug_slots:
         description:
-          - How many more volumes, shares, networks and devices can be attached while it runs. Without any, attaching and
-            removing them needs a restart. Each makes booting a little slower. V(cloud_hypervisor) needs none.
+          - How many more volumes, shares, networks, devices and images can be attached while it runs. Without any, attaching and
+            removing them needs a restart. Each makes booting a little slower. V(cloud_hypervisor) needs none but for images.
         type: int
         default: 0
       volumes:
@@ -544,6 +561,15 @@ ARGUMENTS = {
             "count": {"type": "int"},
             "driver": {"type": "str", "choices": ["qemu", "cloud_hypervisor"], "default": "qemu"},
             "image": {"type": "str", "default": ""},
+            "data_images": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    "image": {"type": "str", "required": True},
+                    "target": {"type": "str", "required": True},
+                },
+            },
             "kernel": {"type": "str", "default": ""},
             "snapshots": {"type": "bool", "default": False},
             "from_snapshot": {"type": "str", "default": ""},

@@ -49,6 +49,13 @@ options:
           - Name of another image of this call that this one is made of. Kernel and distribution are the base's.
           - When the base changes, this image is built anew.
         type: str
+      data:
+        description:
+          - Whether it is O(images[].directories), O(images[].files) and perhaps an OCI image alone, such as models, without an
+            operating system and a kernel.
+          - MicroVMs map it beside their root, see O(agentfleet.metal.microvm#module:instances[].data_images).
+        type: bool
+        default: false
       oci:
         description:
           - An OCI image instead of packages as what the image is made of. No container engine is needed.
@@ -283,6 +290,15 @@ EXAMPLES = r"""
   delegate_to: localhost
   run_once: true
 
+- name: A model of its own, which microVMs of any image map beside their root
+  agentfleet.metal.rootfs_image:
+    images:
+      - name: model-7b
+        data: true
+        directories: [{path: /weights, src: /srv/models/7b}]
+  delegate_to: localhost
+  run_once: true
+
 - name: An image from a container, with a kernel of its own that needs no initramfs
   agentfleet.metal.rootfs_image:
     images:
@@ -366,6 +382,7 @@ ARGUMENTS = {
         "options": {
             "name": {"type": "str", "required": True},
             "base": {"type": "str"},
+            "data": {"type": "bool", "default": False},
             "oci": {
                 "type": "dict",
                 "options": {

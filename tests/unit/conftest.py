@@ -77,6 +77,7 @@ def microvm_spec() -> dict[str, t.Any]:
         "image_digest": "ab" * 32,
         "image_path": f"{image}/rootfs.erofs",
         "image_bytes": 82 << 20,
+        "data_images": [],
         "kernel": f"{image}/kernel",
         "initrd": f"{image}/initrd",
         "kernel_arguments": [],

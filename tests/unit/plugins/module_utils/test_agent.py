@@ -216,6 +216,30 @@ def test_shares_are_mounted_once_and_let_go_when_nothing_uses_them(tmp_path: Pat
     assert refusal == f"[Errno 16] umount2 {tmp_path}/work 0: Device or resource busy"
 
 
+def test_an_image_is_found_by_its_uuid_and_only_used_with_dax(
+    agent: t.Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, byte in (("pmem0", b"\1"), ("pmem1", b"\2")):
+        (tmp_path / name).write_bytes(bytes(1072) + byte * 16)
+    monkeypatch.setattr(agent, "paths", lambda _directory, beginning: sorted(map(str, tmp_path.glob(f"{beginning}*"))))
+    monkeypatch.setattr(agent, "ATTACH_SECONDS", 0)
+    called: list[t.Any] = []
+    monkeypatch.setattr(agent, "libc", lambda *words: called.append(words))
+    target = str(tmp_path / "opt/model")
+    mounts = f"/dev/pmem1 {target} erofs ro,dax=always 0 0\n"
+    monkeypatch.setattr(agent, "read", lambda path, default="": mounts if path == "/proc/mounts" else default)
+    wish = {"networks": [], "shares": [], "images": [f"{'02' * 16} {target} erofs ro,dax=always"]}
+    agent.use(wish)
+    mounted = ("mount", str(tmp_path / "pmem1"), target, "erofs", agent.MS_RDONLY, "dax=always")
+    assert called == [mounted] and os.path.isdir(target)
+    mounts = mounts.replace(",dax=always", "")
+    with pytest.raises(OSError, match="opt/model is mounted without DAX"):
+        agent.use(wish)
+    assert called[1:] == [mounted, ("umount2", target, 0)]
+    with pytest.raises(OSError, match="no pmem device has the image 0303"):
+        agent.use({**wish, "images": [f"{'03' * 16} {target} erofs ro"]})
+
+
 def test_a_device_that_is_not_there_is_named(agent: t.Any) -> None:
     with pytest.raises(OSError, match="no network device has the MAC 02:00:00:00:00:01"):
         agent.readdress(LINES["before"].split(), LINES["after"].split())

@@ -28,6 +28,10 @@ VOLUME = {
     "name": "data", "size_bytes": 1 << 30, "template": "", "readonly": False, "mount": "", "filesystem": "",
     "writable_layer": False,
 }  # fmt: skip
+IMAGE = {
+    "digest": "cd" * 32, "path": "/var/lib/agentfleet/images/cd/rootfs.erofs", "size_bytes": 2 << 30, "uuid": "ee" * 16,
+    "target": "/model", "filesystem": "erofs", "options": "ro,dax=always",
+}  # fmt: skip
 SHARE = {"tag": "models", "source": "/srv/models", "target": "/mnt/models", "readonly": True, "dax": "never"}
 NETWORK = {"network": "agents", "tap": "af0", "mac": "02:00:00:00:00:01"}
 
@@ -235,6 +239,11 @@ def test_unsupported_with_the_remedy(changed: t.Any, option_named: str, remedy: 
         ({"volumes": [VOLUME]}, {"volumes": [{**VOLUME, "readonly": True}]}, "can only grow"),
         ({"volumes": [{**VOLUME, "writable_layer": True}]}, {"volumes": []}, "the guest's root is on it"),
         ({"volumes": [{**VOLUME, "mount": "/data"}]}, {"volumes": []}, "the guest mounts volumes when it starts"),
+        ({}, {"data_images": [IMAGE]}, "is confined to the image that it was started with"),
+        ({"landlock": False}, {"landlock": False, "data_images": [IMAGE]}, ""),
+        ({"hotplug_slots": 1}, {"hotplug_slots": 1, "data_images": [IMAGE]}, ""),
+        ({"data_images": [IMAGE]}, {"data_images": []}, ""),
+        ({"data_images": [IMAGE]}, {"data_images": [{**IMAGE, "target": "/other"}]}, "cannot change"),
         ({}, {"networks": [NETWORK]}, ""),
         ({"networks": [NETWORK]}, {"networks": [{**NETWORK, "mac": "02:00:00:00:00:02"}]}, "cannot change"),
         ({}, {"shares": [SHARE]}, "without shares"),
@@ -363,6 +372,20 @@ def test_changes_become_requests(machine: t.Any, spec: t.Any) -> None:
             },
         ),
     ]  # fmt: skip
+
+
+def test_images_of_data_are_mapped_as_the_roots(machine: t.Any, spec: t.Any) -> None:
+    found, server, _host = machine
+    body = {"file": IMAGE["path"], "discard_writes": True, "id": "image-cdcdcdcdcdcd"}
+    config_of = driver.machine_config({**spec, "data_images": [IMAGE], "landlock": True})
+    assert [one.body() for one in config_of.pmem] == [
+        {"file": spec["image_path"], "discard_writes": True, "id": "image"}, body,
+    ]  # fmt: skip
+    assert config.LandlockConfig("/var/lib/agentfleet/images", "r") in config_of.landlock_rules
+    found._spec = {**spec, "hotplug_slots": 1}
+    found.change(Change("data_images", IMAGE["digest"], None, IMAGE), spec)
+    found.change(Change("data_images", IMAGE["digest"], IMAGE, None), spec)
+    assert server.puts() == [("vm.add-pmem", body), ("vm.remove-device", {"id": "image-cdcdcdcdcdcd"})]
 
 
 def test_a_zone_is_resized_as_a_zone(machine: t.Any, spec: t.Any) -> None:

@@ -27,7 +27,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._image_definition
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step, apply_all
 
 DEFAULTS: dict[str, t.Any] = {
-    "name": "agent", "base": None, "oci": None, "family": None, "suite": None, "components": None, "mirror": None,
+    "name": "agent", "base": None, "data": False, "oci": None, "family": None, "suite": None, "components": None, "mirror": None,
     "packages": None, "kernel_package": None, "kernel_modules": None, "kernel_source": None, "python_requirements": [],
     "files": [], "directories": [], "users": [], "services": [], "units": [], "filesystem": "erofs", "dax": True,
     "verity": False, "sbom": False,
@@ -102,6 +102,17 @@ def test_bases_come_first_and_their_changes_reach_what_is_made_of_them(fake_host
     assert wanted[2].packages == [] and wanted[2].kernel == wanted[0].kernel
     images[2] = {"name": "a", "packages": ["curl"]}
     assert not {image.digest for image in resource(fake_host, *images).wanted} & {image.digest for image in wanted}
+
+
+def test_an_image_of_data_has_nothing_that_runs(fake_host: t.Any) -> None:
+    fake_host.files({"/srv/model/weights": "1"})
+    image = {"data": True, "directories": [{**DIRECTORY, "path": "/model", "src": "/srv/model"}]}
+    (wanted,) = resource(fake_host, image).wanted
+    assert list(wanted.items) == ["/model", "/model/weights"] and wanted.packages == []
+    assert {"kernel", "initramfs", "early_init", "suite"}.isdisjoint(wanted.content)
+    with pytest.raises(Refused, match="is an image of data") as refused:
+        resource(fake_host, {"name": "data", **image}, {"name": "top", "base": "data"})
+    assert refused.value.option == "images[1].base"
 
 
 def test_services_and_units_become_files(fake_host: t.Any) -> None:
@@ -287,6 +298,26 @@ def test_an_image_has_what_was_asked_for(builder: Builder) -> None:
     if os.geteuid() == 0:
         assert weights.stat().st_uid == 1000 and (tree / "etc/motd").stat().st_gid == 42
     assert "mkfs.erofs" in Path(image["log"]).read_text()
+
+
+@BUILDS
+def test_an_image_of_data_is_built_without_packages_and_kernel(builder: Builder) -> None:
+    (builder.root / "model").mkdir()
+    (builder.root / "model/weights").write_bytes(bytes(5000))
+    image = {
+        "data": True, "oci": None, "mirror": None,
+        "directories": [{**DIRECTORY, "path": "/weights", "src": str(builder.root / "model"), "owner": "1000"}],
+    }  # fmt: skip
+    result = builder.build(image)
+    (entry,), (told,) = result["store"], result["images"]
+    assert sorted(entry["files"]) == ["manifest.json", "rootfs.erofs"] and told["kernel_release"] == ""
+    tree = builder.unpacked(entry["digest"])
+    assert sorted(str(path.relative_to(tree)) for path in tree.rglob("*")) == ["weights", "weights/weights"]
+    with open(builder.root / "image", "rb") as file:  # the guest finds it by this
+        assert file.read()[1072:1088].hex() == told["definition_digest"][:32]
+    assert builder.build(image, refresh=True)["store"] == result["store"]
+    again = builder.images(image)
+    assert again.plan(again.observe()) == []
 
 
 @BUILDS

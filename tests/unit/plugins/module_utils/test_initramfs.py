@@ -159,11 +159,17 @@ def test_archive_is_read_by_cpio(tmp_path: Path) -> None:
     assert all((out / directory).is_dir() for directory in ("dev", "proc", "sys", "run", "mnt"))
 
 
+def listed(archive: bytes, name: str) -> list[str]:
+    """The modules of one list in an archive."""
+    return archive.partition(f"modules/{name}\0".encode())[2].partition(b"070701")[0].strip(b"\0").decode().split()
+
+
 def test_only_what_an_image_needs_is_loaded_at_boot(tmp_path: Path) -> None:
     tree = complete_tree(tmp_path / "m")
     plain, verified = (_initramfs.initramfs(tree, b"", needs, [], {}) for needs in (["erofs"], ["ext4", "verity"]))
     assert b"modules/dm_verity.ko" not in plain and b"modules/dm_verity.ko" in verified
-    assert b"modules/erofs.ko" not in verified and b"modules/ext4\0" not in verified
+    for other, archive in (("ext4", plain), ("erofs", verified)):  # each is loaded with its first volume or image
+        assert (listed(archive, other), f"{other}.ko" in listed(archive, "boot")) == ([f"{other}.ko"], False)
     assert _initramfs.initramfs(tree, b"", ["erofs"], [], {}) == plain
 
 
@@ -171,6 +177,27 @@ def test_first_program_is_a_shell_script_that_busybox_can_run() -> None:
     subprocess.run(["sh", "-n"], input=_early_init.SCRIPT, text=True, check=True)
     used = set(re.findall(r"[a-z0-9_]+", _early_init.SCRIPT))
     assert set(_early_init.APPLETS) <= used
+
+
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("mkfs.erofs", "hexdump", "mke2fs"))), reason="mkfs and hexdump are needed"
+)
+def test_images_are_found_by_their_uuid_whatever_their_number(tmp_path: Path) -> None:
+    """As the first program does, with the shell of this machine on files of file systems that mkfs really made."""
+    start = _early_init.SCRIPT.index("pmem() {")
+    functions = _early_init.SCRIPT[start : _early_init.SCRIPT.index("mount -t proc")]
+    uuids = [f"00112233-4455-6677-8899-aabbccddee0{number}" for number in range(3)]
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/file").write_text("x")
+    (tmp_path / "pmem1").write_bytes(bytes(4 << 20))
+    subprocess.run(["mkfs.erofs", "--quiet", "-U", uuids[0], tmp_path / "pmem0", tmp_path / "tree"], check=True)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-U", uuids[1], tmp_path / "pmem1"], check=True)
+    script = functions.replace("/dev/pmem", f"{tmp_path}/pmem").replace("1000 ]", "2 ]")
+    for uuid, filesystem in zip(uuids, ("erofs", "ext4", "erofs")):
+        script += f'pmem {uuid.replace("-", "")} {filesystem} && echo "${{device##*/}}" || echo none\n'
+    script += "usleep() { :; }\nwith_dax /nowhere ro && echo fine\nwith_dax /nowhere ro,dax=always || echo without\n"
+    done = subprocess.run(["sh", "-c", "usleep() { :; }\n" + script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["pmem0", "pmem1", "none", "fine", "without"]
 
 
 def test_settings_survive_the_shell() -> None:

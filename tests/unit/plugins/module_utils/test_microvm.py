@@ -416,6 +416,82 @@ def test_what_can_be_applied_live_is_and_then_nothing_is_left(machines: t.Any) -
     assert resource.result(resource.observe())["instances"][0]["restart_required"] is False
 
 
+MODELS = {
+    digest: {
+        "files": {"rootfs.erofs": {"size_bytes": 2 << 20}},
+        "definition": {"data": True, "filesystem": "erofs", "dax": True},
+        "definition_digest": digest[::-1],
+    }
+    for digest in ("12" * 32, "34" * 32)
+}
+
+
+@pytest.fixture
+def models(machines: t.Any) -> t.Any:
+    """The host, with two images of data: the name ``model`` means the first."""
+    for digest, manifest in MODELS.items():
+        machines.files({f"/var/lib/agentfleet/images/{digest}/manifest.json": json.dumps(manifest)})
+        with open(machines.path(f"/var/lib/agentfleet/images/{digest}/rootfs.erofs"), "wb") as file:
+            file.truncate(2 << 20)
+    machines.files({"/var/lib/agentfleet/images/names/model": f"-> ../{'12' * 32}"})
+    return machines
+
+
+def test_an_image_of_data_is_in_the_configuration_and_counts(models: t.Any) -> None:
+    run(models, call({"name": "a1", "data_images": [{"image": "model", "target": "/opt/model"}]}))
+    spec = json.loads(models.read("/var/lib/agentfleet/microvms/a1/spec.json"))
+    assert f"agentfleet_images='{'21' * 16} /opt/model erofs ro,dax=always'\n" in _microvm_data.config(spec)
+    drop_in = models.read("/etc/systemd/system/agentfleet-microvm@a1.service.d/60-agentfleet.conf")
+    assert f"MemoryMax={555745280 + (2 << 20)}" in drop_in.splitlines()
+
+
+def test_an_image_of_data_comes_while_it_runs(models: t.Any, monkeypatch: t.Any) -> None:
+    told: list[t.Any] = []
+    run(models, call({"name": "a1", "hotplug_slots": 1}))
+    monkeypatch.setattr(_microvm_state, "ask_agent", lambda *given: told.append(given[3:]) or {"hostname": "a1"})
+    params = call({"name": "a1", "hotplug_slots": 1, "data_images": [{"image": "model", "target": "/opt/model"}]})
+    assert words(run(models, params)) == ["define microVM a1", "reload systemd", "change microVM a1"]
+    assert models.asked == [f"a1: data_images {'12' * 32} added"]
+    assert any(f"MemoryMax={555745280 + (2 << 20)} " in line for line in models.calls if "set-property" in line)
+    line = f"{'21' * 16} /opt/model erofs ro,dax=always"
+    assert told == [("/attached", {"networks": [], "images": [line], "shares": []})]
+    assert run(models, params) == []
+
+
+def test_a_name_that_moved_is_another_image(models: t.Any) -> None:
+    params = call({"name": "a1", "hotplug_slots": 1, "data_images": [{"image": "model", "target": "/opt/model"}]})
+    run(models, params)
+    models.files({"/var/lib/agentfleet/images/names/model": f"-> ../{'34' * 32}"})
+    resource = MicroVms(models, params)
+    resource.plan(resource.observe())
+    assert resource.result(resource.observe())["instances"][0]["restart_reasons"] == [
+        f"data_images {'12' * 32} removed: QEMU takes no image away from a running machine",
+        f"data_images {'34' * 32} added: another image is mounted there, which QEMU does not take away",
+    ]
+
+
+def test_an_image_that_cannot_be_what_is_wished(models: t.Any) -> None:
+    twice = [{"image": "model", "target": "/a"}, {"image": "12" * 32, "target": "/b"}]
+    for instance, option, problem in (
+        ({"data_images": twice}, "data_images[1].image", "has it already"),
+        ({"data_images": [{"image": "agent", "target": "/a"}]}, "data_images[0].image", "has it already"),
+        (
+            {"data_images": [{"image": "other", "target": "/a"}]},
+            "data_images[0].image",
+            "not in the host's image store",
+        ),
+        ({"image": "model"}, "image", "an image of data, which has no kernel"),
+    ):
+        resource = MicroVms(models, call({"name": "a1", **instance}))
+        with pytest.raises(Refused, match=problem) as refused:
+            resource.plan(resource.observe())
+        assert refused.value.option == f"instances[0].{option}"
+    os.truncate(models.path(f"/var/lib/agentfleet/images/{'12' * 32}/rootfs.erofs"), 5)
+    resource = MicroVms(models, call({"name": "a1", "data_images": twice[:1]}))
+    with pytest.raises(Refused, match="missing or damaged"):
+        resource.plan(resource.observe())
+
+
 def test_a_share_that_comes_is_mounted_and_one_that_goes_is_unmounted_before(
     machines: t.Any, monkeypatch: t.Any
 ) -> None:
@@ -429,14 +505,14 @@ def test_a_share_that_comes_is_mounted_and_one_that_goes_is_unmounted_before(
 
     monkeypatch.setattr(_microvm_state, "ask_agent", agent)
     params, busy = call({"name": "a1", "hotplug_slots": 2, "shares": shares[1:]}), True
-    with pytest.raises(HostError, match="let go of share models: Device or resource busy. End what uses it there"):
+    with pytest.raises(HostError, match="let go of shares models: Device or resource busy. End what uses it there"):
         run(machines, params)
     machines.asked.clear()
     busy = False
     run(machines, params)
     assert machines.asked == [
         "/detaching {'targets': ['/mnt/models']}", "a1: shares models removed", "a1: shares data added",
-        "/attached {'networks': [], 'shares': ['data /mnt/data ro']}",
+        "/attached {'networks': [], 'images': [], 'shares': ['data /mnt/data ro']}",
     ]  # fmt: skip
 
 

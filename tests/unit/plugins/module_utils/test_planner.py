@@ -48,6 +48,16 @@ def test_every_line_of_one_microvm() -> None:
     assert one["usable_bytes"] == (256 - 48 - 4 - 16) * MIB
 
 
+def test_images_of_data_are_mapped_like_the_roots() -> None:
+    kind = {**AGENT, "memory": "512MiB", "count": 2, "data_images": [{"image": "model", "target": "/model"}]}
+    found = plan(facts(node(0, 16 * GIB)), [kind], {**IMAGES, "model": "2GiB"})
+    assert [(one["what"], one["bytes"]) for one in found["host"][1:]] == [
+        ("image agent", GIB), ("image model", 2 * GIB),
+    ]  # fmt: skip
+    assert lines(found)["page structs of its image"] == 48 * MIB
+    assert lines(found)["page tables"] == 2 * 8 * (512 + 3 * 1024) * 256
+
+
 def test_an_image_is_counted_once_and_the_host_fills_to_the_byte() -> None:
     each = (256 + 40 + 5) * MIB
     host = 512 * MIB + GIB

@@ -31,7 +31,7 @@ def test_split(fake_host: t.Any) -> None:
         + mapping("55a-55b r-xp 00000000 fe:00 77    /usr/bin/qemu-system-x86_64", 600, 350, 100, 0, 0)
     )
     fake_host.files({"/proc/42/smaps": smaps})
-    assert memory_of(fake_host, 42, IMAGE, [0x1000]) == {
+    assert memory_of(fake_host, 42, [IMAGE], [0x1000]) == {
         "rss_bytes": (1040 + 9000 + 600) * 1024,
         "pss_bytes": (540 + 9000 + 350) * 1024,
         "shared_bytes": 1000 * 1024,
@@ -44,15 +44,27 @@ def test_split(fake_host: t.Any) -> None:
 def test_a_memfd_is_guest_ram_also_where_virtiofsd_has_mapped_it(fake_host: t.Any) -> None:
     smaps = mapping("7f3000-7f9000 rw-s 00000000 00:01 5   /memfd:memory-backend-memfd (deleted)", 800, 500, 0, 200, 0)
     fake_host.files({"/proc/42/smaps": smaps})
-    found = memory_of(fake_host, 42, IMAGE)
+    found = memory_of(fake_host, 42, [IMAGE])
     assert (found["private_bytes"], found["guest_ram_bytes"], found["pss_bytes"]) == (800 << 10, 800 << 10, 500 << 10)
 
 
 def test_an_image_used_by_one_is_not_private(fake_host: t.Any) -> None:
     fake_host.files({"/proc/42/smaps": mapping(f"7f1-7f2 rw-p 00000000 fe:00 1    {IMAGE}", 500, 500, 500, 0, 0)})
-    found = memory_of(fake_host, 42, IMAGE)
+    found = memory_of(fake_host, 42, [IMAGE])
     assert (found["pss_bytes"], found["shared_bytes"], found["private_bytes"]) == (512000, 512000, 0)
 
 
+def test_images_of_data_are_images(fake_host: t.Any) -> None:
+    paths = [IMAGE, "/var/lib/agentfleet/images/def/rootfs.erofs"]
+    fake_host.files(
+        {
+            "/proc/42/smaps": "".join(
+                mapping(f"7f1-7f2 r--p 00000000 fe:00 1    {path}", 100, 50, 0, 4, 4) for path in paths
+            )
+        }
+    )
+    assert memory_of(fake_host, 42, paths)["shared_bytes"] == 2 * 96 << 10
+
+
 def test_no_process(fake_host: t.Any) -> None:
-    assert memory_of(fake_host, 0, IMAGE) == NOTHING
+    assert memory_of(fake_host, 0, [IMAGE]) == NOTHING

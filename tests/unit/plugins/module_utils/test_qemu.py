@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import typing as t
 
 import pytest
@@ -19,6 +20,10 @@ VOLUME = {
     "writable_layer": False,
 }  # fmt: skip
 LIMITS = {"disk_bytes_per_second": 1 << 20, "disk_operations_per_second": 0, "network_bytes_per_second": 0}
+IMAGE = {
+    "digest": "cd" * 32, "path": "/var/lib/agentfleet/images/cd/rootfs.erofs", "size_bytes": 2 << 30, "uuid": "ee" * 16,
+    "target": "/model", "filesystem": "erofs", "options": "ro,dax=always",
+}  # fmt: skip
 INTERFACE = {"network": "agents", "tap": "af0123", "mac": "02:00:00:00:00:01"}
 
 
@@ -90,6 +95,22 @@ def test_a_removed_device_is_waited_for(microvm_spec: t.Any, monkeypatch: t.Any)
         running.change(Change("volumes", "data", VOLUME, None), microvm_spec)
 
 
+def test_images_of_data_are_mapped_as_the_roots(microvm_spec: t.Any) -> None:
+    share = {"tag": "m", "source": "/srv", "target": "/mnt/m", "readonly": True, "dax": "never"}
+    argv = _qemu.command({**microvm_spec, "data_images": [IMAGE]})
+    assert f"size={256 << 20}B,maxmem={(256 << 20) + (4 << 30)}B" in argv
+    (backend,) = [json.loads(word) for word in argv if '"memory-backend-file"' in word]
+    assert backend["mem-path"] == IMAGE["path"] and (backend["share"], backend["readonly"]) == (False, True)
+    (device,) = [json.loads(word) for word in argv if '"virtio-pmem-pci"' in word]
+    assert device == {"driver": "virtio-pmem-pci", "id": "pmem-cdcdcdcdcdcd", "memdev": backend["id"]}
+    assert argv.index("virtio-pmem-pci,memdev=image") < argv.index(json.dumps(device))  # /dev/pmem0 is the root's
+    shared = _qemu.command({**microvm_spec, "data_images": [IMAGE], "shares": [share]})
+    assert [backend["rom"], *(json.loads(w)["rom"] for w in shared if '"memory-backend-file"' in w)] == ["off", "on"]
+    running, qmp = machine(microvm_spec)
+    running.change(Change("data_images", IMAGE["digest"], None, IMAGE), microvm_spec)
+    assert qmp.asked == [("object-add", backend), ("device_add", {"bus": "port1", **device})]
+
+
 def test_memory_is_what_comes_on_top_of_what_was_booted(microvm_spec: t.Any) -> None:
     running, qmp = machine({**microvm_spec, "memory_bytes": 384 << 20})
     running.change(Change("memory_bytes", "", 384 << 20, 512 << 20), microvm_spec)
@@ -132,6 +153,12 @@ def test_cpus_come_and_go_but_not_those_of_the_boot(microvm_spec: t.Any) -> None
         (Change("volumes", "data", VOLUME, {**VOLUME, "readonly": True}), {}, "can only grow"),
         (Change("volumes", "data", {**VOLUME, "writable_layer": True}, None), {"hotplug_slots": 1}, "root is on it"),
         (Change("volumes", "data", None, {**VOLUME, "mount": "/data"}), {"hotplug_slots": 1}, "when it starts"),
+        (Change("data_images", "cd", None, IMAGE), {}, "without room for so large an image"),
+        (Change("data_images", "cd", None, {**IMAGE, "size_bytes": 2 << 20}), {}, "without hotplug_slots"),
+        (Change("data_images", "cd", None, IMAGE), {"hotplug_slots": 1}, ""),
+        (Change("data_images", "cd", None, {**IMAGE, "size_bytes": 66 << 30}), {"hotplug_slots": 1}, "so large"),
+        (Change("data_images", "cd", IMAGE, None), {"hotplug_slots": 1}, "QEMU takes no image away"),
+        (Change("data_images", "ab", None, IMAGE), {"hotplug_slots": 1, "data_images": [IMAGE]}, "is mounted there"),
         (Change("networks", "agents", INTERFACE, {**INTERFACE, "mac": "x"}), {"hotplug_slots": 1}, "cannot change"),
         (Change("shares", "m", None, {"tag": "m"}), {"hotplug_slots": 1}, "without shares"),
         (Change("devices", "0000:41:00.0", None, "0000:41:00.0"), {"hotplug_slots": 1}, "with a balloon"),

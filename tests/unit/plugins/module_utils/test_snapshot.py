@@ -21,7 +21,7 @@ MIB = 1 << 20
 IMAGE = "/var/lib/agentfleet/images/ab/rootfs.erofs"
 PARENT: dict[str, t.Any] = {
     "name": "parent", "driver": "qemu", "program": "/usr/bin/qemu-system-x86_64", "accelerator": "kvm",
-    "tenant": "default", "image": "agent", "image_digest": "ab", "image_path": IMAGE, "image_bytes": 64 * MIB,
+    "tenant": "default", "image": "agent", "image_digest": "ab", "image_path": IMAGE, "image_bytes": 64 * MIB, "data_images": [],
     "kernel": "/k", "initrd": "/i", "kernel_arguments": ["quiet"], "vcpus": 2, "vcpus_max": 2,
     "memory_bytes": 8 * MIB, "memory_max_bytes": 8 * MIB, "memory_zones": [{"size_bytes": 8 * MIB, "numa_node": None}],
     "memory_file": "/run/agentfleet/parent/ram",
