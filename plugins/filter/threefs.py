@@ -63,7 +63,9 @@ def threefs_layout(members: list, wish: dict, leaving: list = ()) -> dict:
     tables = []
     for table in wish["tables"]:
         others = [other["id"] for other in tables if _share(hosts, table, other)]
-        tables.append({**table, "nodes": _threefs_layout.nodes(hosts, table, leaving), "disjoint_from": others})
+        nodes = _threefs_layout.nodes(hosts, table, leaving)
+        stripe = max(_threefs_layout.stripes(wish, table).values(), default=None)
+        tables.append({**table, "nodes": nodes, "disjoint_from": others, "stripe": stripe})
     return {
         "hosts": by_service,
         "admin": by_service["mgmtd"][0],

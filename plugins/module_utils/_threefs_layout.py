@@ -34,6 +34,15 @@ def nodes(hosts: Hosts, table: t.Mapping[str, t.Any], leaving: t.Collection[str]
     return found
 
 
+def stripes(wish: t.Mapping[str, t.Any], table: t.Mapping[str, t.Any]) -> dict[str, int]:
+    """Variable -> chains over which files are spread, of the directories that have a table."""
+    found = {"threefs_stripe": int(wish["stripe"])} if table["id"] == wish["tables"][0]["id"] else {}
+    for index, directory in enumerate(wish["directories"]):
+        if directory.get("chain_table") == table["id"]:
+            found[f"threefs_directories[{index}].stripe"] = int(directory.get("stripe") or 16)
+    return found
+
+
 def check(hosts: Hosts, wish: t.Mapping[str, t.Any], leaving: t.Collection[str] = ()) -> None:
     """Refuse what cannot work, before any host is touched.
 
@@ -147,12 +156,8 @@ def _check_table(
     chains = (
         sum(node["disks"] for node in stay) * int(table.get("targets_per_disk") or wish["targets_per_disk"]) // replicas
     )
-    stripes = {"threefs_stripe": wish["stripe"]} if table is wish["tables"][0] else {}
-    for index, directory in enumerate(wish["directories"]):
-        if directory.get("chain_table") == table["id"]:
-            stripes[f"threefs_directories[{index}].stripe"] = directory.get("stripe") or 16
-    for name, stripe in stripes.items():
-        if int(stripe) > chains:
+    for name, stripe in stripes(wish, table).items():
+        if stripe > chains:
             raise Refused(
                 name,
                 stripe,

@@ -75,6 +75,16 @@ def test_the_cluster_of_an_inventory() -> None:
     assert [table["disjoint_from"] for table in layout["tables"]] == [[], [1], [1]]
 
 
+def test_a_table_is_ordered_for_the_widest_stripe_of_its_directories() -> None:
+    directories = [{"chain_table": 1, "stripe": 6}, {"chain_table": 2, "stripe": 3}, {"chain_table": 2, "stripe": 2}]
+    layout = FILTERS["threefs_layout"]([member(1), member(2), member(3)], {**WISH, "directories": directories})
+    assert [table["stripe"] for table in layout["tables"]] == [6, 3, None]
+    for stripe in (7, None):  # 16, where nothing is said
+        wide = {**WISH, "directories": [{"chain_table": 1, "stripe": stripe}]}
+        with pytest.raises(AnsibleFilterError, match=r"threefs_directories\[0\].stripe.*6 chains only"):
+            FILTERS["threefs_layout"]([member(1), member(2), member(3)], wide)
+
+
 def test_two_storage_hosts_for_three_replicas() -> None:
     with pytest.raises(AnsibleFilterError, match="2 storage hosts cannot hold 3 replicas"):
         FILTERS["threefs_layout"]([member(1), member(2)], {**WISH, "tables": [{"id": 1}]})

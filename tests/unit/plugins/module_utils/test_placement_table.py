@@ -56,6 +56,7 @@ def test_a_table_is_made_once(fake_host: t.Any) -> None:
     )
     assert converge(fake_host)[0] == []
     assert converge(fake_host, seed=5)[0] == []
+    assert converge(fake_host, stripe=8)[0] == []
 
 
 def test_a_disk_of_twice_the_weight_has_twice_the_targets(fake_host: t.Any) -> None:
