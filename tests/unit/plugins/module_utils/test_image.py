@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import lzma
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import tarfile
 import typing as t
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -300,6 +302,41 @@ def test_an_image_has_what_was_asked_for(builder: Builder) -> None:
     assert "mkfs.erofs" in Path(image["log"]).read_text()
 
 
+def wheel(directory: Path, version: str = "1.0") -> str:
+    """A package with a program; returns the SHA-256 of its wheel."""
+    directory.mkdir(exist_ok=True)
+    path = directory / f"demo-{version}-py3-none-any.whl"
+    info = f"demo-{version}.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("demo/__init__.py", "def main():\n    print('demo')\n")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: demo\nVersion: {version}\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/entry_points.txt", "[console_scripts]\ndemo = demo:main\n")
+        archive.writestr(f"{info}/RECORD", f"demo/__init__.py,,\n{info}/RECORD,,\n")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@BUILDS
+@pytest.mark.skipif(not importlib.util.find_spec("pip"), reason="pip is needed to install wheels")
+def test_python_packages_are_installed_as_they_were_hashed(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = wheel(builder.root / "wheels")
+    for key, value in (("NO_INDEX", "1"), ("FIND_LINKS", str(builder.root / "wheels"))):
+        monkeypatch.setenv(f"PIP_{key}", value)
+    builder.oci = oci(builder.root / "with-python", **{"usr/bin/python3.13": "", "usr/lib/python3/dist-packages/x": ""})
+    image = {"python_requirements": [f"demo==1.0 --hash=sha256:{digest}"]}
+    result = builder.build(image)
+    assert result["images"][0]["python_packages"] == {"demo": "1.0"}
+    tree = builder.unpacked(result["images"][0]["image_digest"])
+    assert (tree / "usr/lib/python3/dist-packages/demo/__init__.py").is_file()
+    program = tree / "usr/local/bin/demo"
+    assert program.read_text().startswith("#!/usr/bin/env python3\n") and program.stat().st_mode & 0o111
+    assert builder.build(image, refresh=True)["store"] == result["store"]
+    with pytest.raises(HostError, match=f"Expected sha256 {'0' * 64}"):
+        builder.build({"python_requirements": [f"demo==1.0 --hash=sha256:{'0' * 64}"]})
+
+
 @BUILDS
 def test_an_image_of_data_is_built_without_packages_and_kernel(builder: Builder) -> None:
     (builder.root / "model").mkdir()
@@ -369,6 +406,31 @@ def test_a_file_that_changes_during_the_build(builder: Builder) -> None:
     with pytest.raises(HostError, match="source changed while the image was built"):
         apply_all(made, steps)
     assert made.observe() == {}
+
+
+@pytest.mark.skipif(not _sbom.program(), reason="debsbom is needed")
+def test_the_bill_of_materials_lists_all_packages_and_is_the_same_each_time(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    info = tree / "usr/lib/python3/dist-packages/Of_Pip-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: Of_Pip\nVersion: 1.0\n")
+    (info / "RECORD").write_text("")
+    made = []
+    for attempt in range(4):
+        if attempt == 2:  # the first two have no Debian in them, as an OCI image may
+            (tree / "var/lib/dpkg").mkdir(parents=True)
+            stanza = "Package: {0}\nStatus: install ok installed\nVersion: 2.0-1\nArchitecture: amd64\nMaintainer: A <a@example.org>\n"
+            text = "\n".join(stanza.format(name) for name in ("base-files", "bash", "dpkg")) + "\n"
+            (tree / "var/lib/dpkg/status").write_text(text)
+        _sbom.make(Host("/"), str(tree), "agent", "ab" * 32, 1735689600, str(tmp_path / f"sbom{attempt}"))
+        made.append((tmp_path / f"sbom{attempt}").read_text())
+    assert (made[0], made[2]) == (made[1], made[3])
+    plain, full = (json.loads(made[number]) for number in (0, 2))
+    assert [one["purl"] for one in plain["components"]] == ["pkg:pypi/of-pip@1.0"]
+    assert plain["metadata"]["component"]["name"] == "agent" and plain["bomFormat"] == "CycloneDX"
+    assert {(one["name"], one["version"]) for one in full["components"]} == {
+        ("base-files", "2.0-1"), ("bash", "2.0-1"), ("dpkg", "2.0-1"), ("Of_Pip", "1.0"),
+    }  # fmt: skip
 
 
 @BUILDS

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _early_init, _guest_kernel, _initramfs
-from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Completed, Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 
 
@@ -82,6 +82,55 @@ def test_a_package_without_a_kernel(tmp_path: Path) -> None:
         _guest_kernel.from_package(Host("/"), str(tmp_path), str(tmp_path), "linux-doc", False)
     with pytest.raises(HostError, match="linux-doc brought 0 kernel sources instead of one"):
         _guest_kernel.from_source(Host("/"), str(tmp_path), str(tmp_path), "linux-doc", "", 0)
+
+
+class Make(Host):
+    """This machine, with a make that builds nothing: it takes all lines of a configuration but some."""
+
+    def __init__(self, refuses: str = "") -> None:
+        super().__init__("/")
+        self.refuses, self.asked = refuses, []  # type: t.Any, list[str]
+
+    def run(
+        self, argv: t.Sequence[str], stdin: str | None = None, timeout_seconds: float = 60, check: bool = True
+    ) -> Completed:
+        if argv[0] != "make":
+            return super().run(argv, stdin, timeout_seconds, check)
+        self.asked.append(argv[-1])
+        source = Path(argv[argv.index("-C") + 1])
+        if argv[-1] == "alldefconfig":
+            lines = (source / "agentfleet.config").read_text().splitlines()
+            (source / ".config").write_text("\n".join(line for line in lines if self.refuses not in line.split("=")))
+        elif argv[-1] == "bzImage":
+            (source / "arch/x86/boot").mkdir(parents=True)
+            (source / "arch/x86/boot/bzImage").write_bytes(bz_image(gzip.compress(ELF)))
+        return Completed(tuple(argv), 0, "6.12.1\n" if argv[-1] == "kernelrelease" else "", "")
+
+
+def sources(tree: Path) -> str:
+    """An unpacked source package, and busybox."""
+    for path, text in (("linux/kernel/configs/kvm_guest.config", "CONFIG_NET=y\n"), ("usr/bin/busybox", "busybox")):
+        (tree / path).parent.mkdir(parents=True)
+        (tree / path).write_text(text)
+    (tree / "usr/src").mkdir()
+    archive = tree / "usr/src/linux-source-6.12.tar.gz"
+    subprocess.run(["tar", "-C", tree, "-czf", archive, "linux"], check=True)
+    return str(tree)
+
+
+def test_a_kernel_is_built_of_sources_that_take_every_line(tmp_path: Path) -> None:
+    make, tree, target = Make(), sources(tmp_path / "a"), tmp_path / "target"
+    target.mkdir()
+    _guest_kernel.from_source(make, tree, str(target), "linux-source", "CONFIG_WIREGUARD=y\n", 1735689600)
+    assert make.asked == ["alldefconfig", "bzImage", "kernelrelease"]
+    assert (target / "kernel").read_bytes() == ELF and (target / "release").read_text() == "6.12.1\n"
+    assert not (target / "modules").exists()  # all is built in: no initramfs
+    config = (target / "config").read_text().splitlines()
+    assert config[0] == "CONFIG_NET=y" and {"CONFIG_VIRTIO_PMEM=y", "CONFIG_WIREGUARD=y"} <= set(config)
+    refusing, tree = Make("CONFIG_WIREGUARD"), sources(tmp_path / "b")
+    with pytest.raises(HostError, match="linux-source do not take CONFIG_WIREGUARD=y"):
+        _guest_kernel.from_source(refusing, tree, str(target), "linux-source", "CONFIG_WIREGUARD=y\n", 1735689600)
+    assert refusing.asked == ["alldefconfig"]  # nothing is compiled then
 
 
 def zstd(data: bytes) -> bytes:

@@ -16,6 +16,7 @@ import pytest
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_unit, _microvm_units, _qemu
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import slot
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 
 
 @pytest.fixture
@@ -55,6 +56,42 @@ def test_a_boot_keeps_others_waiting_only_so_long(host: t.Any, monkeypatch: t.An
     monkeypatch.setattr(_microvm_unit, "uptime", lambda _host: next(clock))
     _microvm_unit.wait(host, 1, seconds=0)
     assert host.names("/run/agentfleet/slots") == []
+
+
+# -- after the start -----------------------------------------------------------------
+
+
+def test_a_balloon_is_set_as_soon_as_the_vmm_answers(host: t.Any, monkeypatch: t.Any) -> None:
+    asked: list[str] = []
+
+    class Settled(Machine):
+        def change(self, change: t.Any, _spec: t.Any) -> None:
+            self.asked.append(str(change))
+
+    def machine(_host: t.Any, _spec: t.Any) -> Machine:
+        asked.append("connect")
+        if len(asked) == 1:
+            raise FileNotFoundError("its socket")
+        return Settled(asked, (), "running")
+
+    monkeypatch.setattr(_qemu, "machine", machine)
+    assert _microvm_unit.main(["settle", "a1"], host) == 0 and asked == []  # it has none
+    host.files(
+        {"/run/agentfleet/a1.spec.json": json.dumps({**_microvm_unit.read_spec(host, "a1"), "balloon_bytes": 64})}
+    )
+    assert _microvm_unit.main(["settle", "a1"], host) == 0
+    assert asked == ["connect", "connect", "balloon_bytes 0 -> 64"]
+
+
+def test_a_vmm_that_never_answers_fails_the_start(host: t.Any, monkeypatch: t.Any) -> None:
+    def machine(_host: t.Any, _spec: t.Any) -> Machine:
+        raise ConnectionRefusedError
+
+    spec = {**_microvm_unit.read_spec(host, "a1"), "balloon_bytes": 64}  # type: ignore[dict-item]
+    host.files({"/run/agentfleet/a1.spec.json": json.dumps(spec)})
+    monkeypatch.setattr(_qemu, "machine", machine)
+    with pytest.raises(HostError, match="does not answer within 0 seconds"):
+        _microvm_unit.settle(host, "a1", seconds=0)
 
 
 # -- the ladder ----------------------------------------------------------------------
