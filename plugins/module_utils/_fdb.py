@@ -69,6 +69,11 @@ def binaries(host: Host, release: str) -> dict[str, str]:
     return found
 
 
+def _ports(conf: str) -> list[int]:
+    """Ports of the servers that a foundationdb.conf names."""
+    return [int(port) for port in re.findall(r"^\[fdbserver\.(\d+)\]", conf, re.MULTILINE)]
+
+
 def check_layout(redundancy: str, coordinators: t.Sequence[str], machines: t.Sequence[str]) -> list[str]:
     """Machines and coordinators suffice for the redundancy; returns the coordinators in order.
 
@@ -161,6 +166,7 @@ class Servers:
         self.data = str(params.get("data_directory") or f"/var/lib/{self._dashed()}")
         self.logs = str(params.get("log_directory") or f"/var/log/{self._dashed()}")
         self.library_path = [str(path) for path in params.get("library_path") or []]
+        self.lose_data = bool(params.get("lose_data"))
         self.backup = self._backup(params.get("backup") or {})
 
     def _dashed(self) -> str:
@@ -223,9 +229,28 @@ class Servers:
         taken = {}
         for path in self.host.glob("/etc/foundationdb*/foundationdb.conf"):
             if os.path.dirname(path) != etc(self.name):
-                for port in re.findall(r"^\[fdbserver\.(\d+)\]", self.host.read(path), re.MULTILINE):
-                    taken[int(port)] = os.path.dirname(path)
+                taken.update(dict.fromkeys(_ports(self.host.read(path)), os.path.dirname(path)))
         return taken
+
+    def _refuse_loss(self, conf: str) -> None:
+        """Servers that end, or begin in an empty directory, take their share of the data with them; on all hosts at once, all of it."""
+        going = [port for port in _ports(conf) if not self.port <= port < self.port + self.processes]
+        if going:
+            servers = " ".join(f"{self.address}:{port}" for port in going)
+            raise Refused(
+                "processes" if self.port in _ports(conf) else "port",
+                self.processes if self.port in _ports(conf) else self.port,
+                f"the servers {servers} would end, with data that others may not have",
+                f"Move their data first (fdbcli --exec 'exclude {servers}'), then set lose_data: true",
+            )
+        there = re.search(r"^datadir *= *(\S+)/data/\$ID$", conf, re.MULTILINE)
+        if there and there.group(1) != self.data:
+            raise Refused(
+                "data_directory",
+                self.data,
+                f"the data are in {there.group(1)}, and the servers would begin without any",
+                "Stop the service and move the directory; to give up this host's data, set lose_data: true",
+            )
 
     # -- plan -----------------------------------------------------------------------
 
@@ -240,6 +265,8 @@ class Servers:
                 raise Refused(
                     "port", self.port, f"{observed['others'][port]} has port {port} on this host", "Choose other ports"
                 )
+        if not self.lose_data:
+            self._refuse_loss(observed["files"][f"{etc(self.name)}/foundationdb.conf"])
         now = observed["cluster"]
         if now and connection(now).partition(":")[0] != self.connection.partition(":")[0]:
             raise Refused(

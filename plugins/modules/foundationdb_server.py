@@ -56,7 +56,7 @@ options:
     type: int
     default: 4500
   processes:
-    description: Server processes on this host; as many as it has CPUs, if left out.
+    description: Server processes on this host; as many as it has CPUs, if left out. Fewer are refused without O(lose_data).
     type: int
   memory:
     description: Memory for each server process, such as V(8GiB); the server's own default, if left out.
@@ -71,6 +71,10 @@ options:
   log_directory:
     description: Directory of the logs; C(/var/log/foundationdb) or C(/var/log/foundationdb-NAME), if left out.
     type: path
+  lose_data:
+    description: Allow servers to end, or to begin in another directory, whose data others may not have.
+    type: bool
+    default: false
   library_path:
     description: Directories in which the programs look for C(libfdb_c.so).
     type: list
@@ -159,6 +163,7 @@ def main() -> None:
             "backup_agents": {"type": "int", "default": 0},
             "data_directory": {"type": "path"},
             "log_directory": {"type": "path"},
+            "lose_data": {"type": "bool", "default": False},
             "library_path": {"type": "list", "elements": "str", "default": []},
             "backup": {
                 "type": "dict",

@@ -23,7 +23,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._fdb import (
     coordinators_of,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, apply_all
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, apply_all
 from ansible_collections.agentfleet.metal.tests.unit.threefs_lab import DOUBLES, load
 
 RELEASE = "/opt/foundationdb/1"
@@ -122,6 +122,20 @@ def test_a_cluster_file_that_servers_rewrote_is_left_alone(host: t.Any) -> None:
     servers = Servers(host, SERVERS)
     assert FILE not in [step.object for step in servers.plan(servers.observe())]
     assert servers.result(servers.observe())["connection"] == "metal:abc@10.0.0.9:4500"
+
+
+def test_servers_end_with_their_data_only_when_that_is_said(host: t.Any) -> None:
+    first = Servers(host, SERVERS)
+    apply_all(first, first.plan(first.observe()))
+    conf = "/etc/foundationdb/foundationdb.conf"
+    more = Servers(host, {**SERVERS, "processes": 3})
+    assert conf in [step.object for step in more.plan(more.observe())]
+    fewer = {**SERVERS, "processes": 1, "data_directory": "/data"}
+    with pytest.raises(Refused, match="the servers 10.0.0.1:4501 would end"):
+        Servers(host, fewer).plan(Servers(host, fewer).observe())
+    told = Servers(host, {**fewer, "lose_data": True})
+    apply_all(told, told.plan(told.observe()))
+    assert "[fdbserver.4501]" not in host.read(conf) and "datadir = /data/data/$ID" in host.read(conf)
 
 
 def test_a_second_database_has_everything_of_its_own(host: t.Any) -> None:
