@@ -19,8 +19,8 @@ The disk with the serial ``agentfleet-config`` is a script that sets (one item a
     agentfleet_init=PROGRAM
     export NAME=VALUE               # the environment
 
-Options of a volume are those of mount, and ``mkfs`` (make the file system if the volume is blank) and ``grow`` (ext4: let it
-fill the volume). The disk with the serial ``agentfleet-data`` is a ustar, unpacked over the root once for each content.
+Options of a volume are those of mount, and ``mkfs`` (make the file system if the volume is blank) and ``grow`` (let it fill
+the volume). The disk with the serial ``agentfleet-data`` is a ustar, unpacked over the root once for each content.
 """
 
 from __future__ import annotations
@@ -56,11 +56,13 @@ disk() {{ # SERIAL: sets device
     done
     return 1
 }}
-in_image() {{ # PROGRAM ...
-    mount -o bind /dev "$image/dev" && mount -o bind /proc "$image/proc" || return
-    chroot "$image" /usr/bin/env PATH=/usr/sbin:/usr/bin:/sbin:/bin "$@"
+inside() {{ # TREE PROGRAM ...
+    tree=$1
+    shift
+    mount -o bind /dev "$tree/dev" && mount -o bind /proc "$tree/proc" || return
+    chroot "$tree" /usr/bin/env PATH=/usr/sbin:/usr/bin:/sbin:/bin "$@"
     code=$?
-    umount "$image/proc" && umount "$image/dev" && return $code
+    umount "$tree/proc" && umount "$tree/dev" && return $code
 }}
 volume() {{ # SERIAL MOUNTPOINT FILESYSTEM OPTIONS
     disk "$1" || fail "volume $1 is not attached"
@@ -73,18 +75,21 @@ volume() {{ # SERIAL MOUNTPOINT FILESYSTEM OPTIONS
     done
     unset IFS
     load "$3"
-    if [ -n "$mkfs" ] && cmp -s -n 1048576 "$device" /dev/zero && ! in_image blkid -p "$device" >/dev/null; then
-        in_image "mkfs.$3" -q "$device" || fail "volume $1: mkfs.$3 does not work; does the image have it?"
+    if [ -n "$mkfs" ] && cmp -s -n 1048576 "$device" /dev/zero && ! inside "$image" blkid -p "$device" >/dev/null; then
+        inside "$image" "mkfs.$3" -q "$device" || fail "volume $1: mkfs.$3 does not work; does the image have it?"
     elif [ -n "$grow" ] && [ "$3" = ext4 ]; then
         # Block count and size from the superblock: resize2fs alone would want a full check at every start.
         blocks=$(hexdump -s 1028 -n 4 -e '1/4 "%u"' "$device") size=$((2 << $(hexdump -s 1048 -n 4 -e '1/4 "%u"' "$device")))
         read -r sectors <"/sys/block/${{device##*/}}/size"
         if [ $(((blocks + 1) * size)) -le "$sectors" ]; then
-            in_image e2fsck -fp "$device" >/dev/null
-            in_image resize2fs "$device" >/dev/null 2>&1 || fail "volume $1 does not grow"
+            inside "$image" e2fsck -fp "$device" >/dev/null
+            inside "$image" resize2fs "$device" >/dev/null 2>&1 || fail "volume $1 does not grow"
         fi
     fi
     mkdir -p "$2" && mount -t "$3" -o "rw$flags" "$device" "$2" || fail "volume $1 does not mount as $3"
+    if [ -n "$grow" ] && [ "$3" = xfs ]; then # grows where it is mounted, and does nothing if it fills the volume
+        inside "$root" xfs_growfs "${{2#"$root"}}" >/dev/null || fail "volume $1 does not grow"
+    fi
 }}
 
 pmem() {{ # UUID FILESYSTEM: sets device to the one whose file system has it

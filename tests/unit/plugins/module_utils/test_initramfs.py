@@ -8,6 +8,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import os
 import re
 import shutil
 import struct
@@ -247,6 +248,49 @@ def test_images_are_found_by_their_uuid_whatever_their_number(tmp_path: Path) ->
     script += "usleep() { :; }\nwith_dax /nowhere ro && echo fine\nwith_dax /nowhere ro,dax=always || echo without\n"
     done = subprocess.run(["sh", "-c", "usleep() { :; }\n" + script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["pmem0", "pmem1", "none", "fine", "without"]
+
+
+# In a mount namespace of its own, on a loop device: the machine's own tree is image and root.
+ON_A_LOOP_DEVICE = """
+set -e
+mount --rbind / "$top/tree"
+image=$top/tree root=$top/tree
+loop=$(losetup --find --show "$top/disk")
+trap 'umount "$root$top/data" || :; losetup --detach "$loop"' EXIT
+load() { :; }
+fail() { echo "failed: $*"; exit 1; }
+disk() { device=$loop; }
+grown() {
+    volume data "$root$top/data" "$filesystem" mkfs,grow
+    df --block-size=1M --output=size,fstype "$root$top/data" | tail -n 1
+}
+grown
+echo kept >"$root$top/data/file"
+umount "$root$top/data"
+truncate -s 700M "$top/disk"
+losetup --set-capacity "$loop"
+grown
+cat "$root$top/data/file"
+"""
+
+
+@pytest.mark.parametrize("filesystem", ["ext4", "xfs"])
+def test_a_volume_is_made_once_and_grows_with_its_file_system(tmp_path: Path, filesystem: str) -> None:
+    programs = [f"mkfs.{filesystem}", "losetup", "hexdump", {"ext4": "resize2fs", "xfs": "xfs_growfs"}[filesystem]]
+    if os.geteuid() or not all(map(shutil.which, programs)):
+        pytest.skip(f"root, {', '.join(programs)} are needed")
+    (tmp_path / "tree").mkdir()
+    with open(tmp_path / "disk", "wb") as file:
+        file.truncate(350 << 20)
+    if subprocess.run(["losetup", "--find"], capture_output=True, check=False).returncode:
+        pytest.skip("a loop device is needed")
+    functions = _early_init.SCRIPT[_early_init.SCRIPT.index("inside() {") : _early_init.SCRIPT.index("pmem() {")]
+    script = f"top={tmp_path} filesystem={filesystem}\n{functions}{ON_A_LOOP_DEVICE}"
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after, content = done.stdout.splitlines()
+    assert (before.split()[1], content) == (filesystem, "kept")
+    assert int(before.split()[0]) < 350 < 600 < int(after.split()[0])
 
 
 def test_settings_survive_the_shell() -> None:
