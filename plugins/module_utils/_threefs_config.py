@@ -372,6 +372,7 @@ class Config:
                 "has no configs/admin_cli.toml",
                 "Install it first (module artifact), or correct the path",
             )
+        self._check_indices(json.loads(observed["now"][description_path(self.cluster)] or "{}").get("target_paths", []))
         steps = [
             Step("create", path, after="directory") for path, there in observed["directories"].items() if not there
         ]
@@ -391,6 +392,17 @@ class Config:
             )
         self.restarts = self._restarts(observed, {step.object for step in steps})
         return steps + (self.published.plan(observed["published"], self._mains(observed)) if self.published else [])
+
+    def _check_indices(self, before: t.Sequence[str]) -> None:
+        """Targets are known by the index of their disk: with another order storage would look for them on other disks."""
+        for index, (old, new) in enumerate(zip(before, self.target_paths)):
+            if old != new:
+                raise Refused(
+                    f"target_paths[{index}]",
+                    new,
+                    f"this place, which is the disk's index, is that of {old}",
+                    f"Keep the order and put new disks last; in a cluster without data, remove {description_path(self.cluster)}",
+                )
 
     def _restarts(self, observed: t.Mapping[str, t.Any], stale: t.Collection[str]) -> list[str]:
         """Services that these steps concern in what they read only when they start."""

@@ -108,7 +108,9 @@ options:
     type: bool
     default: true
   target_paths:
-    description: Paths of the targets, the same on all storage hosts in the same order; the place is the disk's index.
+    description:
+      - Paths of the targets, the same on all storage hosts in the same order; the place is the disk's index.
+      - Another order than before is refused. New disks come last.
     type: list
     elements: str
     default: []

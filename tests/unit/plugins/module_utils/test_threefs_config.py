@@ -169,6 +169,20 @@ def test_what_mgmtd_hands_out_needs_no_restart(host: t.Any, change: dict[str, t.
     assert then.result(observed)["restarts"] == restarts
 
 
+@pytest.mark.parametrize("paths", [["/storage/data2/3fs", "/storage/data1/3fs"], ["/storage/data2/3fs"]])
+def test_disks_keep_their_index(host: t.Any, paths: list[str]) -> None:
+    first = config(host, publish=False)
+    apply_all(first, first.plan(first.observe()))
+    other = config(host, publish=False, target_paths=paths)
+    with pytest.raises(
+        Refused, match="this place, which is the disk's index, is that of /storage/data1/3fs"
+    ) as refused:
+        other.plan(other.observe())
+    assert refused.value.option == "target_paths[0]"
+    fewer = config(host, publish=False, target_paths=BASE["target_paths"][:1])
+    assert fewer.plan(fewer.observe())
+
+
 def test_check_mode_before_anything_is_installed(fake_host: t.Any) -> None:
     resource = config(fake_host)
     resource.predicting = True
