@@ -26,6 +26,7 @@ WRITER, READER, LAYERED = "fleet-01", "fleet-02", "image-layered"
 # Of the image's last MiB nothing is a file's: what is written there disturbs no running program.
 BLOCK = 4096
 PATTERN = "written by a guest"
+AGENT = {"name": "agent", "kernel_modules": ["nvme"]}  # as in converge.yml
 EXTRA = {"name": "agent-extra", "base": "agent", "files": [{"path": "/etc/extra", "content": "extra"}]}
 # A file system of its own for this process alone, too small for a build, that has one image of a cache.
 ON_A_FULL_DISK = """
@@ -70,7 +71,7 @@ class Guests:
     def __init__(self, lab: t.Any, host: t.Any, microvms: t.Any, sixteen: t.Any) -> None:
         self.lab, self.host, self.microvms, self.sixteen = lab, host, microvms, sixteen
         self.agent = {
-            "name": "agent",
+            **AGENT,
             "directories": [{"path": "/usr/lib/agentfleet", "src": str(lab.root / "roles/rootfs/files")}],
         }
 
@@ -177,7 +178,7 @@ def test_an_image_in_use_is_no_garbage(guests: Guests, microvms: t.Any) -> None:
 
 
 def test_a_second_transfer_is_none_and_a_layered_image_a_difference(guests: Guests, microvms: t.Any) -> None:
-    wanted = {"rootfs_images": [{"name": "agent"}, EXTRA], "rootfs_cache": str(guests.lab.directory / "images")}
+    wanted = {"rootfs_images": [AGENT, EXTRA], "rootfs_cache": str(guests.lab.directory / "images")}
     first = guests.lab.succeed("images", **wanted)
     sent = [item for task in first.tasks for item in task.result.get("results", []) if item.get("dest")]
     assert [item for item in sent if ".from-" in item["dest"]], sent

@@ -50,7 +50,10 @@ def receive(connection: socket.socket) -> tuple[int, bytes]:
     def exactly(size: int) -> bytes:
         data = b""
         while len(data) < size:
-            chunk = connection.recv(size - len(data))
+            try:
+                chunk = connection.recv(size - len(data))
+            except ConnectionResetError:  # a guest whose machine was reset, which has closed nothing
+                chunk = b""
             if not chunk:
                 raise ConnectionResetError("the microVM went away before the command had ended")
             data += chunk

@@ -625,7 +625,8 @@ def resume(host: Host, name: str) -> None:
     for network in spec["networks"]:
         host.run(["ip", "link", "set", network["tap"], "down"])
     end = time.monotonic() + IDENTITY_SECONDS
-    with _connected(lambda: driver.machine(host, spec).__enter__(), end) as machine:
+    with contextlib.ExitStack() as stack:
+        machine = _connected(lambda: stack.enter_context(driver.machine(host, spec)), end)
         machine.load(spec["restore_from"])
         machine.resume()
     told: dict[str, t.Any] = {}

@@ -179,6 +179,15 @@ def test_a_microvm_that_goes_away_is_said(microvm: MicroVm) -> None:
     running.stderr.close()
 
 
+def test_so_is_one_whose_machine_was_reset() -> None:
+    ours, its = socket.socketpair()
+    ours.send(b"what nobody reads")
+    its.close()  # with which the host's kernel resets the connection
+    with pytest.raises(ConnectionResetError, match="went away before the command had ended"):
+        _microvm_exec.receive(ours)
+    ours.close()
+
+
 def test_it_waits_for_a_microvm_that_boots(microvm: MicroVm) -> None:
     microvm.answering = False
     done = microvm.run("true", timeout=0.5)

@@ -38,13 +38,18 @@ CPUINFO = "processor: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t: 1
 class Machine:
     """A machine as the drivers give it; writes down what is asked of it."""
 
+    connected = False
+
     def __init__(self, host: t.Any, log: list[str], spec: t.Mapping[str, t.Any]) -> None:
         self.host, self.log, self.spec = host, log, spec
 
     def __enter__(self) -> Machine:
+        assert not self.connected, "QEMU greets a second client only after the first has left"
+        self.connected = True
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        self.connected = False
         self.log.append("disconnect")
 
     def state(self) -> str:
