@@ -3,11 +3,12 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Puts and gets objects of given sizes through several arms in turns, and prints the seconds of each as JSON.
 
-client.py JSON    {"arms": {NAME: [MASTER, SEGMENT]}, "node": where the segments' memory lies or null, "count": objects, "sizes": []}
-client.py JSON    {"arms": ..., "fill": BYTES}: fill the segments once and empty them, so that their memory exists
+client.py JSON    {"arms": {NAME: [MASTER, SEGMENT]}, "bytes": of each segment, "node": where its memory lies or null,
+                  "count": objects, "sizes": []}
 
-The objects come from and go into a registered buffer, as inference engines do it. The arms take turns with each object, so
-that what else the machine does meets them alike.
+Each segment is filled once and emptied before, so that its memory exists and is mapped. The objects come from and go into
+a registered buffer, as inference engines do it. The arms take turns with each object, so that what else the machine does
+meets them alike.
 """
 
 from __future__ import annotations
@@ -104,14 +105,12 @@ def measure(arms: dict[str, Client], size: int, count: int, node: int | None) ->
 
 
 def main() -> None:
-    """Fill, or measure."""
+    """Fill, and measure."""
     wish = json.loads(sys.argv[1])
     arms = {name: Client(*arm) for name, arm in wish["arms"].items()}
-    if "fill" in wish:
-        for client in arms.values():
-            client.fill(wish["fill"])
-    else:
-        print(json.dumps({size: measure(arms, size, wish["count"], wish["node"]) for size in wish["sizes"]}))
+    for client in arms.values():
+        client.fill(wish["bytes"])
+    print(json.dumps({size: measure(arms, size, wish["count"], wish["node"]) for size in wish["sizes"]}))
     for client in arms.values():
         client.engine.close()
 

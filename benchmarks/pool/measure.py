@@ -1,19 +1,22 @@
 # Copyright: agentfleet.metal contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Measures both arms on the machine it runs on, in the engine's Python: measure.py NODES ROUNDS COUNT SIZE_MIB
+"""Measures both arms on the machine it runs on, in the engine's Python: measure.py NODES SECONDS COUNT SIZE_MIB
 
-NODES: NUMA nodes such as 0,1 to bind the memory to, or - to leave it to the kernel. Prints JSON: node -> rounds, each
-bytes -> arm -> kind -> seconds.
+NODES: NUMA nodes such as 0,1 to bind the memory to, or - to leave it to the kernel. Each is measured for so many seconds,
+in rounds: a process and the physical pages that it happens to get are one sample, so every round has fresh ones of both
+arms. Prints JSON: node -> rounds, each with "times", bytes -> arm -> kind -> seconds, and "huge", arm -> MiB of the
+store's memory that huge pages map.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import platform
-import signal
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,7 +26,8 @@ import typing as t
 from ansible_collections.agentfleet.metal.plugins.module_utils import _pooldecl
 
 HERE = pathlib.Path(__file__).resolve().parent
-PORTS = {"ours": (55051, 55003), "bare": (55052, 55004)}
+# Below those that the kernel gives to clients, of which every round leaves some behind.
+PORTS = {"ours": (25051, 25003), "bare": (25052, 25004)}
 START_SECONDS = 120
 # Name -> preset, tensor parallelism: a block of 64 tokens, as one rank stores it.
 MODELS = {
@@ -63,11 +67,11 @@ def blocks() -> dict[str, int]:
 
 
 class Arm:
-    """A master and a store, for as long as it is measured."""
+    """A master and a store, for as long as ``running`` is open."""
 
-    def __init__(self, name: str, size_mib: int, node: int | None) -> None:
-        self.name, self.size_mib, self.node = name, size_mib, node
-        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="agentfleet-bench-"))
+    def __init__(self, name: str, size_mib: int, node: int | None, running: contextlib.ExitStack) -> None:
+        self.name, self.size_mib, self.node, self.running = name, size_mib, node, running
+        self.directory = pathlib.Path(running.enter_context(tempfile.TemporaryDirectory(prefix="agentfleet-bench-")))
         self.processes: list[subprocess.Popen[str]] = []
         port, metrics = PORTS[name]
         self.master = f"127.0.0.1:{port}"
@@ -77,6 +81,8 @@ class Arm:
         """Start a program; what it says goes to a log."""
         with open(self.directory / f"log-{len(self.processes)}", "w") as log:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        self.running.enter_context(process)  # which waits for its end
+        self.running.callback(process.kill)  # before: nobody needs what it holds
         self.processes.append(process)
         return process
 
@@ -123,48 +129,48 @@ class Arm:
         """The ends of what its programs said."""
         return " ".join(path.read_text()[-600:] for path in sorted(self.directory.glob("log-*")))
 
-    def close(self) -> None:
-        """End its programs."""
-        for process in reversed(self.processes):
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    def huge(self) -> int:
+        """MiB of its store's memory that huge pages map; the memory is in the mappings that are large enough for it."""
+        maps = pathlib.Path(f"/proc/{self.processes[-1].pid}/smaps").read_text()
+        lines = re.findall(r"^Size:(.*?) kB.*?^AnonHugePages:(.*?) kB.*?^ShmemPmdMapped:(.*?) kB", maps, re.M | re.S)
+        return max(int(anon) + int(shared) for size, anon, shared in lines if int(size) >= self.size_mib << 10) >> 10
 
 
 def client(arms: t.Sequence[Arm], **wish: t.Any) -> t.Any:
-    """Run the client; each time it is a new process, so that no process's luck is the result."""
+    """Run the client."""
     wish["arms"] = {arm.name: (arm.master, arm.segment) for arm in arms}
     command = [sys.executable, str(HERE / "client.py"), json.dumps(wish)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     if done.returncode != 0:
         sys.exit(" ".join([done.stderr[-800:], *(arm.logs() for arm in arms)]))
-    return json.loads(done.stdout.splitlines()[-1]) if "sizes" in wish else None
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def one_node(node: int | None, rounds: int, count: int, size_mib: int) -> list[dict[str, t.Any]]:
-    """Measure both arms on one node."""
-    arms: list[Arm] = []
-    try:
-        arms.extend(Arm(name, size_mib, node) for name in PORTS)
-        client(arms, fill=size_mib << 20)
-        sizes = list(blocks().values())
-        return [client(arms, node=node, count=count, sizes=sizes) for _round in range(rounds)]
-    finally:
-        for arm in arms:
-            arm.close()
+def one_round(names: t.Iterable[str], node: int | None, count: int, size_mib: int) -> dict[str, t.Any]:
+    """Start the arms in this order, measure them in turns, and end them."""
+    with contextlib.ExitStack() as running:
+        arms = [Arm(name, size_mib, node, running) for name in names]
+        times = client(arms, bytes=size_mib << 20, node=node, count=count, sizes=list(blocks().values()))
+        return {"times": times, "huge": {arm.name: arm.huge() for arm in arms}}
+
+
+def one_node(node: int | None, seconds: float, count: int, size_mib: int) -> list[dict[str, t.Any]]:
+    """Measure both arms on one node, in pairs of rounds so that each arm starts first as often as the other."""
+    end, rounds = time.monotonic() + seconds, []
+    while time.monotonic() < end:
+        rounds += [one_round(names, node, count, size_mib) for names in (PORTS, reversed(PORTS))]
+    return rounds
 
 
 def main() -> None:
     """Measure, and print."""
     nodes = [None if node == "-" else int(node) for node in sys.argv[1].split(",")]
-    rounds, count, size_mib = map(int, sys.argv[2:])
+    seconds, count, size_mib = map(int, sys.argv[2:])
     found = {
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, kernel {platform.release()}, "
         f"Python {platform.python_version()}",
         "blocks": blocks(),
-        "nodes": [(node, one_node(node, rounds, count, size_mib)) for node in nodes],
+        "nodes": [(node, one_node(node, seconds, count, size_mib)) for node in nodes],
     }
     print(json.dumps(found))
 
