@@ -282,7 +282,7 @@ def test_a_volume_is_made_once_and_grows_with_its_file_system(tmp_path: Path, fi
     (tmp_path / "tree").mkdir()
     with open(tmp_path / "disk", "wb") as file:
         file.truncate(350 << 20)
-    if subprocess.run(["losetup", "--find"], capture_output=True, check=False).returncode:
+    if subprocess.run(["unshare", "--mount", "losetup", "--find"], capture_output=True, check=False).returncode:
         pytest.skip("a loop device is needed")
     functions = _early_init.SCRIPT[_early_init.SCRIPT.index("inside() {") : _early_init.SCRIPT.index("pmem() {")]
     script = f"top={tmp_path} filesystem={filesystem}\n{functions}{ON_A_LOOP_DEVICE}"
