@@ -144,5 +144,7 @@ def test_a_pci_function_is_the_guests_and_comes_back(given: Given) -> None:
 
 def test_nothing_is_left(given: Given) -> None:
     given.microvms.bring({"name": given.name}, state="absent")
-    assert given.microvms.left() - given.before == set()
+    left = given.microvms.left() - given.before
+    # The unit that binds functions again at boot is the host's, and stays enabled.
+    assert {line for line in left if not line.endswith("/agentfleet-restore.service")} == set()
     given.host.check_output("rm -r /srv/given")

@@ -184,7 +184,8 @@ SHARE_SERVICE = f"""\
 Description=agentfleet virtiofsd for %i
 
 [Service]
-EnvironmentFile={SHARES}/%i.env
+# "-": it may be removed while the service, whose guest has left, still ends
+EnvironmentFile=-{SHARES}/%i.env
 ExecStart={_vmm.VIRTIOFSD} --fd=3 --sandbox=namespace --inode-file-handles=prefer --shared-dir ${{SHARE_SOURCE}} $SHARE_FLAGS
 ExecStopPost=/bin/sh -c 'share=%i; [ "$$SERVICE_RESULT" = success ] || \\
     exec systemctl --no-block try-restart "agentfleet-microvm@$${{share%%%%:*}}.service"'
