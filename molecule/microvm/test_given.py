@@ -20,6 +20,8 @@ FIRST, SECOND = 128 * MIB, 32 * MIB
 MODELS = {"tag": "models", "source": "/srv/given/models"}
 SCRATCH = {"tag": "scratch", "source": "/srv/given/scratch", "readonly": False}
 REGION = {"type": "ram", "memdevs": ["0x1", "0x2"]}
+WEIGHTS = {"image": "weights", "target": "/opt/weights"}  # of converge.yml
+VECTORS = {"image": "vectors", "target": "/opt/vectors"}
 LATER = {"tag": "later", "source": "/srv/given/later"}
 
 
@@ -99,6 +101,19 @@ def test_the_image_is_mapped_and_not_cached(given: Given) -> None:
     before = int(given.inside(f"echo 3 >/proc/sys/vm/drop_caches; {cached}"))
     read = int(given.inside("cat /usr/lib/x86_64-linux-gnu/*.so* | wc -c")) >> 10
     assert int(given.inside(cached)) - before < read / 8
+
+
+def test_images_of_data_are_mapped_beside_the_root(given: Given) -> None:
+    given.bring(data_images=[WEIGHTS])
+    (before,) = given.microvms.look(given.name).values()
+    given.bring(data_images=[WEIGHTS, VECTORS])  # while it runs
+    assert given.inside("cat /opt/weights/model /opt/vectors/index") == "weights of a modelvectors of a corpus"
+    assert given.inside("grep -c '^/dev/pmem.* /opt/.* erofs .*dax=always' /proc/mounts") == "2\n"
+    assert given.microvms.run(given.name, "echo forged >/opt/weights/model").rc != 0
+    (after,) = given.microvms.look(given.name).values()
+    assert after["ready"] and after["pid"] == before["pid"]
+    given.bring(data_images=[])
+    assert given.inside("grep -c /opt/ /proc/mounts || true") == "0\n"
 
 
 def test_memory_is_where_its_zones_are_bound_to(given: Given) -> None:
