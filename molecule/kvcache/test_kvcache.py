@@ -110,7 +110,8 @@ def proofs(played: t.Any) -> dict[str, dict[str, t.Any]]:
     return {
         f"{task.host}-{tier['name']}": tier
         for task in played.tasks
-        for tier in task.result.get("pools", {}).get("shared", {}).get("tiers", [])
+        if isinstance(pools := task.result.get("pools"), dict)  # a list is what was declared
+        for tier in pools.get("shared", {}).get("tiers", [])
     }
 
 

@@ -299,7 +299,6 @@ class Pools:
 
     def _stops(self, name: str, observed: t.Mapping[str, t.Any]) -> list[str]:
         old, new = parts(observed["declared"].get(name)), parts(self.wanted[name])
-        # Stores first: they take leave of a master that still answers.
         return [
             unit
             for unit in reversed(list(old))
@@ -334,12 +333,15 @@ class Pools:
             stays = "so that what they hold stays in the pool"
             steps.append(Step("drain", f"pool {name}, tiers {', '.join(data['drain'])}", why=stays, data=(name, data)))
         why = f"loses {data['lost']}" if data["lost"] else "its declaration changes"
-        steps += [Step("stop", unit, before="active", why=why, disruptive=True) for unit in stops]
-        steps += [
-            Step("disable", unit, before="enabled")
+        if stops:  # at once: each takes its time to take leave
+            steps.append(Step("stop", ", ".join(stops), before="active", why=why, data=stops, disruptive=True))
+        goes = [
+            unit
             for unit in old_parts
             if unit not in new_parts and observed["units"].get(unit, {}).get("UnitFileState") == "enabled"
         ]
+        if goes:
+            steps.append(Step("disable", ", ".join(goes), before="enabled", data=goes))
         steps += self._plan_directories(pool, observed)
         # The record of the old state goes last when a pool goes, and first when it comes.
         record = (
@@ -520,9 +522,13 @@ class Pools:
             command = agent("drain", name, ",".join(data["drain"]), str(DRAIN_SECONDS))
             self.host.run(command, timeout_seconds=DRAIN_SECONDS + 60)
         elif step.verb == "stop":
-            self.host.run(["systemctl", "stop", step.object], timeout_seconds=120)
+            masters = [unit for unit in step.data if unit.startswith("agentfleet-mooncake-master@")]
+            # Stores first: they take leave of a master that still answers.
+            for units in ([unit for unit in step.data if unit not in masters], masters):
+                if units:
+                    self.host.run(["systemctl", "stop", *units], timeout_seconds=120)
         elif step.verb == "disable":
-            self.host.run(["systemctl", "disable", "--quiet", step.object])
+            self.host.run(["systemctl", "disable", "--quiet", *step.data])
         elif step.verb == "create":
             os.makedirs(self.host.path(step.object), mode=0o700 if step.data else 0o750)
             if step.data:
