@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.machinery
 import importlib.util
 import json
@@ -214,6 +215,25 @@ def test_shares_are_mounted_once_and_let_go_when_nothing_uses_them(tmp_path: Pat
     ]  # fmt: skip
     assert [line[0] for line in left] == ["work"]
     assert refusal == f"[Errno 16] umount2 {tmp_path}/work 0: Device or resource busy"
+
+
+def test_a_share_is_mounted_as_soon_as_the_kernel_has_its_device(
+    agent: t.Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = [OSError(errno.EINVAL, "no such tag"), OSError(errno.EINVAL, "no such tag"), None]
+
+    def mount(*_words: t.Any) -> None:
+        if what := said.pop(0):
+            raise what
+
+    monkeypatch.setattr(agent, "libc", mount)
+    wish = {"networks": [], "shares": [f"models {tmp_path} ro"]}
+    agent.use(wish)
+    assert said == []
+    monkeypatch.setattr(agent, "ATTACH_SECONDS", 0)
+    said = [OSError(errno.EINVAL, "no such tag")] * 2
+    with pytest.raises(OSError, match="no such tag"):
+        agent.use(wish)
 
 
 def test_an_image_is_found_by_its_uuid_and_only_used_with_dax(
