@@ -69,7 +69,7 @@ class Bench:
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_CALLBACKS_ENABLED": ""},
+            env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")},
             capture_output=True,
             text=True,
             timeout=60 * self.arguments.timeout_minutes,
