@@ -214,7 +214,8 @@ options:
             type: str
             required: true
           quota:
-            description: What the tenant may fill. Beyond it its own oldest objects go.
+            description: What the tenant may fill. Beyond it its own oldest objects go. With Mooncake it is one of memory; copies on
+              SSD are not counted.
             type: str
             required: true
           token:
