@@ -347,6 +347,15 @@ def test_a_pool_that_cannot_answer_is_not_verified(machine: Machine) -> None:
 TENANTS = [{"name": "red", "quota": "2MiB", "token": "0123456789abcdef"}, {"name": "blue", "quota": "1MiB"}]
 
 
+@pytest.mark.parametrize(("etcd", "warned"), [([], 0), (["h:2379"], 1)])
+def test_quotas_that_the_record_in_etcd_does_not_know_are_warned_of(
+    machine: Machine, etcd: list[str], warned: int
+) -> None:
+    resource = _pool.Pools(machine.host, wish(tenants=TENANTS, etcd=etcd))
+    warnings = resource.result(resource.observe())["warnings"]
+    assert sum("what a tenant's quota evicts" in one for one in warnings) == warned
+
+
 def test_tenants_get_quotas_and_secret_names(machine: Machine) -> None:
     steps = machine.run(wish(tenants=TENANTS))
 
