@@ -607,7 +607,7 @@ class Pools:
                     f"pool {name}: the engines' connectors of these versions ask for one replica of a block; only "
                     "clients that set replica_num get more"
                 )
-            if _serves_tenants(pool) and pool["etcd"]:
+            if pool and _serves_tenants(pool) and pool["etcd"]:
                 warnings.append(
                     f"pool {name}: mooncake up to 0.3.13 does not record in etcd what a tenant's quota evicts. Once that is "
                     "more than a store holds, a master that takes over finds no object in memory. Give each tenant more than "
