@@ -316,8 +316,12 @@ def _disk(disk: Disk, spec: Spec) -> config.DiskConfig:
     )
 
 
+def _image_id(digest: str) -> str:
+    return f"image-{digest[:12]}"
+
+
 def _image(image: DataImage) -> config.PmemConfig:
-    return config.PmemConfig(image["path"], discard_writes=True, id=f"image-{image['digest'][:12]}")
+    return config.PmemConfig(image["path"], discard_writes=True, id=_image_id(image["digest"]))
 
 
 def _net(network: Interface, spec: Spec) -> config.NetConfig:
@@ -531,8 +535,8 @@ class CloudHypervisorMachine:
             size = change.after["size_bytes"]
             self._api.put("vm.resize-disk", config.VmResizeDisk(f"disk-{change.item}", size))
         elif change.after is None:
-            item = change.item[:12] if change.key == "data_images" else change.item
-            self._remove(f"{_PREFIXES[change.key]}-{item}")
+            image = change.key == "data_images"
+            self._remove(_image_id(change.item) if image else f"{_PREFIXES[change.key]}-{change.item}")
         else:
             self._add(change, spec)
 
@@ -594,7 +598,7 @@ class CloudHypervisorMachine:
 
 
 # The spec's list -> how its devices' ids begin.
-_PREFIXES = {"data_images": "image", "volumes": "disk", "networks": "net", "shares": "share", "devices": "device"}
+_PREFIXES = {"volumes": "disk", "networks": "net", "shares": "share", "devices": "device"}
 
 
 def adapted(document: dict[str, t.Any], spec: Spec) -> dict[str, t.Any]:

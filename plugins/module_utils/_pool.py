@@ -333,8 +333,11 @@ class Pools:
             stays = "so that what they hold stays in the pool"
             steps.append(Step("drain", f"pool {name}, tiers {', '.join(data['drain'])}", why=stays, data=(name, data)))
         why = f"loses {data['lost']}" if data["lost"] else "its declaration changes"
-        if stops:  # at once: each takes its time to take leave
-            steps.append(Step("stop", ", ".join(stops), before="active", why=why, data=stops, disruptive=True))
+        if stops:
+            # At once, since each takes its time, but stores first: they take leave of a master that still answers.
+            master = [unit for unit in stops if unit == master_unit(name)]
+            order = [group for group in ([unit for unit in stops if unit not in master], master) if group]
+            steps.append(Step("stop", ", ".join(stops), before="active", why=why, data=order, disruptive=True))
         goes = [
             unit
             for unit in old_parts
@@ -522,11 +525,8 @@ class Pools:
             command = agent("drain", name, ",".join(data["drain"]), str(DRAIN_SECONDS))
             self.host.run(command, timeout_seconds=DRAIN_SECONDS + 60)
         elif step.verb == "stop":
-            masters = [unit for unit in step.data if unit.startswith("agentfleet-mooncake-master@")]
-            # Stores first: they take leave of a master that still answers.
-            for units in ([unit for unit in step.data if unit not in masters], masters):
-                if units:
-                    self.host.run(["systemctl", "stop", *units], timeout_seconds=120)
+            for units in step.data:
+                self.host.run(["systemctl", "stop", *units], timeout_seconds=120)
         elif step.verb == "disable":
             self.host.run(["systemctl", "disable", "--quiet", *step.data])
         elif step.verb == "create":

@@ -58,17 +58,17 @@ loader.exec_module(agent)
 libc = agent.libc
 agent.libc = lambda name, *words: libc(name, *(word if word != "virtiofs" else "tmpfs" for word in words))
 mounts = lambda: [line.split()[:4] for line in open("/proc/mounts") if sys.argv[2] in line]
-wish = {"networks": [], "shares": [f"models {sys.argv[2]}/a/models ro", f"work {sys.argv[2]}/work rw"]}
+wish = {"networks": [], "shares": [f"models {sys.argv[2]}/a/models ro", f"scratch {sys.argv[2]}/scratch rw"]}
 agent.use(wish)
 agent.use(wish)
 told = [mounts()]
 gone = {"targets": [f"{sys.argv[2]}/a/models"]}
-busy = open(f"{sys.argv[2]}/work/file", "w")
+busy = open(f"{sys.argv[2]}/scratch/file", "w")
 agent.let_go(gone)
 agent.let_go(gone)
 told.append(mounts())
 try:
-    agent.let_go({"targets": [f"{sys.argv[2]}/work"]})
+    agent.let_go({"targets": [f"{sys.argv[2]}/scratch"]})
 except OSError as error:
     told.append(str(error))
 print(json.dumps(told))
@@ -211,10 +211,10 @@ def test_shares_are_mounted_once_and_let_go_when_nothing_uses_them(tmp_path: Pat
     )
     mounted, left, refusal = json.loads(done.stdout)
     assert [(line[0], line[1], line[3][:2]) for line in mounted] == [
-        ("models", f"{tmp_path}/a/models", "ro"), ("work", f"{tmp_path}/work", "rw"),
+        ("models", f"{tmp_path}/a/models", "ro"), ("scratch", f"{tmp_path}/scratch", "rw"),
     ]  # fmt: skip
-    assert [line[0] for line in left] == ["work"]
-    assert refusal == f"[Errno 16] umount2 {tmp_path}/work 0: Device or resource busy"
+    assert [line[0] for line in left] == ["scratch"]
+    assert refusal == f"[Errno 16] umount2 {tmp_path}/scratch 0: Device or resource busy"
 
 
 def test_a_share_is_mounted_as_soon_as_the_kernel_has_its_device(
