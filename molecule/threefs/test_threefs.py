@@ -222,7 +222,7 @@ def test_tokens_are_rotated_without_a_gap(cluster: Cluster) -> None:
 
 
 def test_foundationdb_is_backed_up_and_the_backup_checked(cluster: Cluster) -> None:
-    agent = cluster.admin.check_output("pgrep -f [/]bin/backup_agent")
+    agent = cluster.admin.check_output("pgrep -f '[/]bin/backup_agent --cluster-file=/etc/foundationdb/'")
     cluster.admin.check_output(f"kill -STOP {agent}")  # so that the backup does not end before it is interrupted
     running = cluster.lab.start("threefs_fdb_backup", **cluster.variables)
     status = f"{FDB}/fdbbackup status -C /etc/foundationdb/fdb.cluster -t agentfleet"
@@ -239,6 +239,19 @@ def test_foundationdb_is_backed_up_and_the_backup_checked(cluster: Cluster) -> N
     assert len(backups) == 2, "the interrupted one, which the agent ended, and its successor"
     assert cluster.admin.check_output("systemctl show -P Result foundationdb-backup-check.service") == "success"
     assert cluster.admin.check_output("systemctl is-active foundationdb-backup.timer") == "active"
+
+
+def test_the_newest_backup_is_restored_for_trial_beside_the_database(cluster: Cluster) -> None:
+    assert cluster.admin.check_output("systemctl is-active foundationdb-restore-drill.timer") == "active"
+    before = cluster.chains()
+    cluster.admin.check_output("systemctl start foundationdb-restore-drill.service")
+    drill, own = "/etc/foundationdb-foundationdb_drill/fdb.cluster", "/etc/foundationdb/fdb.cluster"
+    said = cluster.admin.check_output(f"{FDB}/fdbrestore status --dest-cluster-file {drill} -t agentfleet")
+    assert "State: completed" in said and "BytesWritten: 0" not in said
+    keys = f"{FDB}/fdbcli -C {drill} --timeout 30 --exec 'getrangekeys \"\" \\xff 1'"
+    assert "agentfleet-drill/" not in cluster.admin.check_output(keys), "it is dropped again"
+    assert cluster.admin.check_output(f"{FDB}/fdbrestore status --dest-cluster-file {own} -t agentfleet") == ""
+    assert cluster.chains() == before
 
 
 def test_a_node_is_drained_and_forgotten(cluster: Cluster) -> None:

@@ -23,6 +23,7 @@ ENGINES = ("ssd", "ssd-redwood-1", "memory")
 _NAME = re.compile(r"^[a-z0-9][a-z0-9_]{0,30}$")
 _CONNECTION = re.compile(r"^([A-Za-z0-9_]+):([A-Za-z0-9]+)@(\S+)$")
 _DEFAULT = "foundationdb"
+DRILL_PREFIX = "agentfleet-drill/"
 
 
 def check_name(value: t.Any) -> str:
@@ -193,16 +194,24 @@ class Servers:
                 "without an agent a backup never ends",
                 "At least 1 on the host that has the directory",
             )
-        calendars = {
-            key: str(given.get(key) or default)
-            for key, default in (("on_calendar", "daily"), ("check_on_calendar", "weekly"))
-        }
+        defaults = {"on_calendar": "daily", "check_on_calendar": "weekly", "drill_on_calendar": "monthly"}
+        calendars = {key: str(given.get(key) or default) for key, default in defaults.items()}
         for key, value in calendars.items():
             if not re.fullmatch(r"[\w*:,./ ~-]+", value):
                 raise Refused(
                     f"backup.{key}", value, "not a calendar event of systemd", "Write such as daily or *-*-* 02:00"
                 )
-        return {"directory": directory, "keep": keep, **calendars}
+        drill = str(given.get("drill_database") or "")
+        if drill and not _NAME.match(drill):
+            raise Refused("backup.drill_database", drill, "not a name for a database", "Use a-z, 0-9 and _, at most 31")
+        if drill == self.name:
+            raise Refused(
+                "backup.drill_database",
+                drill,
+                "a restore locks the database that it goes into, and this is the one that is backed up",
+                "Name another one of this host",
+            )
+        return {"directory": directory, "keep": keep, "drill_database": drill, **calendars}
 
     # -- observe ------------------------------------------------------------------
 
@@ -212,6 +221,7 @@ class Servers:
         return {
             "files": {path: self.host.read(path) for path in self._files()},
             "cluster": self.host.read(cluster_file(self.name)),
+            "drill": self._observe_drill(),
             "units": show(self.host, units, "ActiveState,UnitFileState"),
             "installed": self.host.exists(self._programs()["fdbmonitor"]),
             "directories": {
@@ -224,6 +234,32 @@ class Servers:
 
     def _programs(self) -> dict[str, str]:
         return binaries(self.host, self.release)
+
+    def _drills(self) -> bool:
+        return bool(self.backup.get("drill_database"))
+
+    def _observe_drill(self) -> dict[str, t.Any]:
+        if not self._drills():
+            return {}
+        drill = self.backup["drill_database"]
+        conf = self.host.read(f"{etc(drill)}/foundationdb.conf")
+        return {"connection": connection(self.host.read(cluster_file(drill))), "agent": "[backup_agent." in conf}
+
+    def _refuse_drill(self, found: t.Mapping[str, t.Any], own: str) -> None:
+        """A drill into the database that is backed up would lock all its clients out; without an agent it has no end."""
+        drill = self.backup["drill_database"]
+        if not (found["connection"] and found["agent"]) and not self.predicting:
+            missing = "no backup agent of it runs" if found["connection"] else "there is no such database"
+            raise Refused(
+                "backup.drill_database", drill, f"{missing} on this host", "Run it here first, with backup_agents: 1"
+            )
+        if found["connection"].partition("@")[0] == own.partition("@")[0]:
+            raise Refused(
+                "backup.drill_database",
+                drill,
+                f"{cluster_file(drill)} leads to the database that is backed up",
+                "Name a database of its own",
+            )
 
     def _others(self) -> dict[int, str]:
         taken = {}
@@ -275,6 +311,8 @@ class Servers:
                 f"this host belongs to another database: {connection(now).partition('@')[0]}",
                 f"Give this one its own name and ports, or move {etc(self.name)} and {self.data} away to give the other up",
             )
+        if self._drills():
+            self._refuse_drill(observed["drill"], connection(now) or self.connection)
         steps = [
             Step("create", path, after="directory") for path, there in observed["directories"].items() if not there
         ]
@@ -357,15 +395,47 @@ class Servers:
         units = {
             f"{self._dashed()}-restore@.service": f"{head}\n{title}: restore of %i\nAfter={own}\n\n{service}{restore}{long}"
         }
-        for verb, calendar, command in (("backup", "on_calendar", run), ("backup-check", "check_on_calendar", check)):
+        backup = f"{own} {self._dashed()}-backup.service"
+        timed = [
+            ("backup", "on_calendar", own, run),
+            ("backup-check", "check_on_calendar", backup, check),
+        ]
+        if self._drills():
+            scratch = unit_name(self.backup["drill_database"])
+            timed.append(
+                ("restore-drill", "drill_on_calendar", f"{backup} {scratch}", self._drill(f"{newest} -r", restorable))
+            )
+        for verb, calendar, after, command in timed:
             base = f"{self._dashed()}-{verb}"
-            after = own + (f" {self._dashed()}-backup.service" if verb == "backup-check" else "")
             units[f"{base}.service"] = f"{head}\n{title}: {verb}\nAfter={after}\n\n{service}{command}{long}"
             units[f"{base}.timer"] = (
                 f"{head}\n{title}: {verb}\n\n"
                 f"[Timer]\nOnCalendar={self.backup[calendar]}\nPersistent=true\n\n[Install]\nWantedBy=timers.target\n"
             )
         return units
+
+    def _drill(self, newest: str, restorable: str) -> str:
+        """Restore the newest restorable backup for trial, below a prefix of another database, and drop it again.
+
+        A restore locks the whole database it goes into, whatever the prefix: so it must be another one, which is looked
+        at again on each run. The prefix is what keeps the cleaning from any key that is not of a drill.
+        """
+        programs, file, other = self._programs(), cluster_file(self.name), cluster_file(self.backup["drill_database"])
+        restore, where = programs["fdbrestore"], f"--dest-cluster-file {other} -t agentfleet"
+        keys = f"{DRILL_PREFIX} {DRILL_PREFIX[:-1]}{chr(ord(DRILL_PREFIX[-1]) + 1)}"
+        identity = 'sed -n "/^#/d;s/@.*//p" %s'
+        cli = f"{programs['fdbcli']} -C {other} --timeout 60 --exec"
+        clean = (f"-{restore} abort {where}\n", f'{cli} "writemode on; clearrange {keys}"\n')
+        start = f'{restore} start {where} --add-prefix {DRILL_PREFIX} -k "$$USER_KEYS" -r file://$$d -w'
+        return (
+            'Environment="USER_KEYS=\\"\\" \\\\xff"\n'  # as fdbrestore reads a range, without the system's own keys
+            f'ExecStartPre=/bin/sh -ec \'test "$$({identity % file})" != "$$({identity % other})"\'\n'
+            f"ExecStartPre={clean[0]}ExecStartPre={clean[1]}"
+            f"ExecStart=/bin/sh -ec 'for d in $$({newest}); do if {restorable % '$$d'}; then exec {start}; fi; done; exit 1'\n"
+            f"ExecStart=/bin/sh -ec '{restore} status {where} | grep \"State: completed\"'\n"
+            f'ExecStart=/bin/sh -ec \'{cli} "getrangekeys {keys} 1" | grep "^.{DRILL_PREFIX}"\'\n'
+            f"ExecStopPost={clean[0]}ExecStopPost={clean[1]}"
+        )
 
     # -- apply ------------------------------------------------------------------------
 

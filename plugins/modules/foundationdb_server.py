@@ -83,6 +83,7 @@ options:
   backup:
     description:
       - Regular backups by a timer on this host, and another timer that looks whether the newest is restorable.
+      - A restore is tried regularly where O(backup.drill_database) is set.
       - Starting C(foundationdb-restore@BACKUP.service) gives up what the database has for one of them.
     type: dict
     default: {}
@@ -102,6 +103,16 @@ options:
         description: How many backups are kept.
         type: int
         default: 7
+      drill_database:
+        description:
+          - Name of another database of this host, with a backup agent, into which a third timer restores the newest restorable
+            backup for trial, below a key prefix of its own, and drops it again. Without it no restore is tried.
+          - Never the database that is backed up, since a restore locks the whole database that it goes into.
+        type: str
+      drill_on_calendar:
+        description: When the newest one is restored for trial.
+        type: str
+        default: monthly
 """
 
 EXAMPLES = r"""
@@ -173,6 +184,8 @@ def main() -> None:
                     "on_calendar": {"type": "str", "default": "daily"},
                     "check_on_calendar": {"type": "str", "default": "weekly"},
                     "keep": {"type": "int", "default": 7},
+                    "drill_database": {"type": "str"},
+                    "drill_on_calendar": {"type": "str", "default": "monthly"},
                 },
             },
         },

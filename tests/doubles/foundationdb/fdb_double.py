@@ -13,7 +13,9 @@ One file under the names fdbmonitor, fdbserver, fdbcli, fdbbackup, fdbrestore an
   coordinators forward them.
 - A redundancy mode is accepted also when there are too few machines; the database is then not healthy.
 - A backup needs an agent, and lands on the disk of whichever agent took it.
-- Keys are cleared only in write mode, and a restore wants a database without any.
+- Keys are cleared only in write mode, and a restore wants a range without any.
+- A restore needs an agent of the database that it goes into, and locks that whole database until it is complete or
+  aborted, whatever prefix its keys get: other clients then read and write nothing.
 
 State: the data directory of each fdbserver. 3FS's double keeps its own state under "keys" of the same document.
 """
@@ -40,6 +42,10 @@ ALIVE_SECONDS = 40
 
 class Unavailable(Exception):
     """No majority of coordinators answered."""
+
+
+class Locked(Exception):
+    """A restore has the database for itself."""
 
 
 def parse_cluster(text: str) -> tuple[str, list[str]]:
@@ -117,12 +123,15 @@ class Cluster:
             return {"document": document, "processes": newest["processes"]}
         raise Unavailable
 
-    def change(self, edit) -> dict:
+    def change(self, edit, lock_aware: bool = False) -> dict:
         """Read, edit, write with compare-and-set on a majority; ``edit`` changes the document it is given."""
         for _turn in range(50):
             before = json.dumps(self.read()["document"], sort_keys=True)
             document = json.loads(before)
+            locked = document.get("locked") and not lock_aware
             edit(document)
+            if locked and document["keys"] != json.loads(before)["keys"]:
+                raise Locked
             if json.dumps(document, sort_keys=True) == before:
                 return document
             document["version"] += 1
@@ -326,6 +335,9 @@ def _command(cluster: Cluster, command: str, end: float | None) -> int:
     while True:
         try:
             return _change(cluster, words)
+        except Locked:
+            sys.stdout.write("ERROR: Database is locked (1038)\n")
+            return 1
         except Unavailable:
             if end is not None and time.time() > end:
                 sys.stdout.write("Specified timeout reached -- exiting...\n")
@@ -405,14 +417,32 @@ def _change(cluster: Cluster, words: list[str]) -> int:
     if words[0] == "coordinators":
         return _coordinators(cluster, words[1:])
     if words[0] == "clearrange":
-        if words[1:] != ['""', r"\xff"]:
-            sys.stdout.write("ERROR: the double knows only the range of all keys\n")
-            return 1
-        cluster.change(lambda document: document.update(keys={}))
+        begin, end = key_range(" ".join(words[1:]))
+
+        def clear(document: dict) -> None:
+            document["keys"] = {key: value for key, value in document["keys"].items() if not begin <= key < end}
+
+        cluster.change(clear)
         sys.stdout.write("Committed\n")
+        return 0
+    if words[0] == "getrangekeys":
+        begin, end = key_range(" ".join(words[1:3]))
+        document = cluster.read()["document"]
+        if document.get("locked"):
+            raise Locked
+        found = [key for key in sorted(document["keys"]) if begin <= key < end][: int(words[3])]
+        sys.stdout.write(f"\nRange limited to {words[3]} keys\n" + "".join(f"`{key}'\n" for key in found) + "\n")
         return 0
     sys.stdout.write(f"ERROR: Unknown command `{words[0]}'. Try `help'?\n")
     return 1
+
+
+def key_range(text: str) -> tuple[str, str]:
+    """Begin and end of ``BEGIN END``, in which words may be quoted and bytes escaped."""
+    words = [re.sub(r"\\x(..)", lambda m: chr(int(m.group(1), 16)), word.strip('"')) for word in text.split()]
+    if len(words) != 2:
+        raise SystemExit(f"ERROR: Invalid key range `{text}'")
+    return words[0], words[1]
 
 
 def _coordinators(cluster: Cluster, wanted: list[str]) -> int:
@@ -535,27 +565,97 @@ def backup_agent(arguments: list[str]) -> int:
                     with open(os.path.join(directory, "double.json"), "w", encoding="utf-8") as file:
                         json.dump(document["keys"], file)
                     cluster.change(lambda new, tag=tag: new["backups"][tag].update(state="completed"))
+            for tag, restore in document.get("restores", {}).items():
+                if restore["state"] == "queued":
+                    _restore(cluster, tag, restore)
         except (Unavailable, OSError):
             pass
         time.sleep(2)
 
 
+def _restore(cluster: Cluster, tag: str, restore: dict) -> None:
+    """What an agent does for a restore; an error leaves it queued, and it is tried for ever."""
+    begin, end = restore["range"]
+    with open(os.path.join(restore["url"].removeprefix("file://"), "double.json"), encoding="utf-8") as file:
+        kept = json.load(file)
+    new = {restore["prefix"] + key: value for key, value in kept.items() if begin <= key < end}
+
+    def finish(document: dict) -> None:
+        if document["restores"][tag] == restore:  # it was not aborted meanwhile
+            document["keys"].update(new)
+            document["restores"][tag] = {**restore, "state": "completed", "bytes": len(json.dumps(new))}
+            document["locked"] = False
+
+    cluster.change(finish, lock_aware=True)
+
+
 def fdbrestore(arguments: list[str]) -> int:
     options, rest = options_of(arguments, ("w", "waitfordone"))
+    if not os.path.exists(options.get("dest-cluster-file", "")):
+        sys.stderr.write("Restore destination cluster file must be specified explicitly.\n")
+        return 1
     cluster = Cluster(options["dest-cluster-file"])
-    url = options.get("r", "")
+    tag = options.get("t", "default")
+    if rest[0] == "start":
+        return _restore_start(cluster, tag, options)
     if rest[0] == "abort":
-        sys.stdout.write("Tag: " + options["t"] + "  State: unitialized\n")
+        state = "unitialized"  # as upstream spells it
+
+        def abort(document: dict) -> None:
+            nonlocal state
+            restore = document.get("restores", {}).get(tag)
+            if restore and restore["state"] == "queued":
+                restore["state"] = "aborted"
+                document["locked"] = False
+            state = restore["state"] if restore else state
+
+        cluster.change(abort)
+        sys.stdout.write(f"RESTORE_ABORT Tag: {tag}  State: {state}\n")
         return 0
-    if rest[0] != "start":
-        sys.stdout.write(f"ERROR: unknown subcommand {rest[0]}\n")
+    if rest[0] == "status":
+        restore = cluster.read()["document"].get("restores", {}).get(tag)
+        if restore:
+            sys.stdout.write(
+                f"Tag: {tag}  UID: 0  State: {restore['state']}  Blocks: 1/1  BlocksInProgress: 0  Files: 1  "
+                f"BytesWritten: {restore['bytes']}  ApplyVersionLag: 0  LastError: None\n"
+            )
+        return 0
+    sys.stdout.write(f"ERROR: unknown subcommand {rest[0]}\n")
+    return 1
+
+
+def _restore_start(cluster: Cluster, tag: str, options: dict[str, str]) -> int:
+    prefix, url = options.get("add-prefix", ""), options.get("r", "")
+    begin, end = key_range(options.get("k", r'"" \xff'))
+    if not os.path.exists(os.path.join(url.removeprefix("file://"), "double.json")):
+        sys.stderr.write("The specified backup is not restorable to any version.\n")
         return 1
-    if cluster.read()["document"]["keys"]:
-        sys.stdout.write("ERROR: Attempted to restore into a non-empty destination database\n")
+    restore = {"state": "queued", "url": url, "prefix": prefix, "range": [begin, end], "bytes": 0}
+    restore["id"] = random.randrange(1 << 62)
+    refused = ""
+
+    def submit(document: dict) -> None:
+        nonlocal refused
+        refused = ""
+        if document.setdefault("restores", {}).get(tag, {}).get("state") == "queued":
+            refused = "Duplicate restore tag"
+        elif any(prefix + begin <= key < prefix + end for key in document["keys"]):
+            refused = "Attempted to restore into a non-empty destination database"
+        elif document.get("locked"):
+            refused = "Database is locked"
+        else:
+            document["restores"][tag] = restore
+            document["locked"] = True
+
+    cluster.change(submit)
+    if refused:
+        sys.stderr.write(f"ERROR: {refused}\nFatal Error: {refused}\n")
         return 1
-    with open(os.path.join(url.removeprefix("file://"), "double.json"), encoding="utf-8") as file:
-        keys = json.load(file)
-    cluster.change(lambda document: document.update(keys=keys))
+    while "w" in options or "waitfordone" in options:  # without an agent this has no end
+        now = cluster.read()["document"]["restores"][tag]
+        if now["id"] != restore["id"] or now["state"] != "queued":
+            break
+        time.sleep(0.5)
     sys.stdout.write("Restored to version 1\n")
     return 0
 

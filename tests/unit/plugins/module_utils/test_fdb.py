@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import socket
@@ -228,32 +229,49 @@ class Doubles:
         double.chmod(0o755)
         for name in ("fdbmonitor", "fdbserver", "fdbcli", "fdbbackup", "fdbrestore", "backup_agent"):
             (self.release / "bin" / name).symlink_to(double)
+        self.running: list[subprocess.Popen[bytes]] = []
+        self.database(self.file, "metal:abc")
+        self.drill = directory / "drill.cluster"
+
+    def database(self, file: Path, identity: str) -> None:
+        """Run a database of one process and an agent."""
         with socket.create_server(("127.0.0.1", 0)) as taken:
             address = f"127.0.0.1:{taken.getsockname()[1]}"
-        self.file.write_text(f"metal:abc@{address}\n")
-        where = (f"--cluster-file={self.file}", f"--datadir={directory / 'data'}", f"--public-address={address}")
-        self.running = [self.start("fdbserver", *where), self.start("backup_agent", where[0])]
-        self.run(f"{self.release}/bin/fdbcli -C {self.file} --timeout 30 --exec 'configure new single ssd'")
+        file.write_text(f"# by the servers\n{identity}@{address}\n")
+        where = (f"--cluster-file={file}", f"--datadir={file}.data", f"--public-address={address}")
+        self.running += [self.start("fdbserver", *where), self.start("backup_agent", where[0])]
+        self.run(f"{self.release}/bin/fdbcli -C {file} --timeout 30 --exec 'configure new single ssd'")
 
     def start(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([str(self.release / "bin" / program), *arguments])
 
-    def run(self, command: str) -> bool:
-        return subprocess.run(shlex.split(command), capture_output=True, timeout=60, check=False).returncode == 0
+    def run(self, command: str, **environment: str) -> bool:
+        argv, env = shlex.split(command), {**os.environ, **environment}
+        return subprocess.run(argv, env=env, capture_output=True, timeout=60, check=False).returncode == 0
 
-    def unit(self, text: str, instance: str) -> list[bool]:
-        """What became of a unit's commands, up to the one that fails it."""
-        found = []
-        for kind, command in re.findall(r"^(ExecStart(?:Pre)?)=(.*)$", text, re.M):
+    def unit(self, text: str, instance: str = "") -> list[bool]:
+        """What became of a unit's commands, up to the one that fails it; what follows its stop is always run."""
+        found: list[bool] = []
+        environment = dict(
+            word.split("=", 1) for line in re.findall(r"^Environment=(.*)$", text, re.M) for word in shlex.split(line)
+        )
+        for kind, command in re.findall(r"^(ExecStart(?:Pre)?|ExecStopPost)=(.*)$", text, re.M):
             line = command.replace("/etc/foundationdb/fdb.cluster", str(self.file)).replace("%i", instance)
-            found.append(self.run(line.lstrip("-")) or (kind == "ExecStartPre" and line.startswith("-")))
-            if not found[-1]:
-                break
+            line = line.replace("/etc/foundationdb-drill/fdb.cluster", str(self.drill)).replace("$$", "$")
+            if kind != "ExecStopPost" and not all(found):
+                continue
+            done = self.run(line.lstrip("-"), **environment)
+            if kind != "ExecStopPost":
+                found.append(done or (kind == "ExecStartPre" and line.startswith("-")))
         return found
 
-    def keys(self, **changed: str) -> dict[str, str]:
+    def keys(self, file: Path | None = None, **changed: str) -> dict[str, str]:
+        return dict(self.document(file, **changed)["keys"])
+
+    def document(self, file: Path | None = None, **changed: str) -> dict[str, t.Any]:
         double = load("fdb_double", DOUBLES / "foundationdb" / "fdb_double.py")
-        return dict(double.Cluster(str(self.file)).change(lambda document: document["keys"].update(changed))["keys"])
+        cluster = double.Cluster(str(file or self.file))
+        return dict(cluster.change(lambda document: document["keys"].update(changed)))
 
 
 @pytest.fixture
@@ -265,18 +283,24 @@ def database(tmp_path: Path) -> t.Iterator[Doubles]:
         process.wait()
 
 
-def test_a_backup_is_restored_by_its_unit_and_only_a_good_one(database: Doubles, tmp_path: Path) -> None:
-    backup = {"directory": str(tmp_path / "backup"), "keep": 3}
+def units_of(database: Doubles, directory: Path, **backup: str) -> dict[str, str]:
+    """The units of a host that backs up, by their short names."""
     one = {
         "release": str(database.release),
         "machines": MACHINES[:1],
         "coordinators": THREE[:1],
         "redundancy": "single",
     }
-    units = Servers(Host(), {**SERVERS, **one, "backup_agents": 1, "backup": backup})._files()
-    restore = units["/etc/systemd/system/foundationdb-restore@.service"]
+    wish = {"directory": str(directory / "backup"), "keep": 3, **backup}
+    files = Servers(Host(), {**SERVERS, **one, "backup_agents": 1, "backup": wish})._files()
+    return {path.removeprefix("/etc/systemd/system/foundationdb-"): text for path, text in files.items()}
+
+
+def test_a_backup_is_restored_by_its_unit_and_only_a_good_one(database: Doubles, tmp_path: Path) -> None:
+    units = units_of(database, tmp_path)
+    restore = units["restore@.service"]
     database.keys(then="kept")
-    assert all(database.unit(units["/etc/systemd/system/foundationdb-backup.service"], ""))
+    assert all(database.unit(units["backup.service"]))
     (taken,) = (tmp_path / "backup").iterdir()
     now = database.keys(then="changed", since="new")
 
@@ -285,3 +309,74 @@ def test_a_backup_is_restored_by_its_unit_and_only_a_good_one(database: Doubles,
     assert database.unit(restore, taken.name) == [True] * 5
     assert database.keys() == {"then": "kept"}
     assert database.unit(restore, taken.name) == [True] * 5, "begun again after an interruption"
+
+
+def test_the_newest_restorable_backup_is_restored_for_trial_and_never_into_its_database(
+    database: Doubles, tmp_path: Path
+) -> None:
+    units = units_of(database, tmp_path, drill_database="drill")
+    drill = units["restore-drill.service"]
+    assert "OnCalendar=monthly" in units["restore-drill.timer"]
+    assert "After=foundationdb.service foundationdb-backup.service foundationdb-drill.service" in drill
+    database.database(database.drill, "drill:def")
+    database.keys(database.drill, other="is not of a drill")
+    assert database.unit(drill)[-1] is False, "there is no backup yet"
+
+    database.keys(a="1", b="2")
+    assert all(database.unit(units["backup.service"]))
+    (tmp_path / "backup" / "backup-9999-interrupted").mkdir()
+    live = database.keys(a="changed", c="new")
+    double = load("fdb_double", DOUBLES / "foundationdb" / "fdb_double.py")
+    assert database.unit(drill) == [True] * 6
+    after = database.document(database.drill)
+    assert after["keys"] == {"other": "is not of a drill"} and not after["locked"], "it is dropped again, and only it"
+    assert after["restores"]["agentfleet"]["state"] == "completed" and after["restores"]["agentfleet"]["bytes"] > 2
+    assert database.keys() == live and "restores" not in database.document()
+
+    # Killed half-way: the database of the drills is locked, and has keys of the drill.
+    def break_off(document: dict[str, t.Any]) -> None:
+        document["restores"]["agentfleet"] = {
+            **after["restores"]["agentfleet"],
+            "state": "queued",
+            "url": "file:///gone",
+        }
+        document.update(locked=True, keys={**document["keys"], "agentfleet-drill/a": "1"})
+
+    double.Cluster(str(database.drill)).change(break_off, lock_aware=True)
+    assert database.unit(drill) == [True] * 6
+    assert database.keys(database.drill) == {"other": "is not of a drill"}
+
+    database.drill.write_text(database.file.read_text())
+    assert database.unit(drill)[0] is False, "its file leads to the database that is backed up"
+    assert database.keys() == live and not database.document().get("locked")
+
+
+def test_a_backup_without_keys_does_not_pass_the_drill(database: Doubles, tmp_path: Path) -> None:
+    units = units_of(database, tmp_path, drill_database="drill")
+    database.database(database.drill, "drill:def")
+    assert all(database.unit(units["backup.service"]))
+    assert database.unit(units["restore-drill.service"]) == [True] * 5 + [False]
+
+
+def test_a_drill_needs_a_database_of_its_own_with_an_agent(host: t.Any) -> None:
+    wish = {**SERVERS, "backup_agents": 1, "backup": {"directory": "/backup", "drill_database": "drill"}}
+    scratch = {"/etc/foundationdb-drill/fdb.cluster": "drill:def@10.0.0.1:4600\n"}
+    for files, said in (
+        ({}, "there is no such database on this host"),
+        (scratch, "no backup agent of it runs on this host"),
+        (
+            {
+                "/etc/foundationdb-drill/fdb.cluster": SERVERS["connection"],
+                "/etc/foundationdb-drill/foundationdb.conf": "[backup_agent.1]\n",
+            },
+            "leads to the database that is backed up",
+        ),
+    ):
+        host.files(files)
+        with pytest.raises(Refused, match=said):
+            Servers(host, wish).plan(Servers(host, wish).observe())
+    host.files(scratch)
+    servers = Servers(host, wish)
+    apply_all(servers, servers.plan(servers.observe()))
+    assert any("start foundationdb-restore-drill.timer" in call for call in host.calls)
+    assert [step.object for step in servers.plan(servers.observe()) if step.verb == "write"] == []
