@@ -18,9 +18,12 @@ MARKUP = re.compile(r"\b[A-Z]\(([^()]*)\)")  # O(option), V(value), M(module) an
 
 
 def code(match: re.Match[str]) -> str:
-    """Marked-up words as Markdown; an option elsewhere (plugin#type:option) with the plugin's name."""
-    place, _hash, option = match.group(1).partition("#")
-    return f"`{option.partition(':')[2]}` of `{place}`" if option else f"`{place}`"
+    """Marked-up words as Markdown; of a plugin (name#type) its name, of its option (name#type:option) both."""
+    place, _hash, named = match.group(1).partition("#")
+    if named and re.fullmatch(r"[\w.]+", place):
+        option = named.partition(":")[2]
+        return f"`{option}` of `{place}`" if option else f"`{place}`"
+    return f"`{match.group(1)}`"
 
 
 def text(value: str | list[str], separator: str = "\n\n") -> str:
