@@ -33,11 +33,14 @@ FLEET = {
     "thp": True,  # a guest boots with 2000 exits for pages instead of 30000
     "networks": [{"network": "fleet"}],
 }
-KEEPER = {  # with a disk and a share, to see what survives
+KEEPER = {  # with a disk, a root on another one and a share, to see what survives
     "name": "keeper",
     "image": "agent",
     "memory": "128MiB",
-    "volumes": [{"name": "data", "size": "32MiB", "mount": "/data"}],
+    "volumes": [
+        {"name": "root", "size": "32MiB", "writable_layer": True},
+        {"name": "data", "size": "32MiB", "mount": "/data"},
+    ],
     "shares": [{"tag": "models", "source": "/srv/fleet-models"}],
     "networks": [{"network": "fleet"}],
 }

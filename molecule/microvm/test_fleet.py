@@ -40,11 +40,11 @@ def test_a_killed_vmm_comes_back_by_itself(host: t.Any, microvms: t.Any, sixteen
 
 def test_a_killed_virtiofsd_and_synced_data_survive(host: t.Any, microvms: t.Any, sixteen: t.Any) -> None:
     """What it knew of the guest's open files is gone with it, so that systemd starts the guest again, too."""
-    assert microvms.inside("keeper", "cat /mnt/models/model; echo precious > /data/kept && sync") == "weights\n"
+    microvms.inside("keeper", "echo precious | tee /etc/kept > /data/kept && sync")
     before = microvms.look("keeper")["keeper"]
     host.check_output("pkill -9 -f '[v]irtiofsd .*fleet-models'")
     microvms.until("it comes back", "keeper", so=lambda one: one["ready"] and one["pid"] != before["pid"])
-    assert microvms.inside("keeper", "cat /mnt/models/model /data/kept") == "weights\nprecious\n"
+    assert microvms.inside("keeper", "cat /mnt/models/model /data/kept /etc/kept") == "weights\nprecious\nprecious\n"
     assert not microvms.bring(*sixteen.instances, networks=sixteen.networks)["changed"]
     assert microvms.left() == UP
 
