@@ -16,7 +16,10 @@ import typing as t
 import pytest
 
 MIB = 1 << 20
-NETWORKS = [{"name": "life", "prefix": "10.87.0.0/24", "bridge": "aflife"}]
+NETWORKS = [
+    {"name": "life", "prefix": "10.87.0.0/24", "bridge": "aflife"},
+    {"name": "more", "prefix": "10.88.0.0/24", "bridge": "afmore"},
+]
 DATA = {"name": "data", "size": "64MiB"}
 MORE = {"name": "more", "size": "32MiB"}
 BACK_SECONDS = 600
@@ -104,11 +107,14 @@ def test_cpus_and_memory_are_plugged_while_it_runs(life: Life) -> None:
     assert not life.bring()["changed"]
 
 
-def test_a_volume_comes_and_goes_while_it_runs(life: Life) -> None:
+def test_a_volume_and_a_network_come_and_go_while_it_runs(life: Life) -> None:
     before = life.look()
-    (made,) = life.bring(volumes=[DATA, MORE])["instances"]
+    (made,) = life.bring(volumes=[DATA, MORE], networks=[{"network": "life"}, {"network": "more"}])["instances"]
     assert not made["restart_required"]
-    (made,) = life.bring(volumes=[DATA])["instances"]
+    (address,) = set(life.look()["addresses"]) - set(before["addresses"])
+    told = life.host.check_output(f"curl -s --max-time 60 http://{address}:1024/")
+    assert json.loads(told)["hostname"] == life.name
+    (made,) = life.bring(volumes=[DATA], networks=[{"network": "life"}])["instances"]
     assert not made["restart_required"]
     after = life.look()
     assert after["ready"] and after["pid"] == before["pid"]

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -260,6 +261,19 @@ def test_an_image_is_found_by_its_uuid_and_only_used_with_dax(
         agent.use({**wish, "images": [f"{'03' * 16} {target} erofs ro"]})
 
 
-def test_a_device_that_is_not_there_is_named(agent: t.Any) -> None:
+def test_a_network_is_up_as_soon_as_the_kernel_has_its_device(agent: t.Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = [[], [], [(7, "eth1")]]
+    monkeypatch.setattr(agent.socket, "if_nameindex", lambda: there.pop(0))
+    monkeypatch.setattr(agent, "mac_of", lambda _name: "02:00:00:00:00:02")
+    asked: list[t.Any] = []
+    monkeypatch.setattr(
+        agent, "netlink", lambda _kernel, kind, _flags, body, *_more, **_also: asked.append((kind, body))
+    )
+    agent.use({"networks": ["02:00:00:00:00:02 10.9.0.6/24"], "shares": []})
+    assert there == [] and asked[0] == (agent.RTM_NEWLINK, struct.pack("=BxHiII", 0, 0, 7, 0, agent.IFF_UP))
+
+
+def test_a_device_that_is_not_there_is_named(agent: t.Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "ATTACH_SECONDS", 0)
     with pytest.raises(OSError, match="no network device has the MAC 02:00:00:00:00:01"):
         agent.readdress(LINES["before"].split(), LINES["after"].split())
