@@ -28,7 +28,6 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names im
     credentials,
     run_directory,
     share_socket,
-    unit,
     volume_path,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._network import Interface
@@ -51,7 +50,6 @@ HOME = "/opt/agentfleet/cloud-hypervisor"
 NO_VERSION = f"{HOME}/default/cloud-hypervisor"  # of a microVM that was declared before there was one
 VIRTIO_MEM_ALIGNMENT = 128 << 20  # of what can be plugged
 SAVE_SECONDS = 600
-CONSOLE_LINES = 60
 SOCKET_SECONDS = 120  # from the process's start
 
 
@@ -438,13 +436,6 @@ def connect(host: Host, spec: Spec, port: int, timeout_seconds: float) -> socket
         connection.close()
         raise
     return connection
-
-
-def console(host: Host, spec: Spec) -> str:
-    """The end of the machine's console, with what Cloud Hypervisor itself said."""
-    journal = ["journalctl", f"--unit={unit(spec['name'])}", f"--lines={CONSOLE_LINES}", "--output=cat", "--quiet"]
-    done = host.run(journal, check=False)
-    return done.stdout if done.rc == 0 else f"(no console: {done.text})"
 
 
 def machine(host: Host, spec: Spec) -> CloudHypervisorMachine:

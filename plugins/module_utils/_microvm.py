@@ -560,7 +560,7 @@ class MicroVms:
     def _give_up(self, name: str, why: str) -> str:
         """Stop a microVM that did not start, and say what there is to say."""
         spec = self.specs[name]
-        console = _vmm.driver(spec["driver"]).console(self.host, spec)
+        console = state_of.console(self.host, name)
         if spec["shares"]:
             journal = ["journalctl", f"--unit=agentfleet-virtiofsd@{name}:*", "--lines=8", "--output=cat", "--quiet"]
             console += f" virtiofsd: {self.host.run(journal, check=False).text}"

@@ -59,15 +59,14 @@ class MicrovmInfo:
     def _inside(self, spec: _vmm.Spec) -> dict[str, t.Any]:
         """What the VMM and the guest tell; a paused guest tells nothing."""
         told: dict[str, t.Any] = {"counters": {}, "paused": False}
-        driver = _vmm.driver(spec["driver"])
         try:
-            with driver.machine(self.host, spec) as machine:
+            with _vmm.driver(spec["driver"]).machine(self.host, spec) as machine:
                 told["paused"] = machine.state() == "paused"
                 told["counters"] = machine.counters()
         except (OSError, HostError, ValueError):
             pass  # it is ending; the unit's state says so next time
         if self.console:
-            told["console"] = driver.console(self.host, spec)
+            told["console"] = state_of.console(self.host, spec["name"])
         if not told["paused"]:
             told["agent"] = state_of.ask_agent(self.host, spec, self.agent_timeout_seconds)
         return told

@@ -19,6 +19,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import show
 
 T = t.TypeVar("T")
+CONSOLE_LINES = 60
 
 
 def _spec(host: Host, path: str) -> _vmm.Spec | None:
@@ -53,6 +54,13 @@ def unit_states(host: Host, names: t.Sequence[str]) -> dict[str, dict[str, t.Any
         for name in names
         if (state := found.get(unit(name)))
     }
+
+
+def console(host: Host, name: str) -> str:
+    """The end of a microVM's console, with what its VMM itself said, or why there is none; its unit's journal has both."""
+    journal = ["journalctl", f"--unit={unit(name)}", f"--lines={CONSOLE_LINES}", "--output=cat", "--quiet"]
+    done = host.run(journal, check=False)
+    return done.stdout if done.rc == 0 else f"(no console: {done.text})"
 
 
 def public_state(state: t.Mapping[str, t.Any] | None) -> str:

@@ -22,7 +22,6 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names im
     LIBRARY,
     run_directory,
     share_socket,
-    unit,
     volume_path,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._network import Interface, counters
@@ -48,7 +47,6 @@ PACKAGE = "qemu-system-x86"
 # write to its image device kills the machine.
 MINIMUM = (8, 2)
 UNPLUG_SECONDS = 30
-CONSOLE_LINES = 60
 IMAGE_ROOM = 64 << 30  # for images that are attached while it runs
 PERIPHERAL = "/machine/peripheral"  # where devices with an id are
 IGNORE_SHARED = [{"capability": "x-ignore-shared", "state": True}]
@@ -441,13 +439,6 @@ def connect(_host: Host, spec: Spec, port: int, timeout_seconds: float) -> socke
         connection.close()
         raise
     return connection
-
-
-def console(host: Host, spec: Spec) -> str:
-    """The end of the machine's console, with what QEMU itself said."""
-    journal = ["journalctl", f"--unit={unit(spec['name'])}", f"--lines={CONSOLE_LINES}", "--output=cat", "--quiet"]
-    done = host.run(journal, check=False)
-    return done.stdout if done.rc == 0 else f"(no console: {done.text})"
 
 
 def machine(host: Host, spec: Spec) -> QemuMachine:

@@ -335,9 +335,6 @@ class Driver(t.Protocol):
     def connect(self, host: Host, spec: Spec, port: int, timeout_seconds: float, /) -> socket.socket:
         """A connection to a vsock port of the guest; OSError when nobody answers."""
 
-    def console(self, host: Host, spec: Spec, /) -> str:
-        """The end of a running machine's console, or why there is none."""
-
     def machine(self, host: Host, spec: Spec, /) -> Machine:
         """The running machine."""
 

@@ -260,7 +260,7 @@ def test_absent_of_one_keeps_the_others(metal: t.Any) -> None:
 
 def test_a_failed_start_is_undone_and_explained(metal: t.Any, monkeypatch: t.Any) -> None:
     monkeypatch.setattr(_microvm_state, "ask_agent", lambda host, spec, *_more: None)
-    monkeypatch.setattr(_qemu, "console", lambda host, run: "agentfleet: no /dev/pmem0")
+    monkeypatch.setattr(_microvm_state, "console", lambda _host, _name: "agentfleet: no /dev/pmem0")
     with pytest.raises(
         HostError, match=r"microVM a1: no answer from its agent within 1 seconds\. Console: agentfleet: no"
     ):
@@ -282,7 +282,7 @@ def test_of_many_each_ones_fate_is_told(metal: t.Any, monkeypatch: t.Any) -> Non
         return None if spec["name"] == "a2" else {"hostname": spec["name"]}
 
     monkeypatch.setattr(_microvm_state, "ask_agent", agent)
-    monkeypatch.setattr(_qemu, "console", lambda host, run: "agentfleet: no /dev/pmem0")
+    monkeypatch.setattr(_microvm_state, "console", lambda _host, _name: "agentfleet: no /dev/pmem0")
     module = Module()
     with pytest.raises(SystemExit):
         converge(module, lambda: MicroVms(metal, call({"name": "a1"}, {"name": "a2"}, {"name": "a3"})))

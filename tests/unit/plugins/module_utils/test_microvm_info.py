@@ -125,3 +125,9 @@ def test_the_console_is_told_on_request(host: t.Any) -> None:
 def test_one_that_ends_meanwhile_has_no_counters(host: t.Any, monkeypatch: t.Any) -> None:
     monkeypatch.setattr(_qemu, "machine", lambda _host, _spec: Machine("ending"))
     assert look(host, ["a1"])["a1"]["counters"] == {}
+
+
+def test_the_console_is_in_the_journal(fake_host: t.Any) -> None:
+    fake_host.answers["journalctl --unit=agentfleet-microvm@a1.service --lines=60"] = "Kernel panic\n"
+    assert _microvm_state.console(fake_host, "a1") == "Kernel panic\n"
+    assert _microvm_state.console(type(fake_host)(fake_host.root), "a1").startswith("(no console: ")
