@@ -73,6 +73,7 @@ def threefs_layout(members: list, wish: dict, leaving: list = ()) -> dict:
         "monitor": next((hosts[name]["address"] for name in by_service["monitor"]), ""),
         "expect": {name: len(by_service[name]) for name in ("mgmtd", "meta", "storage")},
         "tables": tables,
+        "replicas": _threefs_layout.replicas(wish),
         "leaving_nodes": [hosts[name]["node"] + 10000 for name in leaving],
     }
 

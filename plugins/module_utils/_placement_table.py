@@ -36,10 +36,9 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._placement_files 
     target_id,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
-from ansible_collections.agentfleet.metal.plugins.module_utils._units import parse_size
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import chunk_size
 
 REPLICAS = 5  # more copies of everything are a mistake
-CHUNKS = (64 << 10, 64 << 20)  # the sizes of blocks that 3FS has, in powers of two
 STRIPE = 16
 SHOWN_LINES = 200  # longer files are shown as their number of lines
 
@@ -63,7 +62,7 @@ class ChainTable:
         self.discard = bool(params["discard_existing"])
         self._check_places()
         self._check_numbers()
-        self.chunk_sizes = [_chunk_size(f"chunk_sizes[{n}]", value) for n, value in enumerate(params["chunk_sizes"])]
+        self.chunk_sizes = [chunk_size(f"chunk_sizes[{n}]", value) for n, value in enumerate(params["chunk_sizes"])]
         self.cluster = _cluster(params, self.replicas, self.erasure) if params["nodes"] or not self.only_check else None
         if self.cluster:
             self._check_ids(self.cluster)
@@ -333,14 +332,6 @@ def _shown(text: str | None) -> t.Any:
     if text is None or text.count("\n") <= SHOWN_LINES:
         return text
     return {"lines": text.count("\n")}
-
-
-def _chunk_size(option: str, value: str) -> int:
-    size = parse_size(option, value)
-    low, high = CHUNKS
-    if not low <= size <= high or size & (size - 1):
-        raise Refused(option, value, "3FS has no chunks of this size", "Use a power of two from 64KiB to 64MiB")
-    return size
 
 
 def _cluster(params: t.Mapping[str, t.Any], replicas: int, erasure: bool) -> Cluster:

@@ -14,6 +14,7 @@ import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
+from ansible_collections.agentfleet.metal.plugins.module_utils._units import parse_size
 
 ETC = "/etc/3fs"
 LOGS = "/var/log/3fs"
@@ -28,6 +29,7 @@ PROGRAMS = {
 SERVICES = tuple(PROGRAMS)
 # Those whose main configuration mgmtd keeps and hands out, and their names in admin_cli.
 MANAGED = {"mgmtd": "MGMTD", "meta": "META", "storage": "STORAGE", "fuse": "FUSE"}
+CHUNKS = (64 << 10, 64 << 20)  # the sizes of blocks that the chunk engine has, in powers of two
 _CLUSTER = re.compile(r"^[a-z0-9][a-z0-9_]{0,30}$")
 _TOKEN_ORDER = (12, 6, 0, 13, 7, 1, 14, 8, 2, 15, 9, 3, 16, 10, 4, 17, 11, 5)
 _TOKEN_MAGIC = 0xF1DB
@@ -38,6 +40,15 @@ def check_cluster(value: t.Any, option: str = "cluster") -> str:
     if not _CLUSTER.match(str(value)):
         raise Refused(option, value, "not a name for a cluster", "Use a-z, 0-9 and _, at most 31, such as stage")
     return str(value)
+
+
+def chunk_size(option: str, value: t.Any) -> int:
+    """Bytes of a chunk: meta takes powers of two only, and the chunk engine has blocks of some of them."""
+    size = parse_size(option, value)
+    low, high = CHUNKS
+    if not low <= size <= high or size & (size - 1):
+        raise Refused(option, value, "3FS has no chunks of this size", "Use a power of two from 64KiB to 64MiB")
+    return size
 
 
 def unit_name(cluster: str, service: str) -> str:

@@ -14,9 +14,9 @@ import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused, Step
-from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import check_cluster
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import check_cluster, chunk_size
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import Admin, quote
-from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size, parse_size
+from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size
 
 _NOT_FOUND = 3000
 _EXISTS = 3002
@@ -65,7 +65,7 @@ class Directories:
                     "Name the table, or leave the layout out",
                 )
             return found
-        chunk = parse_size(f"{option}.chunk_size", item.get("chunk_size") or "1MiB", multiple_of=4096)
+        chunk = chunk_size(f"{option}.chunk_size", item.get("chunk_size") or "1MiB")
         stripe = int(item.get("stripe") or 16)
         if stripe < 1:
             raise Refused(f"{option}.stripe", stripe, "not a number of chains", "At least 1")

@@ -10,6 +10,7 @@ import time
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._placement_files import decode_chain
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import check_cluster, target_place
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import Admin
@@ -67,10 +68,13 @@ def parse(
     return found
 
 
-def problems(state: t.Mapping[str, t.Any], expect: t.Mapping[str, int], replicas: int = 0) -> list[str]:
+def problems(
+    state: t.Mapping[str, t.Any], expect: t.Mapping[str, int], replicas: t.Mapping[int, int] | None = None
+) -> list[str]:
     """What keeps the cluster from being well, in words; empty when it is.
 
-    :param replicas: so many serving replicas are enough for a chain, as one that is being moved has more; 0 asks for all
+    :param replicas: table -> so many serving replicas are enough for its chains, as one that is being moved has more;
+        of other tables all must serve
     """
     found = []
     primaries = [node["id"] for node in state["nodes"] if node["status"] == "PRIMARY_MGMTD"]
@@ -92,7 +96,8 @@ def problems(state: t.Mapping[str, t.Any], expect: t.Mapping[str, int], replicas
             found.append(f"{len(alive)} of {count} {service} report")
     for number, chain in state["chains"].items():
         serving = sum((target["public"], target["local"]) == _GOOD for target in chain["targets"])
-        if chain["status"] == "SERVING" or 0 < replicas <= serving:
+        enough = (replicas or {}).get(decode_chain(number)[0], 0)
+        if chain["status"] == "SERVING" or 0 < enough <= serving:
             continue
         weak = ", ".join(
             f"{target['id']} {target['public']}/{target['local']}"
@@ -116,7 +121,7 @@ class Info:
         self.host = host
         self.cluster = check_cluster(params["cluster"])
         self.wait = float(params.get("wait_healthy_seconds") or 0)
-        self.replicas = int(params.get("replicas") or 0)
+        self.replicas = {int(table): int(count) for table, count in (params.get("replicas") or {}).items()}
         self.losing = [int(node) for node in params.get("losing_nodes") or []]
         self.processes = {int(node): int(pid) for node, pid in (params.get("processes") or {}).items()}
         self.expect = {}

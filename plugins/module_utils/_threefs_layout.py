@@ -8,8 +8,10 @@ from __future__ import annotations
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import chunk_size
 
 Hosts = t.Mapping[str, t.Mapping[str, t.Any]]
+REPLICAS, EC_TARGETS = (1, 5), (2, 99)
 _LARGEST = {"mgmtd": 99, "meta": 9900, "storage": 989999}
 
 
@@ -43,6 +45,29 @@ def stripes(wish: t.Mapping[str, t.Any], table: t.Mapping[str, t.Any]) -> dict[s
     return found
 
 
+def chunks(wish: t.Mapping[str, t.Any], table: t.Mapping[str, t.Any]) -> dict[str, str]:
+    """Variable -> size of chunks, of the directories that have a table."""
+    found = {"threefs_chunk_size": str(wish["chunk_size"])} if table["id"] == wish["tables"][0]["id"] else {}
+    for index, directory in enumerate(wish["directories"]):
+        if directory.get("chain_table") == table["id"]:
+            found[f"threefs_directories[{index}].chunk_size"] = str(directory.get("chunk_size") or "1MiB")
+    return found
+
+
+def group(wish: t.Mapping[str, t.Any], table: t.Mapping[str, t.Any]) -> tuple[bool, int]:
+    """Whether a table is for erasure coding, and how many targets of different hosts belong together."""
+    return table.get("type") == "EC", int(table.get("replicas") or wish["replicas"])
+
+
+def replicas(wish: t.Mapping[str, t.Any]) -> dict[str, int]:
+    """Table -> targets of each of its chains; an EC group is made of chains with one target."""
+    found = {}
+    for table in wish["tables"]:
+        erasure, size = group(wish, table)
+        found[str(table["id"])] = 1 if erasure else size
+    return found
+
+
 def check(hosts: Hosts, wish: t.Mapping[str, t.Any], leaving: t.Collection[str] = ()) -> None:
     """Refuse what cannot work, before any host is touched.
 
@@ -58,6 +83,13 @@ def check(hosts: Hosts, wish: t.Mapping[str, t.Any], leaving: t.Collection[str] 
                 "no storage host of this cluster",
                 f"One of {', '.join(having(hosts, 'storage'))}",
             )
+    if wish["tables"] and group(wish, wish["tables"][0])[0]:
+        raise Refused(
+            "threefs_tables[0].type",
+            "EC",
+            "it is the table of the root directory, and 3FS itself writes no parity",
+            "Put a replicated table first, and name this one in threefs_directories",
+        )
     for index, table in enumerate(wish["tables"]):
         _check_table(hosts, wish, f"threefs_tables[{index}]", table, leaving)
     known = [table["id"] for table in wish["tables"]]
@@ -72,6 +104,7 @@ def check(hosts: Hosts, wish: t.Mapping[str, t.Any], leaving: t.Collection[str] 
                 "no such table",
                 f"Tables: {', '.join(map(str, known))}",
             )
+        _check_directory(f"threefs_directories[{index}]", directory)
     users = {user["uid"]: user for user in wish["users"] if user.get("state", "present") == "present"}
     if not users.get(0, {}).get("admin"):
         raise Refused(
@@ -143,20 +176,40 @@ def _check_table(
     for name in table.get("hosts") or []:
         if name not in storage:
             raise Refused(f"{option}.hosts", name, "no storage host of this cluster", f"One of {', '.join(storage)}")
-    replicas = int(table.get("replicas") or wish["replicas"])
+    erasure, size = group(wish, table)
+    low, high = EC_TARGETS if erasure else REPLICAS
+    if not low <= size <= high:
+        what = "targets of an EC group, data and parity" if erasure else "replicas of a chain"
+        raise Refused(f"{option}.replicas", size, f"not a number of {what}", f"{low} to {high}")
     stay = nodes(hosts, table, leaving)
-    if len(stay) < replicas:
+    if len(stay) < size:
+        what = "targets of an EC group apart" if erasure else "replicas of a chain"
         left = " when the drained ones are gone" if leaving else ""
         raise Refused(
             f"{option}.replicas",
-            replicas,
-            f"{len(stay)} storage hosts cannot hold {replicas} replicas of a chain{left}",
-            "Add storage hosts, or keep fewer replicas",
+            size,
+            f"{len(stay)} storage hosts cannot hold {size} {what}{left}",
+            f"Add storage hosts, or {'smaller groups' if erasure else 'keep fewer replicas'}",
         )
-    chains = (
-        sum(node["disks"] for node in stay) * int(table.get("targets_per_disk") or wish["targets_per_disk"]) // replicas
-    )
+    targets = sum(node["disks"] for node in stay) * int(table.get("targets_per_disk") or wish["targets_per_disk"])
+    chains = targets if erasure else targets // size
+    sizes = [chunk_size(f"{option}.chunk_sizes[{n}]", value) for n, value in enumerate(table.get("chunk_sizes") or [])]
+    for name, chunk in chunks(wish, table).items():
+        if chunk_size(name, chunk) not in sizes and sizes:
+            raise Refused(
+                name,
+                chunk,
+                f"targets of table {table['id']} take no chunks of this size",
+                f"One of {', '.join(table['chunk_sizes'])}, or add it to {option}.chunk_sizes",
+            )
     for name, stripe in stripes(wish, table).items():
+        if erasure and stripe % size:
+            raise Refused(
+                name,
+                stripe,
+                f"table {table['id']} has EC groups of {size} chains, and a file would have a part of one",
+                f"A multiple of {size}",
+            )
         if stripe > chains:
             raise Refused(
                 name,
@@ -164,3 +217,15 @@ def _check_table(
                 f"table {table['id']} will have {chains} chains only",
                 f"At most {chains}, or more targets_per_disk",
             )
+
+
+def _check_directory(option: str, directory: t.Mapping[str, t.Any]) -> None:
+    """What a layout needs, as module threefs_directory says it when the cluster is up."""
+    if directory.get("chain_table") is None:
+        for key in ("chunk_size", "stripe"):
+            if directory.get(key):
+                raise Refused(
+                    f"{option}.{key}", directory[key], "a layout needs its chain table", "Set chain_table, too"
+                )
+    elif int(directory.get("stripe") or 16) < 1:
+        raise Refused(f"{option}.stripe", directory["stripe"], "not a number of chains", "At least 1")

@@ -13,9 +13,8 @@ import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
-from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import ETC, MANAGED, PROGRAMS, STATE
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import ETC, MANAGED, PROGRAMS, STATE, chunk_size
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import Admin, quote
-from ansible_collections.agentfleet.metal.plugins.module_utils._units import parse_size
 
 
 class Published:
@@ -28,7 +27,7 @@ class Published:
     def __init__(self, host: Host, cluster: str, root: t.Mapping[str, t.Any], wait_seconds: int) -> None:
         self.host, self.cluster, self.wait_seconds = host, cluster, wait_seconds
         self.table = int(root.get("chain_table") or 1)
-        self.chunk = parse_size("root_layout.chunk_size", root.get("chunk_size") or "1MiB", multiple_of=4096)
+        self.chunk = chunk_size("root_layout.chunk_size", root.get("chunk_size") or "1MiB")
         self.stripe = int(root.get("stripe") or 16)
         if self.stripe < 1:
             raise Refused("root_layout.stripe", self.stripe, "not a number of chains", "At least 1")

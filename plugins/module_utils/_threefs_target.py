@@ -19,7 +19,12 @@ import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
-from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import STATE, check_cluster, target_place
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import (
+    STATE,
+    check_cluster,
+    chunk_size,
+    target_place,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import Admin, Answer, quote
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_info import look, parse
 
@@ -44,7 +49,7 @@ class Targets:
         if self.parallel < 1:
             raise Refused("parallel_moves", self.parallel, "not a number of chains", "At least 1")
         self.wait = float(params.get("wait_seconds") or 3600)
-        self.chunk_sizes = [str(size) for size in params.get("chunk_sizes") or []]
+        self.chunk_sizes: dict[int, list[int]] = {}  # of the targets of a chain, where its table says it
         self.chains: dict[int, list[int]] = {}
         self.tables: list[dict[str, t.Any]] = []
         self.pending: list[tuple[str, int]] = []  # tables whose files only a real run makes
@@ -122,6 +127,9 @@ class Targets:
                 f"the table has {len(order)} chains only",
                 "Make the stripe smaller or add targets",
             )
+        given = enumerate(table.get("chunk_sizes") or [])
+        sizes = [chunk_size(f"{option}.chunk_sizes[{index}]", value) for index, value in given]
+        self.chunk_sizes.update(dict.fromkeys(order, sizes))
         self.tables.append({"id": number, "order": order, "description": str(table.get("description") or "")})
 
     @staticmethod
@@ -324,12 +332,13 @@ class Targets:
         admin.run(*self._creations({target: chain for chain, targets in chains.items() for target in targets}))
 
     def _creations(self, targets: t.Mapping[int, int]) -> list[str]:
-        sizes = f" --chunk-size {' '.join(map(quote, self.chunk_sizes))}" if self.chunk_sizes else ""
         commands = []
         for target, chain in sorted(targets.items()):
             node, disk = target_place(target)
             place = f"--node-id {node} --disk-index {disk} --target-id {target} --chain-id {chain}"
-            commands.append(f"create-target {place}{sizes} --use-new-chunk-engine")
+            sizes = " ".join(map(str, self.chunk_sizes.get(chain, [])))
+            place += f" --chunk-size {sizes}" if sizes else ""
+            commands.append(f"create-target {place} --use-new-chunk-engine")
         return commands
 
     def _apply_chains(self, admin: Admin, chains: t.Mapping[int, list[int]]) -> None:

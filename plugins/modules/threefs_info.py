@@ -40,9 +40,11 @@ options:
     type: dict
     default: {}
   replicas:
-    description: So many serving replicas are enough for each chain, since one that is being moved has more; V(0) asks for all.
-    type: int
-    default: 0
+    description:
+      - Id of a chain table to how many serving replicas are enough for its chains, since one that is being moved has more. All
+        must serve of tables that are not named.
+    type: dict
+    default: {}
   expect:
     description: Least number of services that must report, by V(mgmtd), V(meta) and V(storage).
     type: dict
@@ -112,7 +114,7 @@ def main() -> None:
             "wait_healthy_seconds": {"type": "int", "default": 0},
             "losing_nodes": {"type": "list", "elements": "int", "default": []},
             "processes": {"type": "dict", "default": {}},
-            "replicas": {"type": "int", "default": 0},
+            "replicas": {"type": "dict", "default": {}},
             "expect": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,

@@ -47,6 +47,11 @@ options:
       stripe:
         description: Largest stripe of layouts that use the table; it must have as many chains.
         type: int
+      chunk_sizes:
+        description: Chunk sizes of the table's new targets, as in M(agentfleet.metal.threefs_chain_table); 3FS's own, if left out.
+        type: list
+        elements: str
+        default: []
   migrate:
     description: Allow chains with data to get other targets.
     type: bool
@@ -73,11 +78,6 @@ options:
     description: Ids of services that are stopped, and of storage services without targets; mgmtd forgets them.
     type: list
     elements: int
-    default: []
-  chunk_sizes:
-    description: Chunk sizes of new targets; 3FS's own, if left out.
-    type: list
-    elements: str
     default: []
   wait_seconds:
     description: How long a copy may take before this gives up. The next run goes on.
@@ -144,6 +144,7 @@ def main() -> None:
                     "order": {"type": "str", "required": True},
                     "description": {"type": "str"},
                     "stripe": {"type": "int"},
+                    "chunk_sizes": {"type": "list", "elements": "str", "default": []},
                 },
             },
             "migrate": {"type": "bool", "default": False},
@@ -158,7 +159,6 @@ def main() -> None:
                 },
             },
             "retire_nodes": {"type": "list", "elements": "int", "default": []},
-            "chunk_sizes": {"type": "list", "elements": "str", "default": []},
             "wait_seconds": {"type": "int", "default": 3600},
         },
         supports_check_mode=True,

@@ -49,6 +49,7 @@ from fdb_double import Cluster, Unavailable, ask
 TRAPS = os.environ.get("THREEFS_DOUBLE_TRAPS", "/var/lib/3fs-double/traps.json")
 RELEASE = os.environ.get("THREEFS_DOUBLE_RELEASE", "")
 SYNC_SECONDS = 2.0
+CHUNK_SIZES = ["512KB", "1MB", "2MB", "4MB", "16MB", "64MB"]
 NODE_TYPES = {"MGMTD", "META", "STORAGE", "CLIENT", "FUSE"}
 
 
@@ -795,6 +796,7 @@ class Targets:
                 os.makedirs(os.path.join(path, tid), exist_ok=True)
                 with open(os.path.join(path, tid, "target.toml"), "w", encoding="utf-8") as file:
                     file.write(f"chain_id = {request['chain']}\ndisk_uuid = '{self.uuid(path)}'\n")
+                    file.write(f"chunk_size_list = {request.get('chunk_sizes') or CHUNK_SIZES}\n")
                 self.found[tid] = {"local": "ONLINE", "disk": request["disk"], "chain": request["chain"], "used": 0}
                 return {}
             if tid not in self.found:
@@ -1271,6 +1273,7 @@ class Admin:
         return [[f"Dump {rest[0]} to {rest[1]} succeeded"]]
 
     def do_create_target(self, words: list[str]) -> list[list[str]]:
+        words, sizes = take_list(words, "--chunk-size")
         o, _rest = parse(
             words, ("node-id", "disk-index", "target-id", "chain-id"), ("add-chunk-size", "use-new-chunk-engine")
         )
@@ -1285,6 +1288,7 @@ class Admin:
             target=int(o["target-id"]),
             disk=int(o["disk-index"]),
             chain=int(o["chain-id"]),
+            chunk_sizes=sizes,
         )
         return [[f"Create target {o['target-id']} on disk {o['disk-index']} of {o['node-id']} succeeded"]]
 
@@ -1418,6 +1422,15 @@ def parse(
         else:
             raise Status(10000, "Cli::kWrongUsage", f"parse failed: Unknown argument: {word}")
     return options, rest
+
+
+def take_list(words: list[str], name: str) -> tuple[list[str], list[str]]:
+    """The words without an option that takes any number of values, and its values."""
+    if name not in words:
+        return words, []
+    start = words.index(name)
+    end = next((n for n in range(start + 1, len(words)) if words[n].startswith("--")), len(words))
+    return words[:start] + words[end:], words[start + 1 : end]
 
 
 def need(words: list[str], count: int) -> None:

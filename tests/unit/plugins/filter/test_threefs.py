@@ -21,6 +21,7 @@ WISH: dict[str, t.Any] = {
     "replicas": 3,
     "targets_per_disk": 6,
     "stripe": 4,
+    "chunk_size": "1MiB",
     "directories": [],
     "users": [{"uid": 0, "admin": True}],
     "fuse_uid": 0,
@@ -73,6 +74,7 @@ def test_the_cluster_of_an_inventory() -> None:
         {"id": 10003, "disks": 1},
     ]
     assert [table["disjoint_from"] for table in layout["tables"]] == [[], [1], [1]]
+    assert layout["replicas"] == {"1": 3, "2": 2, "3": 1}
 
 
 def test_a_table_is_ordered_for_the_widest_stripe_of_its_directories() -> None:
@@ -96,3 +98,46 @@ def test_draining() -> None:
     assert [node["id"] for node in layout["tables"][0]["nodes"]] == [10001, 10002] and layout["leaving_nodes"] == [
         10003
     ]
+
+
+CODED = {"id": 4, "type": "EC", "replicas": 3, "targets_per_disk": 2, "chunk_sizes": ["64KiB", "4MiB"]}
+
+
+def test_a_table_of_ec_groups_and_a_directory_on_it() -> None:
+    wish = {
+        **WISH,
+        "tables": [{"id": 1, "chunk_sizes": ["1MiB"]}, CODED],
+        "directories": [{"path": "/coded", "chain_table": 4, "chunk_size": "4MiB", "stripe": 6}, {"path": "/plain"}],
+    }
+    layout = FILTERS["threefs_layout"]([member(1), member(2), member(3)], wish)
+    coded = layout["tables"][1]
+    assert {key: coded[key] for key in CODED} == CODED, "what the modules are told"
+    assert coded["stripe"] == 6 and layout["replicas"] == {"1": 3, "4": 1}, "each of its chains has one target"
+
+
+@pytest.mark.parametrize(
+    ("table", "directory", "said"),
+    [
+        ({"id": 1, "type": "EC"}, {}, r"threefs_tables\[0\].type.*root directory.*no parity"),
+        ({**CODED, "replicas": 4}, {}, "3 storage hosts cannot hold 4 targets of an EC group apart"),
+        ({**CODED, "replicas": 1}, {}, r"threefs_tables\[1\].replicas.*data and parity"),
+        ({"id": 4, "replicas": 6}, {}, r"threefs_tables\[1\].replicas.*not a number of replicas.*1 to 5"),
+        (
+            {**CODED, "chunk_sizes": ["1MiB", "3MiB"]},
+            {},
+            r"threefs_tables\[1\].chunk_sizes\[1\].*no chunks of this size",
+        ),
+        (CODED, {"chain_table": 4, "stripe": 3}, r"chunk_size.*1MiB.*take no chunks.*One of 64KiB, 4MiB"),
+        (CODED, {"chain_table": 4, "chunk_size": "4MiB", "stripe": 4}, "EC groups of 3 chains.*multiple of 3"),
+        (CODED, {"chain_table": 4, "chunk_size": "4MiB", "stripe": 9}, "6 chains only"),
+        ({"id": 4}, {"chain_table": 4, "chunk_size": "32KiB", "stripe": 1}, "no chunks of this size"),
+        ({"id": 4}, {"stripe": 2}, r"threefs_directories\[0\].stripe.*needs its chain table"),
+        ({"id": 4}, {"chain_table": 4, "stripe": -1}, r"threefs_directories\[0\].stripe.*not a number of chains"),
+    ],
+)
+def test_layouts_that_cannot_work(table: dict[str, t.Any], directory: dict[str, t.Any], said: str) -> None:
+    tables = [table] if table["id"] == 1 else [{"id": 1}, table]
+    directories = [{"path": "/a", **directory}] if directory else []
+    wish = {**WISH, "tables": tables, "directories": directories}
+    with pytest.raises(AnsibleFilterError, match=said):
+        FILTERS["threefs_layout"]([member(1), member(2), member(3)], wish)

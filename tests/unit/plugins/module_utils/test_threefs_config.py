@@ -267,6 +267,7 @@ WISH: dict[str, t.Any] = {
     "replicas": 3,
     "targets_per_disk": 6,
     "stripe": 12,
+    "chunk_size": "1MiB",
     "directories": [],
     "users": [{"uid": 0, "admin": True}],
     "fuse_uid": 0,

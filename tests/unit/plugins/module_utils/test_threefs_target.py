@@ -68,6 +68,33 @@ def test_targets_come_before_chains_and_chains_before_tables(lab: Lab) -> None:
     assert converge(lab, tables=[table(FIRST)]) == []
 
 
+def test_targets_have_the_chunk_sizes_of_their_table(lab: Lab) -> None:
+    coded = {
+        200100001: [target(10003, 0)],
+        200100002: [target(10001, 0, 1)],
+    }  # a group of two, each chain with one target
+    tables = [table(FIRST), {**table(coded, 2), "chunk_sizes": ["64KiB", "4MiB"]}]
+    converge(lab, tables=tables)
+    assert lab.chains()["200100001"] == {target(10003, 0)}
+
+    def sizes(node: int, disk: int, index: int = 0) -> str:
+        made = lab.root / f"disks/{node}/{disk}/{target(node, disk, index)}/target.toml"
+        return made.read_text().partition("chunk_size_list = ")[2].strip()
+
+    assert sizes(10003, 0) == sizes(10001, 0, 1) == "['65536', '4194304']"
+    assert sizes(10001, 0) == str(lab.double.CHUNK_SIZES), "the storage service's own"
+    converge(
+        lab, tables=[tables[0], {**tables[1], **table({**coded, 200100001: [target(10002, 0, 1)]}, 2)}], migrate=True
+    )
+    assert sizes(10002, 0, 1) == "['65536', '4194304']", "a chain that moves keeps them"
+    with pytest.raises(Refused) as refused:
+        converge(lab, tables=[{**table(coded, 2), "chunk_sizes": ["3MiB"]}])
+    assert (refused.value.option, refused.value.remedy) == (
+        "tables[0].chunk_sizes[0]",
+        "Use a power of two from 64KiB to 64MiB",
+    )
+
+
 def test_an_error_text_with_exit_code_0_is_an_error_and_the_next_run_goes_on(lab: Lab) -> None:
     lab.trap("create-target", after=2)
     with pytest.raises(HostError, match=r"create-target .*: 9\(Unknown\) provoked.*Done before it: nothing"):
@@ -206,7 +233,9 @@ def test_a_gate_says_what_is_not_well_and_waits_within_bounds(lab: Lab) -> None:
     ):
         info.observe()
     state = look(Admin(lab.host, "stage"))
-    assert [text for text in problems(state, {}, replicas=1) if "chain" in text] == []
+    assert [text for text in problems(state, {}, {1: 1}) if "chain" in text] == []
+    assert len([text for text in problems(state, {}, {1: 2}) if "chain" in text]) == 2
+    assert len([text for text in problems(state, {}, {2: 1}) if "chain" in text]) == 2, "they are of table 1"
     assert problems(state, {"storage": 3})[1] == "2 of 3 storage report"
 
 

@@ -1,0 +1,123 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the role threefs tells its modules, rendered from its own files and taken by the modules against the doubles."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import typing as t
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tomllib", reason="the doubles read TOML as only Python 3.11 and newer can")
+
+import ansible_collections.agentfleet.metal as collection
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._placement_table import ChainTable
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import apply_all
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_directory import Directories
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_target import Targets
+from ansible_collections.agentfleet.metal.tests.unit.threefs_lab import Lab
+
+HERE = Path(next(iter(collection.__path__)))
+# The tasks of a file of the role with their options, as Ansible renders them for the host that administrates.
+RENDER = """
+import json, sys
+from ansible.plugins.loader import init_plugin_loader
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar
+
+init_plugin_loader([])
+role, name, given = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+loader = DataLoader()
+load = lambda path: loader.load_from_file(f"{role}/{path}", trusted_as_template=True)
+variables = {**load("defaults/main.yml"), **given, **load("vars/main.yml"), "ansible_playbook_python": sys.executable}
+variables["threefs_cluster_layout"] = Templar(loader, variables=variables).template(variables["threefs__layout"])
+found = []
+for task in load(f"tasks/{name}.yml"):
+    items = Templar(loader, variables=variables).template(task["loop"]) if "loop" in task else [None]
+    options = next(value for key, value in task.items() if key.startswith("agentfleet.metal."))
+    found += [Templar(loader, variables={**variables, "item": item}).template(options) for item in items]
+json.dump(found, sys.stdout)
+"""
+
+
+def render(name: str, **variables: t.Any) -> list[dict[str, t.Any]]:
+    """Each task's options; a loop's once for each item."""
+    members = [
+        {
+            "inventory_hostname": f"h{number}",
+            "threefs_node": number,
+            "threefs_services": ["mgmtd", "meta", "storage"],
+            "threefs_address": f"10.0.0.{number}",
+        }
+        for number in (1, 2, 3)
+    ]
+    given = {
+        "threefs_cluster": "stage",
+        "threefs_mounts": ["/storage/data1", "/storage/data2"],
+        "threefs_token_secret": "a secret that is long enough",
+        "ansible_check_mode": False,
+        "threefs__chains": {},
+        "groups": {"threefs": [member["inventory_hostname"] for member in members]},
+        "hostvars": {member["inventory_hostname"]: member for member in members},
+        **variables,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", RENDER, str(HERE / "roles/threefs"), name, json.dumps(given)],
+        env={**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(HERE.parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return list(json.loads(done.stdout))
+
+
+def converge(resource: t.Any) -> None:
+    apply_all(resource, resource.plan(resource.observe()))
+
+
+def test_declared_ec_groups_and_chunk_sizes_reach_targets_chains_and_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declared = {
+        "threefs_replicas": 2,
+        "threefs_targets_per_disk": 2,
+        "threefs_stripe": 2,
+        "threefs_table_directory": str(tmp_path / "tables"),
+        "threefs_tables": [
+            {"id": 1},
+            {"id": 2, "type": "EC", "replicas": 3, "targets_per_disk": 1, "chunk_sizes": ["64KiB", "4MiB"]},
+        ],
+        "threefs_directories": [{"path": "/coded", "chain_table": 2, "chunk_size": "4MiB", "stripe": 6}],
+    }
+    plain, coded, _targets, _directories = render("chains", **declared)
+    assert (plain["type"], plain["replicas"], plain["chunk_sizes"]) == ("CR", 2, [])
+    assert (coded["type"], coded["replicas"], coded["chunk_sizes"]) == ("EC", 3, ["64KiB", "4MiB"])
+    unsaid = {"state": "present", "discard_existing": False, "stripe": None}
+    for table in (plain, coded):
+        nodes = [{"weight": None, "domain": None, **node} for node in table["nodes"]]
+        converge(ChainTable(Host(), {**unsaid, **table, "nodes": nodes}))
+
+    lab = Lab(tmp_path / "host", monkeypatch)
+    _plain, _coded, targets, directories = render("chains", **declared)
+    converge(Targets(lab.host, targets))
+    converge(Directories(lab.host, directories))
+    by_table: dict[str, list[set[int]]] = {"1": [], "2": []}
+    for chain, members in lab.chains().items():
+        by_table[chain[0]].append(members)
+    assert [len(members) for members in by_table["1"]] == [2] * 6, "two replicas"
+    assert [len(members) for members in by_table["2"]] == [1] * 6, "two groups of three chains with one target each"
+    sizes = {
+        path.parent.name[0]: path.read_text().rpartition("= ")[2] for path in lab.root.glob("disks/*/*/*/target.toml")
+    }
+    assert sizes == {"1": f"{lab.double.CHUNK_SIZES}\n", "2": "['65536', '4194304']\n"}
+    layout = lab.database.read()["document"]["keys"]["fs"]["/coded"]["layout"]
+    assert (layout["table"], layout["chunk"], layout["stripe"]) == (2, 4 << 20, 6)
