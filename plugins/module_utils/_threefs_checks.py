@@ -1,11 +1,12 @@
 # Copyright: agentfleet.metal contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a host must have before 3FS can run on it: RDMA with a usable GID, a clock, memory."""
+"""What a host must have before 3FS can run on it: RDMA with a usable GID, a clock, memory, room for buffers of USRBIO."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import typing as t
 
@@ -13,7 +14,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._kernel import observe_rdma
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size
 
-CHECKS = ("rdma", "clock", "memory")
+CHECKS = ("rdma", "clock", "memory", "shm")
 AIO_REQUESTS = 67108864
 _EMPTY_GID = re.compile(r"^(0000:){7}0000$|^fe80:(0000:){3}(0000:){3}0000$")
 # What upstream's listeners take for TCP unless told otherwise.
@@ -48,7 +49,16 @@ def observe(host: Host) -> dict[str, t.Any]:
         "interfaces": [name for name in host.names("/sys/class/net") if host.exists(f"/sys/class/net/{name}/device")],
         "clock": _synchronized(host),
         "memory_bytes": int(memory.group(1)) * 1024 if memory else 0,
+        "shm_bytes": _size(host, "/dev/shm"),
     }
+
+
+def _size(host: Host, path: str) -> int:
+    """Bytes of the file system at a path; 0 where there is none."""
+    if not host.exists(path):
+        return 0
+    space = os.statvfs(host.path(path))
+    return space.f_blocks * space.f_frsize
 
 
 def _synchronized(host: Host) -> bool | None:
@@ -63,12 +73,13 @@ def _synchronized(host: Host) -> bool | None:
 
 
 def failures(
-    seen: t.Mapping[str, t.Any], services: t.Sequence[str], devices: t.Sequence[str], small: bool
+    seen: t.Mapping[str, t.Any], services: t.Sequence[str], devices: t.Sequence[str], small: bool, usrbio: int = 0
 ) -> list[tuple[str, str, str]]:
     """(check, problem, remedy) of everything that stands in the way.
 
     :param devices: RDMA devices that are asked for; all, if empty
     :param small: the storage service's buffers are cut down for tests
+    :param usrbio: bytes of the buffers that programs of this host share with FUSE
     """
     found = []
     needs_rdma = bool(services) and set(services) != {"monitor"}
@@ -123,6 +134,15 @@ def failures(
                 "memory",
                 f"{have} are too little for a storage service ({format_size(need)})",
                 "Add memory, or for tests use the profile small_memory",
+            )
+        )
+    if usrbio > seen["shm_bytes"]:
+        have, want = (format_size(size >> 20 << 20) for size in (seen["shm_bytes"], usrbio))
+        found.append(
+            (
+                "shm",
+                f"/dev/shm has {have}, and programs shall have {want} of USRBIO buffers there",
+                f"mount -o remount,size={usrbio} /dev/shm, and the same in /etc/fstab",
             )
         )
     return found

@@ -33,6 +33,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import (
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_publish import Published
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_toml import Toml, TomlError
+from ansible_collections.agentfleet.metal.plugins.module_utils._units import parse_size
 
 # Storage has mgmtd's ports in the files that ship, so that both do not fit on one host.
 PORTS = {
@@ -108,6 +109,14 @@ class Config:
                 raise Refused(
                     f"skip_checks[{index}]", name, "no such check", f"One of {', '.join(_threefs_checks.CHECKS)}"
                 )
+        self.usrbio = parse_size("usrbio_memory", params["usrbio_memory"]) if params.get("usrbio_memory") else 0
+        if self.usrbio and "fuse" not in self.services:
+            raise Refused(
+                "usrbio_memory",
+                params["usrbio_memory"],
+                "USRBIO goes through the FUSE service, which this host does not have",
+                "Add fuse to services",
+            )
         self.small = "small_memory" in (params.get("profiles") or [])
         self.settings = self._settings(params.get("profiles") or [], params.get("settings") or {})
         wait = int(params.get("publish_wait_seconds") or 0)
@@ -361,7 +370,7 @@ class Config:
                         f"ports.{service}.{kind}", port, f"{owner} has it on this host", "Choose another port"
                     )
         for check, problem, remedy in _threefs_checks.failures(
-            observed["host"], self.services, self.devices, self.small
+            observed["host"], self.services, self.devices, self.small, self.usrbio
         ):
             if check not in self.skip_checks:
                 raise Refused("services", self.services, problem, f"{remedy}. Or say skip_checks: [{check}]")
@@ -423,7 +432,22 @@ class Config:
     def _mains(self, observed: t.Mapping[str, t.Any]) -> dict[str, str]:
         """Service -> main configuration as it shall be kept by mgmtd."""
         wanted = self._wanted(observed)
-        return {service: wanted[f"{self.directory}/{PROGRAMS[service]}.toml"][0] for service in MANAGED}
+        found = {service: wanted[f"{self.directory}/{PROGRAMS[service]}.toml"][0] for service in MANAGED}
+        self._check_rings(Toml(found["fuse"]).data)
+        return found
+
+    @staticmethod
+    def _check_rings(fuse: t.Mapping[str, t.Any]) -> None:
+        """FUSE takes workers for rings of high and low priority off the total; usual rings get what is left."""
+        total, parts = fuse.get("batch_io_coros", 0), fuse.get("io_worker_coros", {})
+        taken = parts.get("hi", 0) + parts.get("lo", 0)
+        if parts and taken >= total:
+            raise Refused(
+                "settings.hf3fs_fuse_main.batch_io_coros",
+                total,
+                f"io_worker_coros takes {taken} of them for rings of high and low priority, so that no other ring of USRBIO is served",
+                f"More than {taken}",
+            )
 
     def _wanted(self, observed: t.Mapping[str, t.Any]) -> dict[str, tuple[str, int]]:
         """Path -> text and mode."""

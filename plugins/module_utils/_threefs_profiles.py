@@ -60,9 +60,17 @@ PROFILES: dict[str, Profile] = {
             "**.max_concurrent_requests_per_server": 128,
         },
     },
-    # Big registered buffers for programs that read through USRBIO rings instead of the mount.
+    # Programs that read through USRBIO rings instead of the mount: more workers, some of them for rings of high and of low
+    # priority, and longer queues before them. The buffers are the programs' own, in /dev/shm, and no key of this file.
     "usrbio": {
-        "hf3fs_fuse_main": {"rdma_buf_pool_size": 4096, "iov_limit": "4MB", "batch_io_coros": 256},
+        "hf3fs_fuse_main": {
+            "batch_io_coros": 256,
+            "io_worker_coros.hi": 32,
+            "io_worker_coros.lo": 32,
+            "io_jobq_size": 4096,
+            "io_jobq_sizes.hi": 256,
+            "max_jobs_per_ioring": 64,
+        },
     },
     # Elastic RDMA in clouds takes one scatter-gather entry.
     "erdma": {

@@ -155,11 +155,16 @@ options:
   skip_checks:
     description:
       - Checks of the host that are passed over. V(rdma) asks for a device with an active port and a usable GID, V(clock)
-        for a synchronized clock, V(memory) for enough of it.
+        for a synchronized clock, V(memory) for enough of it, V(shm) for room for O(usrbio_memory).
     type: list
     elements: str
-    choices: [rdma, clock, memory]
+    choices: [rdma, clock, memory, shm]
     default: []
+  usrbio_memory:
+    description:
+      - Buffers (C(iov)) that programs of this host register with FUSE for USRBIO, all together, such as V(8GiB). They lie in
+        C(/dev/shm), which must have room for them.
+    type: str
   profiles:
     description:
       - Sets of tuned keys, later ones over earlier ones. V(large_io), V(small_io), V(client), V(usrbio), V(erdma) and
@@ -304,7 +309,13 @@ def main() -> None:
                 },
             },
             "rdma_devices": {"type": "list", "elements": "str", "default": []},
-            "skip_checks": {"type": "list", "elements": "str", "choices": ["rdma", "clock", "memory"], "default": []},
+            "skip_checks": {
+                "type": "list",
+                "elements": "str",
+                "choices": ["rdma", "clock", "memory", "shm"],
+                "default": [],
+            },
+            "usrbio_memory": {"type": "str"},
             "profiles": {"type": "list", "elements": "str", "default": []},
             "settings": {"type": "dict", "default": {}},
             "publish": {"type": "bool", "default": False},

@@ -41,10 +41,14 @@ variables["threefs_cluster_layout"] = Templar(loader, variables=variables).templ
 found = []
 for task in load(f"tasks/{name}.yml"):
     items = Templar(loader, variables=variables).template(task["loop"]) if "loop" in task else [None]
-    options = next(value for key, value in task.items() if key.startswith("agentfleet.metal."))
+    options = next((value for key, value in task.items() if key.startswith("agentfleet.metal.")), None)
+    items = items if options else []
     found += [Templar(loader, variables={**variables, "item": item}).template(options) for item in items]
 json.dump(found, sys.stdout)
 """
+
+
+CONFIGURE = {"threefs__publish_wait_seconds": 0}
 
 
 def render(name: str, **variables: t.Any) -> list[dict[str, t.Any]]:
@@ -62,9 +66,10 @@ def render(name: str, **variables: t.Any) -> list[dict[str, t.Any]]:
         "threefs_cluster": "stage",
         "threefs_mounts": ["/storage/data1", "/storage/data2"],
         "threefs_token_secret": "a secret that is long enough",
+        "threefs_stripe": 2,
         "ansible_check_mode": False,
         "threefs__chains": {},
-        "groups": {"threefs": [member["inventory_hostname"] for member in members]},
+        "groups": {"threefs": [member["inventory_hostname"] for member in members], "foundationdb": ["h1"]},
         "hostvars": {member["inventory_hostname"]: member for member in members},
         **variables,
     }
@@ -78,6 +83,33 @@ def render(name: str, **variables: t.Any) -> list[dict[str, t.Any]]:
     )
     assert done.returncode == 0, done.stderr
     return list(json.loads(done.stdout))
+
+
+def test_gpu_direct_and_usrbio_are_settings_of_client_hosts() -> None:
+    facts = {
+        "ansible_facts": {"metal": {"packages": [], "os": {"family": "debian"}}},
+        "threefs_sources": [{"sha256": "0" * 64}],
+    }
+    direct = {
+        **facts,
+        "threefs_gpu_direct": True,
+        "threefs_usrbio_memory": "8GiB",
+        "threefs_profiles": ["client", "usrbio"],
+    }
+    shared = {"threefs_node": 1, "inventory_hostname": "h1"}
+    for services, modules in (
+        (["fuse"], ["nvidia_peermem"]),
+        (["storage"], []),
+        (["storage", "fuse"], ["nvidia_peermem"]),
+    ):
+        kernel = render("prepare", **direct, **shared, threefs_services=services)[0]
+        assert kernel == {"modules": modules, "sysctl": {"fs.aio-max-nr": 67108864}}
+        (config,) = render("configure", **direct, **shared, **CONFIGURE, threefs_services=services)
+        assert config.get("usrbio_memory") == ("8GiB" if "fuse" in services else None)
+        assert config["profiles"] == ["client", "usrbio"]
+    assert render("prepare", **facts, **shared, threefs_services=["fuse"])[0]["modules"] == []
+    (config,) = render("configure", **facts, **shared, **CONFIGURE, threefs_services=["fuse"])
+    assert "usrbio_memory" not in config
 
 
 def converge(resource: t.Any) -> None:

@@ -134,6 +134,36 @@ def test_each_profile_fits_the_files(host: t.Any, profile: str) -> None:
     assert resource._mains(resource.observe()) != before._mains(before.observe())
 
 
+def test_the_profile_of_usrbio_leaves_workers_for_each_kind_of_ring(host: t.Any) -> None:
+    fuse = Toml(config(host, profiles=["client", "usrbio"])._mains(config(host).observe())["fuse"]).data
+    assert (fuse["batch_io_coros"], fuse["io_worker_coros"], fuse["io_jobq_sizes"]["hi"]) == (
+        256,
+        {"hi": 32, "lo": 32},
+        256,
+    )
+    shipped = Toml((SHIPPED / "hf3fs_fuse_main.toml").read_text()).data
+    for key in ("iov_limit", "rdma_buf_pool_size"):
+        assert fuse[key] == shipped[key], "a number of buffers, and what FUSE pins for its own reads"
+    starved = config(host, settings={"hf3fs_fuse_main": {"io_worker_coros.hi": 120, "io_worker_coros.lo": 8}})
+    with pytest.raises(Refused) as refused:
+        starved.plan(starved.observe())
+    assert refused.value.option == "settings.hf3fs_fuse_main.batch_io_coros" and refused.value.value == 128
+    assert refused.value.remedy == "More than 128"
+
+
+def test_buffers_of_usrbio_need_room_in_shared_memory(host: t.Any) -> None:
+    small = config(host, usrbio_memory="1MiB", skip_checks=["rdma", "clock", "memory"])
+    with pytest.raises(Refused, match="/dev/shm has 0B?, and programs shall have 1MiB"):
+        small.plan(small.observe())
+    Path(host.path("/dev/shm")).mkdir(parents=True)
+    assert small.plan(small.observe())
+    large = config(host, usrbio_memory="4PiB", skip_checks=["rdma", "clock", "memory"])
+    with pytest.raises(Refused, match="and programs shall have 4PiB of USRBIO buffers there"):
+        large.plan(large.observe())
+    skipped = config(host, usrbio_memory="4PiB", skip_checks=["rdma", "clock", "memory", "shm"])
+    assert skipped.plan(skipped.observe())
+
+
 def test_comments_of_the_files_that_ship_stay(host: t.Any) -> None:
     resource = config(host)
     text = resource._mains(resource.observe())["storage"]
@@ -237,14 +267,14 @@ def port(**more: t.Any) -> dict[str, t.Any]:
     ],
 )
 def test_rdma(ports: list[t.Any], interfaces: list[str], problem: str) -> None:
-    seen = {"ports": ports, "interfaces": interfaces, "clock": True, "memory_bytes": 64 << 30}
+    seen = {"ports": ports, "interfaces": interfaces, "clock": True, "memory_bytes": 64 << 30, "shm_bytes": 0}
     found = _threefs_checks.failures(seen, ["storage"], [], False)
     assert [text for _check, text, _remedy in found if problem and problem in text] == [x[1] for x in found]
     assert bool(found) == bool(problem)
 
 
 def test_a_device_that_is_asked_for_must_be_there() -> None:
-    seen = {"ports": [port()], "interfaces": ["eth0"], "clock": True, "memory_bytes": 64 << 30}
+    seen = {"ports": [port()], "interfaces": ["eth0"], "clock": True, "memory_bytes": 64 << 30, "shm_bytes": 0}
     assert "mlx5_9" in _threefs_checks.failures(seen, ["meta"], ["mlx5_9"], False)[0][1]
     assert _threefs_checks.failures({**seen, "ports": []}, ["monitor"], [], False) == []
 
