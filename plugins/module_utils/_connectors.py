@@ -14,6 +14,7 @@ import shlex
 import typing as t
 from dataclasses import dataclass, field
 
+from ansible_collections.agentfleet.metal.plugins.module_utils import _slab
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size
 
@@ -39,6 +40,9 @@ METADATA = {
     "sglang": "sglang.srt.mem_cache.storage.hf3fs.mini_3fs_metadata_server",
     "vllm": "vllm.distributed.kv_transfer.kv_connector.v1.hf3fs.hf3fs_metadata_server",
 }
+# SGLang asks where it is told to. vLLM reads the key and asks port 18000 of its own host all the same.
+_METADATA_PORT = {"sglang": 18001, "vllm": 18000}
+_OWN_HOST = ("127.0.0.1", "localhost")
 # What must be importable in the engine's own Python. vLLM's connector takes a mock without a word if it is not.
 CLIENT = {"sglang": "hf3fs_fuse.io", "vllm": "hf3fs_fuse.io", "lmcache": "hf3fs_fuse.io"}
 DIRECTORY = "/etc/agentfleet/connectors"
@@ -103,8 +107,10 @@ def check(option: str, pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.
         "host_memory_bytes": int(connector["host_memory_bytes"]),
         "address": connector.get("address") or pool.get("address") or "127.0.0.1",
         "python": connector.get("python") or "",
-        "metadata_address": connector.get("metadata_address") or pool.get("address") or "127.0.0.1",
-        "metadata_port": int(connector.get("metadata_port") or {"sglang": 18000, "vllm": 18001}.get(engine, 18000)),
+        "metadata_address": connector.get("metadata_address")
+        or ("" if engine == "vllm" else pool.get("address"))
+        or _OWN_HOST[0],
+        "metadata_port": int(connector.get("metadata_port") or _METADATA_PORT.get(engine, 18000)),
         "metadata_run": bool(connector.get("metadata_run")),
     }
     if gpus < 1:
@@ -123,6 +129,21 @@ def check(option: str, pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.
         )
     if not 1 <= made["metadata_port"] <= 65535:
         raise Refused(f"{option}.metadata_port", made["metadata_port"], "not a TCP port", "Use 1 to 65535")
+    if engine == "vllm" and backend == "hf3fs":
+        fixed = "vLLM's connector asks port 18000 of its own host, whatever it is told"
+        if made["metadata_port"] != _METADATA_PORT["vllm"]:
+            raise Refused(f"{option}.metadata_port", made["metadata_port"], fixed, "Leave it out")
+        if made["metadata_address"] not in _OWN_HOST:
+            remedy = "Leave it out, and let port 18000 of each engine's host lead to one service"
+            raise Refused(f"{option}.metadata_address", made["metadata_address"], fixed, remedy)
+    if backend == "hf3fs" and _slab.page_bytes(pool, made) and any(slab.pages < 2 for slab in slabs(pool, made)):
+        size = _slab.page_bytes(pool, made)
+        raise Refused(
+            f"{option}.backend",
+            backend,
+            f"a rank's share holds fewer than two pages of {size} bytes",
+            "Make the tier larger",
+        )
     if made["metadata_run"] and (engine not in METADATA or backend != "hf3fs"):
         raise Refused(f"{option}.metadata_run", True, f"{engine} {backend} has no metadata service", "Leave it out")
     if made["metadata_run"] and not made["python"]:
@@ -222,15 +243,14 @@ def _sglang(made: Rendered, pool: t.Mapping[str, t.Any], connector: t.Mapping[st
         made.environment["SGLANG_HICACHE_MOONCAKE_CONFIG_PATH"] = made.path("mooncake.json")
         made.environment.update(_cluster(pool))
     else:
-        ranks = 1 if pool["latent"] else connector["tensor_parallel"]
         made.files["hf3fs.json"] = _json(
             {
                 "file_path_prefix": f"{_directory(pool, connector)}/hicache",
-                "file_size": _capacity(pool, connector) // ranks,
+                "file_size": _file_size(pool, connector),
                 "numjobs": 16,
                 "entries": 8,
                 # Without it a latent cache is refused by SGLang, and every rank counts its pages alone.
-                "metadata_server_url": _url(connector),
+                "metadata_server_url": url(connector),
             }
         )
         made.environment["SGLANG_HICACHE_HF3FS_CONFIG_PATH"] = made.path("hf3fs.json")
@@ -288,8 +308,8 @@ def _vllm(made: Rendered, pool: t.Mapping[str, t.Any], connector: t.Mapping[str,
             "HF3FSKVConnector",
             {
                 "hf3fs_storage_path": _directory(pool, connector),
-                "hf3fs_metadata_server_url": _url(connector),
-                "hf3fs_file_size": _capacity(pool, connector) // connector["tensor_parallel"],
+                "hf3fs_metadata_server_url": url(connector),
+                "hf3fs_file_size": _file_size(pool, connector),
                 "hf3fs_client_numjobs": 16,
                 "hf3fs_max_device_buffer_count": 128,
             },
@@ -408,7 +428,23 @@ def _capacity(pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.Any]) -> 
     return int(_tier(pool)["size_bytes"])
 
 
-def _url(connector: t.Mapping[str, t.Any]) -> str:
+def slabs(pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.Any]) -> list[_slab.Slab]:
+    """The large files of a connector, one for each rank; none where its engine keeps a file for each page."""
+    if connector["backend"] != "hf3fs":
+        return []
+    return _slab.slabs(pool, connector, _directory(pool, connector), _capacity(pool, connector))
+
+
+def _file_size(pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.Any]) -> int:
+    """Bytes of each rank's file: whole pages where the model is known."""
+    for slab in slabs(pool, connector):
+        return slab.file_bytes
+    shared = pool["latent"] and connector["engine"] == "sglang"
+    return _capacity(pool, connector) // (1 if shared else int(connector["tensor_parallel"]))
+
+
+def url(connector: t.Mapping[str, t.Any]) -> str:
+    """Where a connector's metadata service listens."""
     return f"http://{connector['metadata_address']}:{connector['metadata_port']}"
 
 

@@ -203,7 +203,6 @@ class Pools:
                 observed["paths"][tier["path"]] = self._space(tier["path"])
                 for path, _quota, _owner in _directories(pool, tier):
                     observed["paths"].setdefault(path, self._space(path))
-                    observed["slabs"][path] = _slab.present(self.host.path(path))
                 continue
             look = devdax_of_memdevs if tier.get("devdax") else None
             try:
@@ -214,6 +213,9 @@ class Pools:
             except HostError as error:
                 observed["nodes"][name, tier["name"]] = str(error)
         for connector in pool["connectors"]:
+            for slab in _connectors.slabs(pool, connector):
+                there = self.host.exists(slab.path)
+                observed["slabs"][slab.path] = os.path.getsize(self.host.path(slab.path)) if there else None
             if connector["backend"] == "hf3fs" and connector["python"]:
                 module = _connectors.CLIENT[connector["engine"]]
                 done = self.host.run([connector["python"], "-c", f"import {module}"], check=False)
@@ -247,6 +249,9 @@ class Pools:
         if pool is None:
             return nothing
         if pool["engine"] != "mooncake":
+            # vLLM's map of pages is in its service's memory; SGLang's is on the disk and outlives a restart.
+            if self.wanted[name] is not None and not any(unit.endswith("-vllm.service") for unit in stops):
+                return nothing
             found = [tier["path"] for tier in pool["tiers"] if tier.get("path") and self.host.names(tier["path"])]
             return {**nothing, "lost": f"files below {', '.join(found)}" if found else ""}
         stores = {store_unit(name, tier["name"]): tier["name"] for tier in pool["tiers"]}
@@ -378,14 +383,19 @@ class Pools:
         if pool is None:
             return steps
         for tier in pool["tiers"]:
-            for path, size, owner in _directories(pool, tier) if tier.get("path") else ():
+            for path, _size, owner in _directories(pool, tier) if tier.get("path") else ():
                 if not observed["paths"][path]["exists"]:
                     steps.append(Step("create", path, after=f"directory of {owner or 'root'}", data=owner))
-                wanted = _slab.layout(size, tier["block_sizes"]) if tier["layout"] == "slab" else {}
-                if wanted and wanted != observed["slabs"][path]:
-                    before = {str(block): slots for block, slots in observed["slabs"][path].items()}
-                    after = {str(block): slots for block, slots in wanted.items()}
-                    steps.append(Step("lay out", path, before=before, after=after, data=(wanted, owner)))
+        owners = {
+            path: owner for tier in pool["tiers"] if tier.get("path") for path, _size, owner in _directories(pool, tier)
+        }
+        for connector in pool["connectors"]:
+            for slab in _connectors.slabs(pool, connector):
+                had = observed["slabs"][slab.path]
+                if had != slab.file_bytes:
+                    why = f"{slab.pages} pages of {slab.page_bytes} bytes"
+                    owner = owners[os.path.dirname(slab.path)]
+                    steps.append(Step("lay out", slab.path, before=had, after=slab.file_bytes, why=why, data=owner))
         return steps
 
     def _plan_files(self, name: str, pool: dict[str, t.Any] | None, observed: dict[str, t.Any]) -> list[Step]:
@@ -500,15 +510,15 @@ class Pools:
                 f"the file system of {tier['path']} has {space['free']} bytes free",
                 "Make the tier smaller or choose another file system",
             )
-        for path, size, _owner in _directories(pool, tier):
-            wanted = _slab.layout(size, tier["block_sizes"]) if tier["layout"] == "slab" else {}
-            fewer = {block: slots for block, slots in observed["slabs"][path].items() if slots > wanted.get(block, 0)}
-            if fewer and not self.lose_data[pool["name"]]:
+        for slab in (slab for connector in pool["connectors"] for slab in _connectors.slabs(pool, connector)):
+            had = observed["slabs"][slab.path]
+            if had not in (None, slab.file_bytes) and not self.lose_data[pool["name"]]:
                 raise Refused(
                     f"{where}.size",
                     format_size(tier["size_bytes"]),
-                    f"blocks in the last slots of {path} would be lost ({fewer} are there)",
-                    "Set lose_data: true, or keep the size",
+                    f"{slab.path} has {had} bytes, and with {slab.file_bytes} a new map of its pages begins, "
+                    "which finds nothing of what is there",
+                    "Set lose_data: true, or keep size, model and GPUs",
                 )
 
     # -- apply ----------------------------------------------------------------
@@ -534,10 +544,9 @@ class Pools:
             if step.data:
                 self.host.run(["chown", f"{step.data}:", self.host.path(step.object)])
         elif step.verb == "lay out":
-            wanted, owner = step.data
-            _slab.make(self.host.path(step.object), wanted)
-            if owner:
-                self.host.run(["chown", "--recursive", f"{owner}:", self.host.path(step.object)])
+            _slab.make(self.host.path(step.object), step.after)
+            if step.data and step.before is None:
+                self.host.run(["chown", f"{step.data}:", self.host.path(step.object)])
         elif step.verb == "declare":
             self.host.write(step.object, json.dumps(step.data, indent=2, sort_keys=True) + "\n")
         elif step.verb in ("forget", "remove"):

@@ -24,8 +24,8 @@ MEMORY = ("dram", "cxl")
 _OF_MEDIUM = {
     "dram": ("numa_node",),
     "cxl": ("memdevs", "numa_node"),
-    "ssd": ("path", "layout", "block_sizes"),
-    "threefs": ("path", "mount_point", "layout", "block_sizes"),
+    "ssd": ("path",),
+    "threefs": ("path", "mount_point"),
 }
 _NAME = re.compile(r"^[a-z0-9][a-z0-9_]{0,30}$")
 _TOKEN_BYTES = 16
@@ -48,7 +48,7 @@ def declare(option: str, name: str, pool: t.Mapping[str, t.Any], read: t.Callabl
     tiers: dict[str, dict[str, t.Any]] = {}
     for index, tier in enumerate(pool.get("tiers") or []):
         where = f"{option}.tiers[{index}]"
-        one = _tier(where, engine, made, tier)
+        one = _tier(where, engine, tier)
         one["name"] = checked_name(f"{where}.name", tier.get("name") or tier.get("medium"), tiers)
         tiers[one["name"]] = one
     made["tiers"] = list(tiers.values())
@@ -148,7 +148,7 @@ def _sizes(option: str, pool: t.Mapping[str, t.Any], read: t.Callable[[str], str
     return {**found, "bytes_per_token": per_token, "block_bytes": per_token * tokens // ranks}
 
 
-def _tier(where: str, engine: str, pool: t.Mapping[str, t.Any], tier: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+def _tier(where: str, engine: str, tier: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
     medium = tier.get("medium")
     if medium not in MEDIA[engine]:
         raise Refused(
@@ -156,8 +156,8 @@ def _tier(where: str, engine: str, pool: t.Mapping[str, t.Any], tier: t.Mapping[
         )
     devdax = bool(tier.get("devdax"))
     allowed = (*_OF_MEDIUM[medium], *(("devdax",) if medium == "cxl" else ()))
-    for key in ("memdevs", "numa_node", "devdax", "path", "mount_point", "layout", "block_sizes"):
-        if key not in allowed and tier.get(key) not in (None, [], False, "directory"):
+    for key in ("memdevs", "numa_node", "devdax", "path", "mount_point"):
+        if key not in allowed and tier.get(key) not in (None, [], False):
             raise Refused(f"{where}.{key}", tier[key], f"a {medium} tier does not use it", "Leave it out")
     made: dict[str, t.Any] = {"medium": medium, "size_bytes": parse_size(f"{where}.size", tier.get("size"), 1 << 20)}
     if medium in MEMORY:
@@ -186,23 +186,6 @@ def _tier(where: str, engine: str, pool: t.Mapping[str, t.Any], tier: t.Mapping[
                 f"{made['path']} is not below it",
                 "Name the directory where 3FS is mounted, such as /3fs/stage",
             )
-    made["layout"] = tier.get("layout") or "directory"
-    if made["layout"] == "slab":
-        if engine == "mooncake":
-            raise Refused(f"{where}.layout", "slab", "the engine lays out its own files", "Leave it out")
-        sizes = [parse_size(f"{where}.block_sizes", value) for value in tier.get("block_sizes") or []]
-        if not sizes and not pool["block_bytes"]:
-            raise Refused(f"{where}.block_sizes", [], "no block size is known", "Give block_sizes, or the pool's model")
-        made["block_sizes"] = sorted(set(sizes or [pool["block_bytes"]]))
-        if made["block_sizes"][-1] * 2 > made["size_bytes"]:
-            raise Refused(
-                f"{where}.size",
-                format_size(made["size_bytes"]),
-                f"it holds fewer than two blocks of {made['block_sizes'][-1]} bytes",
-                "Make the tier larger",
-            )
-    elif tier.get("block_sizes"):
-        raise Refused(f"{where}.block_sizes", tier["block_sizes"], "a directory has no slabs", "Set layout: slab")
     return made
 
 
@@ -337,13 +320,5 @@ def _made_connectors(option: str, pool: t.Mapping[str, t.Any], made: t.Mapping[s
         name = _connectors.name_of(one)
         if name in found:
             raise Refused(f"{where}.backend", connector.get("backend"), f"{name} is there twice", "Keep one")
-        used = next((tier for tier in made["tiers"] if tier.get("path")), None)
-        if used and used["layout"] == "slab" and one["backend"] not in ("cpu", "dax"):
-            raise Refused(
-                f"{where}.backend",
-                one["backend"],
-                "its engine lays out its own files",
-                "Set the tier's layout: directory",
-            )
         found[name] = one
     return list(found.values())

@@ -45,7 +45,10 @@ def metadata_units(pool: t.Mapping[str, t.Any]) -> dict[str, str]:
             f"--port={connector['metadata_port']}",
         ]
         if engine == "sglang":  # vLLM's forgets all pages when it ends
-            program += [f"--persistence-path=/var/lib/agentfleet-kv/{pool['name']}/pages", "--save-interval=60"]
+            # A map that was kept stays as it is for other pages, too, and would lead behind the end of the file.
+            sizes = [f"-{slab.pages}x{slab.page_bytes}" for slab in _connectors.slabs(pool, connector)[:1]]
+            path = f"/var/lib/agentfleet-kv/{pool['name']}/pages{''.join(sizes)}"
+            program += [f"--persistence-path={path}", "--save-interval=60"]
         found[f"agentfleet-kv-metadata-{pool['name']}-{engine}.service"] = f"""\
 # Written by agentfleet.metal.
 [Unit]

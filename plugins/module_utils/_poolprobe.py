@@ -11,7 +11,7 @@ import statistics
 import time
 import typing as t
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _boot, _slab
+from ansible_collections.agentfleet.metal.plugins.module_utils import _boot, _connectors, _slab
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._mooncake import ENGINE, POOLS, devdax_of_memdevs
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
@@ -106,7 +106,7 @@ def probe(host: Host, pool: t.Mapping[str, t.Any], probe_bytes: int, samples: in
             measured = by_engine[tier["name"]]
         elif tier.get("path"):
             size = min(probe_bytes, tier["size_bytes"] // 4)
-            measured = _probe_directory(host, tier, size, samples)
+            measured = _probe_directory(host, pool, tier, size, samples)
         elif tier.get("devdax"):
             measured = _probe_devdax(host, tier)
         else:
@@ -125,36 +125,41 @@ def summary(put_seconds: t.Sequence[float], get_seconds: t.Sequence[float], size
     return found
 
 
-def _probe_directory(host: Host, tier: t.Mapping[str, t.Any], size: int, samples: int) -> dict[str, t.Any]:
+def _probe_directory(
+    host: Host, pool: t.Mapping[str, t.Any], tier: t.Mapping[str, t.Any], size: int, samples: int
+) -> dict[str, t.Any]:
     try:
-        if tier.get("layout") == "slab":
-            slabs = [path for path in (tier["path"], *_below(host, tier["path"])) if _slab.present(host.path(path))]
-            if not slabs:
-                return {"problem": f"{tier['path']} has no slabs"}
-            return _probe_slab(host.path(slabs[0]), min(size, tier["block_sizes"][-1]), samples)
-        return _probe_files(host.path(tier["path"]), size, samples)
+        paged = [connector for connector in pool.get("connectors", []) if _connectors.slabs(pool, connector)]
+        if not paged:
+            return _probe_files(host.path(tier["path"]), size, samples)
+        found = [_probe_pages(host, pool, connector, samples) for connector in paged]
+        return next((one for one in found if not one["verified"]), found[0])
     except (HostError, OSError) as error:
         return {"probe_bytes": size, "problem": f"{tier['path']}: {getattr(error, 'strerror', None) or error}"}
 
 
-def _below(host: Host, path: str) -> list[str]:
-    return [f"{path}/{name}" for name in host.names(path)]
-
-
-def _probe_slab(directory: str, size: int, samples: int) -> dict[str, t.Any]:
+def _probe_pages(
+    host: Host, pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.Any], samples: int
+) -> dict[str, t.Any]:
+    """Whole pages in the large file of each rank, where the engine's own map of pages says."""
     put_seconds, get_seconds, same = [], [], True
-    with _slab.Slabs(directory) as slabs:
-        for _sample in range(samples):
-            key, data = f"agentfleet-probe-{os.urandom(8).hex()}", os.urandom(size)
-            start = time.perf_counter()
-            slabs.put(key, data)
-            slabs.sync()
-            put_seconds.append(time.perf_counter() - start)
-            start = time.perf_counter()
-            same = slabs.get(key) == data and same
-            get_seconds.append(time.perf_counter() - start)
-            slabs.remove(key)
-    return _judged(summary(put_seconds, get_seconds, size), same)
+    mapped = _slab.page_map(connector["engine"], _connectors.url(connector))
+    slabs = _connectors.slabs(pool, connector)
+    for slab in slabs:
+        with _slab.Pages(slab, host.path(slab.path), mapped) as pages:
+            for _sample in range(max(1, samples // len(slabs))):
+                key, data = f"agentfleet-probe-{os.urandom(8).hex()}", os.urandom(slab.page_bytes)
+                start = time.perf_counter()
+                page = pages.put(key, data)
+                put_seconds.append(time.perf_counter() - start)
+                try:
+                    start = time.perf_counter()
+                    same = pages.get(key, page, len(data)) == data and same
+                    get_seconds.append(time.perf_counter() - start)
+                finally:
+                    pages.give_back(key, page)
+    counted = {"pages": sum(slab.pages for slab in slabs), "files": len(slabs)}
+    return {**counted, **_judged(summary(put_seconds, get_seconds, slabs[0].page_bytes), same)}
 
 
 def _probe_files(directory: str, size: int, samples: int) -> dict[str, t.Any]:

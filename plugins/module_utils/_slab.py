@@ -1,234 +1,235 @@
 # Copyright: agentfleet.metal contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Blocks in few large files: a shared file system then sees reads and writes, and no file is made or removed for a block.
+"""Pages in few large files, as SGLang's and vLLM's 3FS connectors lay them out.
 
-Each size class has data files of at most ``FILE_BYTES`` and one map with a record of 64 bytes for each slot, so that a
-record never crosses a sector. No order of writes is needed for safety: a record carries its own checksum and that of its
-data, so that whatever a power cut leaves half-written is a miss, and never another block's bytes.
+Each rank has one file of whole pages, made once, so that no file is made or removed for a page: the file system sees
+reads and writes only. Which key lies on which page is known by the engine's metadata service, which counts pages in
+memory. Names, page sizes and requests are those of the versions that tests/contract/connectors.json records.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
+import json
 import os
-import re
-import struct
+import time
 import typing as t
-import zlib
-from collections import OrderedDict
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 
-FILE_BYTES = 64 << 30
-ALIGNMENT = 4096
-_RECORD = struct.Struct("<16sQII28xI")  # digest of the key, sequence, length and checksum of the data, own checksum
-_EMPTY = bytes(_RECORD.size)
-_MAP = re.compile(r"^map-(\d+)$")
+_SECONDS = 10.0
+_BEGIN_SECONDS = 60.0  # a service that was just started imports its engine before it listens
 
 
-def _stride(block_bytes: int) -> int:
-    return -(-block_bytes // ALIGNMENT) * ALIGNMENT
+@dataclass(frozen=True)
+class Slab:
+    """One rank's file."""
+
+    path: str
+    rank: int
+    pages: int
+    page_bytes: int
+
+    @property
+    def file_bytes(self) -> int:
+        """Its size, which the connector's configuration says, too."""
+        return self.pages * self.page_bytes
 
 
-def layout(capacity: int, block_sizes: t.Sequence[int]) -> dict[int, int]:
-    """Block size -> slots; each size gets the same share of the bytes."""
-    return {size: capacity // len(block_sizes) // (_stride(size) + _RECORD.size) for size in block_sizes}
+def page_bytes(pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.Any]) -> int:
+    """What a rank writes at a time; 0 where nothing was said of the model."""
+    whole = int(pool["bytes_per_token"]) * int(pool["page_tokens"])
+    if pool["latent"]:
+        return whole
+    share = whole // int(connector["tensor_parallel"])
+    # With the layout page_first, in which we configure it, SGLang keeps keys and values as two pages.
+    return share // 2 if connector["engine"] == "sglang" else share
 
 
-def present(directory: str) -> dict[int, int]:
-    """Block size -> slots of what is there; nothing where no slab was made."""
-    found = {}
-    for name in os.listdir(directory) if os.path.isdir(directory) else ():
-        match = _MAP.match(name)
-        if match:
-            found[int(match[1])] = os.path.getsize(os.path.join(directory, name)) // _RECORD.size
-    return found
+def slabs(pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.Any], directory: str, capacity: int) -> list[Slab]:
+    """The files that a connector's engine opens, with as many whole pages as fit.
 
-
-def make(directory: str, wanted: t.Mapping[int, int]) -> None:
-    """Make, grow or shrink the files; safe to repeat after any interruption.
-
-    Blocks in slots that go away are dropped: it is a cache. A map is made after its data files and shrunk before them.
+    :param capacity: bytes that the connector may fill
     """
-    os.makedirs(directory, mode=0o700, exist_ok=True)
-    with _locked(directory):
-        for size in sorted({*wanted, *present(directory)}):
-            slots, path = wanted.get(size, 0), os.path.join(directory, f"map-{size}")
-            if slots < present(directory).get(size, 0):
-                os.truncate(path, slots * _RECORD.size)
-            _data_files(directory, size, slots)
-            if slots:
-                with open(path, "ab") as file:
-                    file.truncate(slots * _RECORD.size)
-                    os.fsync(file.fileno())
-            elif os.path.exists(path):
-                os.unlink(path)
+    size = page_bytes(pool, connector)
+    if connector["backend"] != "hf3fs" or connector["engine"] not in _MAPS or not size:
+        return []
+    if connector["engine"] == "sglang":  # all ranks share the file of a latent cache
+        ranks = 1 if pool["latent"] else int(connector["tensor_parallel"])
+        names = [f"hicache.{rank}.bin" for rank in range(ranks)]
+    else:
+        names = [f"hf3fs_vllm_data_file_{rank}" for rank in range(int(connector["tensor_parallel"]))]
+    pages = capacity // len(names) // size
+    return [Slab(f"{directory}/{name}", rank, pages, size) for rank, name in enumerate(names)]
 
 
-def _data_files(directory: str, size: int, slots: int) -> None:
-    each = FILE_BYTES // _stride(size)
-    for index in range(max(-(-slots // each), _files(directory, size))):
-        path, length = _data(directory, size, index), min(each, slots - index * each) * _stride(size)
-        if length <= 0:
-            os.unlink(path)
-            continue
-        with open(path, "ab") as file:
-            if os.fstat(file.fileno()).st_size > length:
-                file.truncate(length)
-            os.posix_fallocate(file.fileno(), 0, length)  # no block will later fail for want of space
+def make(path: str, size: int) -> None:
+    """Make a file or give it its size. 3FS gives it space as chunks are written, and knows no other preallocation."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        os.ftruncate(handle, size)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def _data(directory: str, size: int, index: int) -> str:
-    return os.path.join(directory, f"data-{size}-{index:04}")
+class PageMap:
+    """An engine's metadata service, asked as the engine asks it.
 
+    :param url: where it listens
+    """
 
-def _files(directory: str, size: int) -> int:
-    return sum(name.startswith(f"data-{size}-") for name in os.listdir(directory))
+    idle_page = 0  # that an engine which begins now comes to last
 
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.patience = time.monotonic() + _BEGIN_SECONDS
 
-class _locked:
-    """One process at a time: the map is held in memory."""
-
-    def __init__(self, directory: str) -> None:
-        self.handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    def _post(self, path: str, **content: t.Any) -> dict[str, t.Any]:
+        request = urllib.request.Request(
+            f"{self.url}/{path}", json.dumps(content).encode(), {"Content-Type": "application/json"}
+        )
         try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self.handle)
-            raise HostError(f"{directory} is in use by another process") from error
+            with self._open(request) as answer:
+                return t.cast("dict[str, t.Any]", json.loads(answer.read() or b"{}"))
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")
+            if "not initialized" in said:
+                raise NotInitialized(said) from error
+            raise HostError(f"{self.url}/{path}: {error.code} {said[-200:]}") from error
+        except (OSError, ValueError) as error:
+            raise HostError(f"{self.url} does not answer: {getattr(error, 'reason', error)}") from error
 
-    def __enter__(self) -> None:
-        pass
+    def _open(self, request: urllib.request.Request) -> t.Any:
+        while True:
+            try:
+                return urllib.request.urlopen(request, timeout=_SECONDS)
+            except urllib.error.URLError as error:
+                if not isinstance(error.reason, ConnectionRefusedError) or time.monotonic() >= self.patience:
+                    raise
+            time.sleep(1)
 
-    def __exit__(self, *_exception: object) -> None:
-        os.close(self.handle)
+    def take(self, slab: Slab, key: str) -> int:
+        """A page for a key that nobody else gets."""
+        raise NotImplementedError
+
+    def find(self, slab: Slab, key: str, page: int) -> int | None:
+        """Confirm that the page was written, and look the key up as a reader does."""
+        raise NotImplementedError
+
+    def give_back(self, slab: Slab, key: str, page: int) -> None:
+        """Let the page go."""
+        raise NotImplementedError
 
 
-class _Class:
-    """The slots of one block size. ``used`` is in order of use, the coldest first."""
+class NotInitialized(Exception):
+    """No engine has begun with this rank yet, so that nobody uses its file."""
 
-    def __init__(self, directory: str, size: int) -> None:
-        self.size, self.stride, self.each = size, _stride(size), FILE_BYTES // _stride(size)
-        self.map = os.open(os.path.join(directory, f"map-{size}"), os.O_RDWR)
-        self.data = [os.open(_data(directory, size, index), os.O_RDWR) for index in range(_files(directory, size))]
-        self.used: OrderedDict[bytes, tuple[int, int, int]] = OrderedDict()  # digest -> slot, length, checksum
-        self.free: list[int] = []
-        self.sequence = self._scan()
 
-    def _scan(self) -> int:
-        slots = os.fstat(self.map).st_size // _RECORD.size
-        live: list[tuple[int, bytes, int, int, int]] = []
-        for slot in range(slots):
-            record = os.pread(self.map, _RECORD.size, slot * _RECORD.size)
-            digest, sequence, length, checksum, own = _RECORD.unpack(record)
-            if record != _EMPTY and own == zlib.crc32(record[:-4]) and length <= self.size:
-                live.append((sequence, digest, slot, length, checksum))
-            else:
-                self.free.append(slot)
-        for _sequence, digest, slot, length, checksum in sorted(live):
-            if digest in self.used:  # a crash came between writing the new place of a key and clearing the old one
-                self.free.append(self.used.pop(digest)[0])
-            self.used[digest] = (slot, length, checksum)
-        self.free.reverse()
-        return max((entry[0] for entry in live), default=0)
+class _SglangMap(PageMap):
+    """When all pages are taken it gives the least recently used one."""
 
-    def place(self, slot: int) -> tuple[int, int]:
-        return self.data[slot // self.each], slot % self.each * self.stride
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._confirmed: set[str] = set()
 
-    def write(self, digest: bytes, data: bytes) -> None:
-        old = self.used.pop(digest, None)
-        if self.free:
-            slot = self.free.pop()
-        elif old is not None:
-            slot, old = old[0], None
+    def take(self, slab: Slab, key: str) -> int:
+        path = f"{slab.rank}/reserve_and_allocate_page_indices"
+        ((_known, page),) = self._post(path, keys=[[key, ""]])["indices"]
+        return int(page)
+
+    def find(self, slab: Slab, key: str, page: int) -> int | None:
+        self._post(f"{slab.rank}/confirm_write", written_keys_to_confirm=[[key, page]], pages_to_release=[])
+        self._confirmed.add(key)
+        (found,) = self._post(f"{slab.rank}/get_page_indices", keys=[key])["indices"]
+        return None if found is None else int(found)
+
+    def give_back(self, slab: Slab, key: str, page: int) -> None:
+        if key in self._confirmed:  # by its key, which may have lost the page to another one
+            self._post(f"{slab.rank}/delete_keys", keys=[key])
+            self._confirmed.discard(key)
         else:
-            _coldest, (slot, _length, _checksum) = self.used.popitem(last=False)
-        file, offset = self.place(slot)
-        if os.pwrite(file, data, offset) != len(data):
-            raise HostError(f"only a part of {len(data)} bytes was written")
-        self.sequence += 1
-        checksum = zlib.crc32(data)
-        record = _RECORD.pack(digest, self.sequence, len(data), checksum, 0)[:-4]
-        os.pwrite(self.map, record + struct.pack("<I", zlib.crc32(record)), slot * _RECORD.size)
-        self.used[digest] = (slot, len(data), checksum)
-        if old is not None:
-            self.clear(old[0])
-
-    def clear(self, slot: int) -> None:
-        os.pwrite(self.map, _EMPTY, slot * _RECORD.size)
-        self.free.append(slot)
-
-    def sync(self) -> None:
-        for file in (*self.data, self.map):
-            os.fdatasync(file)
-
-    def close(self) -> None:
-        for file in (*self.data, self.map):
-            os.close(file)
+            self._post(f"{slab.rank}/confirm_write", written_keys_to_confirm=[], pages_to_release=[page])
 
 
-class Slabs:
-    """An open slab directory: put, get and remove blocks by key; the least recently used go first."""
+class _VllmMap(PageMap):
+    """It forgets no key, so that a probe confirms none, and a service without a free page gives no more."""
 
-    def __init__(self, directory: str) -> None:
-        sizes = sorted(present(directory))
-        if not sizes:
-            raise HostError(f"{directory} has no slabs")
-        self._lock = _locked(directory)
-        self._classes = [_Class(directory, size) for size in sizes]
+    idle_page = -1
 
-    def __enter__(self) -> Slabs:
+    def take(self, slab: Slab, key: str) -> int:
+        ((_key, page),) = self._post("keys/batch_allocate", rank=slab.rank, keys=[[key, ""]])["results"]
+        if page < 0:
+            raise HostError(
+                f"all {slab.pages} pages of {slab.path} are taken, and vLLM's service frees none: restart it"
+            )
+        return int(page)
+
+    def find(self, slab: Slab, key: str, page: int) -> int | None:
+        return page
+
+    def give_back(self, slab: Slab, key: str, page: int) -> None:
+        self._post("keys/confirm_write", rank=slab.rank, confirmations=[], pages_to_release=[page])
+
+
+_MAPS: dict[str, type[PageMap]] = {"sglang": _SglangMap, "vllm": _VllmMap}
+
+
+def page_map(engine: str, url: str) -> PageMap:
+    """The client of an engine's service."""
+    return _MAPS[engine](url)
+
+
+class Pages:
+    """One rank's open file with its map: what an engine does for a page, through the mount."""
+
+    def __init__(self, slab: Slab, path: str, mapped: PageMap) -> None:
+        self.slab, self.map = slab, mapped
+        self._mapped: set[str] = set()  # keys with a page that the map gave, and not the idle one
+        self.file = os.open(path, os.O_RDWR)
+        size = os.fstat(self.file).st_size
+        if size != slab.file_bytes:
+            os.close(self.file)
+            raise HostError(f"{slab.path} has {size} bytes instead of {slab.file_bytes}: the next run makes it")
+
+    def __enter__(self) -> Pages:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        for one in self._classes:
-            one.close()
-        self._lock.__exit__()
+        os.close(self.file)
 
-    @staticmethod
-    def _digest(key: str) -> bytes:
-        return hashlib.blake2b(key.encode(), digest_size=16).digest()
+    def put(self, key: str, data: bytes) -> int:
+        """Write a page and wait until it is stored; returns which."""
+        try:
+            page = self.map.take(self.slab, key)
+            self._mapped.add(key)
+        except NotInitialized:
+            page = self.map.idle_page % self.slab.pages
+        if not 0 <= page < self.slab.pages:
+            raise HostError(f"{self.slab.path} has {self.slab.pages} pages, and the map gives page {page}")
+        try:
+            if os.pwrite(self.file, data, page * self.slab.page_bytes) != len(data):
+                raise HostError(f"{self.slab.path}: only a part of {len(data)} bytes was written")
+            os.fsync(self.file)
+        except (OSError, HostError):
+            self.give_back(key, page)
+            raise
+        return page
 
-    def put(self, key: str, data: bytes) -> None:
-        """Write a block into the smallest class that takes it."""
-        fitting = [one for one in self._classes if len(data) <= one.size]
-        if not fitting:
-            raise HostError(f"a block of {len(data)} bytes is larger than the largest class, {self._classes[-1].size}")
-        digest = self._digest(key)
-        fitting[0].write(digest, data)
-        for one in self._classes:
-            if one is not fitting[0] and digest in one.used:
-                one.clear(one.used.pop(digest)[0])
+    def get(self, key: str, page: int, length: int) -> bytes:
+        """Read a page where the map says that the key is."""
+        found = self.map.find(self.slab, key, page) if key in self._mapped else page
+        if found is None:
+            raise HostError(f"{self.slab.path}: the map lost a key that was confirmed")
+        offset = found * self.slab.page_bytes
+        os.posix_fadvise(self.file, offset, length, os.POSIX_FADV_DONTNEED)  # from storage, not the page cache
+        return os.pread(self.file, length, offset)
 
-    def get(self, key: str) -> bytes | None:
-        """The block, or None where it is not, or is damaged."""
-        digest = self._digest(key)
-        for one in self._classes:
-            if digest in one.used:
-                slot, length, checksum = one.used[digest]
-                file, offset = one.place(slot)
-                data = os.pread(file, length, offset)
-                if len(data) == length and zlib.crc32(data) == checksum:
-                    one.used.move_to_end(digest)
-                    return data
-                del one.used[digest]
-                one.clear(slot)
-        return None
-
-    def remove(self, key: str) -> None:
-        """Forget a block; one that is not there is fine."""
-        digest = self._digest(key)
-        for one in self._classes:
-            if digest in one.used:
-                one.clear(one.used.pop(digest)[0])
-
-    def sync(self) -> None:
-        """Wait until everything written so far is on the disk."""
-        for one in self._classes:
-            one.sync()
-
-    def blocks(self) -> int:
-        """How many blocks there are."""
-        return sum(len(one.used) for one in self._classes)
+    def give_back(self, key: str, page: int) -> None:
+        """Leave the page to the engine again."""
+        if key in self._mapped:
+            self.map.give_back(self.slab, key, page)
+            self._mapped.discard(key)

@@ -190,19 +190,6 @@ options:
           mount_point:
             description: Where the 3FS of a V(threefs) tier is mounted.
             type: str
-          layout:
-            description:
-              - V(directory) is filled by an inference engine.
-              - V(slab) has few large preallocated files for blocks of known sizes, so that metadata operations do not
-                grow with blocks.
-            type: str
-            choices: [directory, slab]
-            default: directory
-          block_sizes:
-            description: Block sizes of a slab; that of the pool's model, if left out.
-            type: list
-            elements: str
-            default: []
       tenants:
         description: Who may use the pool, and how much of it. Without any, everyone shares all.
         type: list
@@ -265,7 +252,7 @@ options:
             description: Address of the service that counts the pages of a V(hf3fs) connector; the pool's, if left out.
             type: str
           metadata_port:
-            description: TCP port of that service. 18000 for SGLang and 18001 for vLLM, if left out.
+            description: TCP port of that service. 18001 for SGLang, if left out; vLLM always asks port 18000 of its own host.
             type: int
           metadata_run:
             description: Whether this host runs that service, by O(pools[].connectors[].python).
@@ -363,8 +350,6 @@ TIER = {
     "devdax": {"type": "bool", "default": False},
     "path": {"type": "str"},
     "mount_point": {"type": "str"},
-    "layout": {"type": "str", "choices": ["directory", "slab"], "default": "directory"},
-    "block_sizes": {"type": "list", "elements": "str", "default": []},
 }
 TENANT = {
     "name": {"type": "str", "required": True},

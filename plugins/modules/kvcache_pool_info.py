@@ -26,7 +26,7 @@ options:
     elements: str
   probe_size:
     description:
-      - Size of an object. Never more than a quarter of the tier.
+      - Size of an object. Never more than a quarter of the tier. In large files of an C(hf3fs) connector always a page.
       - The block of the pool's model, if left out, or 1MiB where none is known.
     type: str
   samples:
@@ -55,7 +55,8 @@ pools:
       description:
         - Each tier's C(name), C(medium), C(numa_node), C(size_bytes), C(put_bytes_per_second), C(get_bytes_per_second),
           C(verified), C(pages_on_node), C(pages_elsewhere), C(probe_bytes), C(samples), C(put_microseconds) and
-          C(get_microseconds) with C(p50) and C(p99), C(replicas) and, if it is not verified, C(problem).
+          C(get_microseconds) with C(p50) and C(p99), C(replicas), of large files C(files) and
+          C(pages), and, if it is not verified, C(problem).
       returned: always
       type: list
       elements: dict

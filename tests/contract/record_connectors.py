@@ -103,6 +103,22 @@ class Wheel:
         )
 
 
+def routes(wheel: Wheel, name: str) -> list[str]:
+    """What a metadata service answers."""
+    return wheel.first_arguments(name, "post")
+
+
+def fixed_url(wheel: Wheel, connector: str, client: str) -> str:
+    """Where a metadata client asks when its maker is given no URL by any of its callers; empty if it is given one."""
+    calls = [
+        node
+        for node in wheel.nodes(connector)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "").endswith("MetadataClient")
+    ]
+    init = re.search(r'base_url: str = "([^"]+)"', wheel.text(client))
+    return init[1] if calls and init and not any(call.args or call.keywords for call in calls) else ""
+
+
 def vllm(wheel: Wheel) -> dict[str, t.Any]:
     """What vLLM's connectors read."""
     offload = "vllm/v1/kv_offload"
@@ -129,6 +145,13 @@ def vllm(wheel: Wheel) -> dict[str, t.Any]:
         "hf3fs": wheel.read_keys(f"{CONNECTORS}/v1/hf3fs/hf3fs_connector.py"),
         "hf3fs_imports": wheel.imports(f"{CONNECTORS}/v1/hf3fs/hf3fs_connector.py"),
         "hf3fs_metadata": wheel.options(f"{CONNECTORS}/v1/hf3fs/hf3fs_metadata_server.py"),
+        "hf3fs_routes": routes(wheel, f"{CONNECTORS}/v1/hf3fs/hf3fs_metadata_server.py"),
+        "hf3fs_fixed_url": fixed_url(
+            wheel,
+            f"{CONNECTORS}/v1/hf3fs/hf3fs_connector.py",
+            f"{CONNECTORS}/v1/hf3fs/hf3fs_metadata_server.py",
+        ),
+        "hf3fs_files": re.findall(r'f"(\w+_)\{self\._rank\}"', wheel.text(f"{CONNECTORS}/v1/hf3fs/hf3fs_connector.py")),
         "mooncake_store": wheel.fields("vllm/distributed/mooncake_store.py", "MooncakeStoreConfig"),
         "mooncake_transfer": wheel.read_keys(f"{CONNECTORS}/v1/mooncake/mooncake_connector.py"),
         "environment": sorted(
@@ -158,6 +181,8 @@ def sglang(wheel: Wheel) -> dict[str, t.Any]:
         "hf3fs_required": sorted(required),
         "hf3fs": sorted({*required, *wheel.read_keys(hf3fs)}),
         "hf3fs_metadata": wheel.options(f"{STORAGE}/hf3fs/mini_3fs_metadata_server.py"),
+        "hf3fs_routes": routes(wheel, f"{STORAGE}/hf3fs/mini_3fs_metadata_server.py"),
+        "hf3fs_files": re.findall(r"file_path_prefix'\]\}(\.)\{rank_for_path\}(\.bin)", wheel.text(hf3fs)),
         "environment": sorted(environment),
     }
 

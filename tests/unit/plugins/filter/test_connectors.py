@@ -146,15 +146,16 @@ CHECKS = {"sglang": check_sglang, "vllm": check_vllm, "lmcache": check_lmcache}
 def test_a_latent_cache_has_one_file_and_heads_have_one_for_each_rank() -> None:
     mla = json.loads(rendered("threefs", "sglang-hf3fs", model="DeepSeek-V3").files["hf3fs.json"])
     gqa = json.loads(rendered("threefs", "sglang-hf3fs").files["hf3fs.json"])
-    assert (mla["file_size"], gqa["file_size"]) == (1 << 40, 1 << 37)
-    assert mla["metadata_server_url"] == "http://127.0.0.1:18000"
+    latent, keys = 70272 * 64, 327680 * 64 // 8 // 2
+    assert mla["file_size"] == (1 << 40) // latent * latent and gqa["file_size"] == (1 << 37) // keys * keys
+    assert mla["metadata_server_url"] == "http://127.0.0.1:18001"
 
 
 def test_the_metadata_services_are_each_engines_own() -> None:
     assert set(READS["vllm"]["hf3fs_metadata"]) == {"--host", "--port"}
     assert {"--persistence-path", "--save-interval"} <= set(READS["sglang"]["hf3fs_metadata"])
     vllm = arguments(rendered("threefs", "vllm-hf3fs").arguments)["kv-transfer-config"]
-    assert json.loads(vllm)["kv_connector_extra_config"]["hf3fs_metadata_server_url"] == "http://127.0.0.1:18001"
+    assert json.loads(vllm)["kv_connector_extra_config"]["hf3fs_metadata_server_url"] == "http://127.0.0.1:18000"
 
 
 def test_the_mock_of_3fs_is_looked_for_where_the_engine_looks() -> None:

@@ -12,7 +12,7 @@ import typing as t
 
 import pytest
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _mooncake, _pool, _poolprobe, _slab
+from ansible_collections.agentfleet.metal.plugins.module_utils import _mooncake, _pool, _poolprobe
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused
 
 MASTER, DRAM, SECOND = (
@@ -450,23 +450,33 @@ def test_a_write_policy_is_followed_by_the_disk_or_by_the_engine(machine: Machin
     assert "--hicache-write-policy=write_through_selective" in arguments
 
 
-@pytest.mark.parametrize("tenants", [[], [{"name": "red", "quota": "2MiB", "owner": "svc"}]])
-def test_slabs_of_a_directory_pool(machine: Machine, tenants: list[dict[str, str]]) -> None:
-    machine.host.files({"/etc/passwd": "svc:x:1:1::/:/bin/sh\n"})
-    tier = {"medium": "ssd", "size": "8MiB", "path": "/srv/f", "layout": "slab", "block_sizes": ["64KiB", "128KiB"]}
-    pools = [{"name": "f", "engine": "filesystem", "tiers": [tier], "tenants": tenants}]
-    path = "/srv/f/red" if tenants else "/srv/f"
+@pytest.mark.parametrize("tenants", [[], [{"name": "red", "quota": "32MiB", "owner": "svc"}]])
+def test_the_large_files_of_a_3fs_pool(machine: Machine, tenants: list[dict[str, str]]) -> None:
+    machine.host.files({"/etc/passwd": "svc:x:1:1::/:/bin/sh\n", "/3fs/s": None})
+    machine.host.files({"/proc/self/mounts": "hf3fs.s /3fs/s fuse.hf3fs rw 0 0\n"})
+    machine.host.answers["chown"] = ""
+    tier = {"medium": "threefs", "size": "64MiB", "path": "/3fs/s/kv", "mount_point": "/3fs/s"}
+    connector = {"engine": "sglang", "backend": "hf3fs", "tensor_parallel": 2, "tenant": "red" if tenants else None}
+    pools: list[dict[str, t.Any]] = [
+        {"name": "f", "engine": "threefs", "bytes_per_token": 3000, "tiers": [tier], "tenants": tenants}
+    ]
+    pools[0]["connectors"] = [connector]
+    path = "/3fs/s/kv/red" if tenants else "/3fs/s/kv"
+    files = [f"{path}/hicache.{rank}.bin" for rank in (0, 1)]
 
-    assert machine.run(pools) == [f"create {path}", f"lay out {path}", "declare /etc/agentfleet/pools/f.json"]
+    steps = machine.run(pools)
+    assert steps[:3] == [f"create {path}", *(f"lay out {file}" for file in files)]
     assert machine.run(pools) == []
-    size = 2 << 20 if tenants else 8 << 20
-    assert _slab.present(machine.host.path(path)) == _slab.layout(size, [65536, 131072])
-    found = _poolprobe.probe(machine.host, _poolprobe.declared(machine.host)["f"], 1 << 20, 3)
-    assert found[0]["verified"] and found[0]["probe_bytes"] == 131072
-    smaller = [{**pools[0], "tiers": [{**tier, "size": "4MiB"}], "tenants": [{**x, "quota": "1MiB"} for x in tenants]}]
-    with pytest.raises(Refused, match="blocks in the last slots"):
-        machine.run(smaller)
-    assert machine.run([{**smaller[0], "lose_data": True}])[0] == f"lay out {path}"
+    page = 3000 * 64 // 2 // 2
+    whole = (16 if tenants else 32) * (1 << 20) // page * page
+    assert [os.path.getsize(machine.host.path(file)) for file in files] == [whole] * 2
+    assert [call for call in machine.host.calls if call.startswith("chown")] == (
+        [f"chown svc: {machine.host.path(name)}" for name in (path, *files)] if tenants else []
+    )
+    other = [{**pools[0], "bytes_per_token": 6000}]
+    with pytest.raises(Refused, match="a new map of its pages begins"):
+        machine.run(other)
+    assert machine.run([{**other[0], "lose_data": True}])[:2] == [f"lay out {file}" for file in files]
 
 
 def test_a_3fs_pool_with_its_metadata_service(machine: Machine) -> None:
@@ -480,10 +490,17 @@ def test_a_3fs_pool_with_its_metadata_service(machine: Machine) -> None:
     steps = machine.run(pools)
 
     assert f"write /etc/systemd/system/{unit}" in steps and steps[-1] == f"start {unit}"
+    page = 70272 * 64
+    kept = f"/var/lib/agentfleet-kv/t/pages-{(64 << 20) // page}x{page} "
+    assert kept in machine.host.read(f"/etc/systemd/system/{unit}"), (
+        "pages of another size are not looked up in this map"
+    )
     assert machine.run(pools) == []
     connector["metadata_port"] = 18005
     assert machine.run(pools)[0] == f"stop {unit}"
-    assert machine.run([{"name": "t", "state": "absent"}]) == [
+    with pytest.raises(Refused, match="holds files below /3fs/stage/kv, lost by removing it"):
+        machine.run([{"name": "t", "state": "absent"}])
+    assert machine.run([{"name": "t", "state": "absent", "lose_data": True}]) == [
         f"stop {unit}",
         f"disable {unit}",
         *(

@@ -1,190 +1,230 @@
 # Copyright: agentfleet.metal contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Blocks in large files: found again, evicted, resized, and never wrong after a crash."""
+"""Pages in the large files of SGLang's and vLLM's 3FS connectors, through doubles of their maps of pages."""
 
 from __future__ import annotations
 
+import json
 import os
-import random
+import re
 import typing as t
-import zlib
 from pathlib import Path
 
 import pytest
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _slab
+from ansible_collections.agentfleet.metal.plugins.module_utils import _connectors, _pooldecl, _poolprobe, _slab
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
+from ansible_collections.agentfleet.metal.tests.doubles import page_maps
 
-BLOCK = 8192
-BLOCKS = {f"k{index}": os.urandom(BLOCK - index) for index in range(4)}
+PAGE, PAGES = 8192, 4
+DOUBLES = {"sglang": page_maps.Sglang, "vllm": page_maps.Vllm}
+RECORD = json.loads((Path(__file__).parents[3] / "contract/connectors.json").read_text())
+
+
+@pytest.fixture(params=DOUBLES)
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
-def directory(tmp_path: t.Any) -> str:
-    path = str(tmp_path / "slab")
-    _slab.make(path, {BLOCK: 4})
-    return path
+def service(engine: str) -> t.Iterator[t.Any]:
+    made = DOUBLES[engine]()
+    yield made
+    made.stop()
 
 
-def fill(directory: str) -> None:
-    with _slab.Slabs(directory) as slabs:
-        for key, data in BLOCKS.items():
-            slabs.put(key, data)
+@pytest.fixture
+def slab(tmp_path: Path) -> _slab.Slab:
+    made = _slab.Slab(str(tmp_path / "file"), 0, PAGES, PAGE)
+    _slab.make(made.path, made.file_bytes)
+    return made
 
 
-def read(directory: str) -> dict[str, bytes | None]:
-    with _slab.Slabs(directory) as slabs:
-        return {key: slabs.get(key) for key in BLOCKS}
+def opened(slab: _slab.Slab, engine: str, service: t.Any) -> _slab.Pages:
+    return _slab.Pages(slab, slab.path, _slab.page_map(engine, service.url))
 
 
-def test_found_again_by_the_next_process(directory: str) -> None:
-    fill(directory)
-    assert read(directory) == BLOCKS
-    assert sorted(os.listdir(directory)) == [f"data-{BLOCK}-0000", f"map-{BLOCK}"]
-    assert os.path.getsize(f"{directory}/data-{BLOCK}-0000") == 4 * BLOCK
+def declared(engine: str, model: str, **connector: t.Any) -> tuple[dict[str, t.Any], dict[str, t.Any]]:
+    tier = {"medium": "threefs", "size": "1TiB", "path": "/3fs/s/kv", "mount_point": "/3fs/s"}
+    wish = {"engine": engine, "backend": "hf3fs", **connector}
+    options = {
+        "name": "p",
+        "engine": "threefs",
+        "model": model,
+        "tensor_parallel": 8,
+        "tiers": [tier],
+        "connectors": [wish],
+    }
+    pool = _pooldecl.declare("pools[0]", "p", options, lambda path: "")
+    return pool, pool["connectors"][0]
 
 
-def test_metadata_operations_do_not_grow_with_blocks(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "model", "files", "page"),
+    [
+        ("sglang", "Llama-3.1-70B", 8, 327680 * 64 // 8 // 2),  # keys and values are pages of their own
+        ("sglang", "DeepSeek-V3", 1, 70272 * 64),  # a latent is one page, in one file for all ranks
+        ("vllm", "Llama-3.1-70B", 8, 327680 * 64 // 8),
+        ("vllm", "DeepSeek-V3", 8, 70272 * 64),
+    ],
+)
+def test_files_are_those_that_the_configuration_names(name: str, model: str, files: int, page: int) -> None:
+    pool, connector = declared(name, model)
+    slabs = _connectors.slabs(pool, connector)
+    assert [slab.rank for slab in slabs] == list(range(files))
+    assert {slab.page_bytes for slab in slabs} == {page}
+    assert sum(slab.file_bytes for slab in slabs) <= 1 << 40 < sum(slab.file_bytes + page for slab in slabs)
+    made, reads = _connectors.render(pool, connector), RECORD[name]["reads"]
+    if name == "sglang":
+        config = json.loads(made.files["hf3fs.json"])
+        first, last = reads["hf3fs_files"][0]
+        assert slabs[-1].path == f"{config['file_path_prefix']}{first}{files - 1}{last}"
+        assert config["file_size"] == slabs[0].file_bytes
+    else:
+        config = json.loads(made.arguments[0].partition("=")[2])["kv_connector_extra_config"]
+        assert slabs[-1].path == f"{config['hf3fs_storage_path']}/{reads['hf3fs_files'][0]}{files - 1}"
+        assert config["hf3fs_file_size"] == slabs[0].file_bytes
+
+
+def test_vllm_is_told_what_it_asks_anyway() -> None:
+    fixed = RECORD["vllm"]["reads"]["hf3fs_fixed_url"]
+    _pool, connector = declared("vllm", "DeepSeek-V3")
+    assert fixed == "http://localhost:18000" and _connectors.url(connector) == "http://127.0.0.1:18000"
+    assert _connectors.url(declared("sglang", "DeepSeek-V3")[1]).endswith(":18001"), "so that both fit on one host"
+
+
+def test_other_backends_have_no_large_files() -> None:
+    pool, _connector = declared("sglang", "DeepSeek-V3")
+    for name, backend in _connectors.SERVED_BY:
+        if (name, backend) not in (("sglang", "hf3fs"), ("vllm", "hf3fs")):
+            assert (
+                _connectors.slabs(pool, {"engine": name, "backend": backend, "tensor_parallel": 8, "tenant": ""}) == []
+            )
+
+
+def test_a_page_is_put_found_and_left_to_the_engine(engine: str, service: t.Any, slab: _slab.Slab) -> None:
+    Path(slab.path).write_bytes(b"e" * slab.file_bytes)
+    service.initialize(0, PAGES)
+    with opened(slab, engine, service) as pages:
+        page = pages.put("k", b"d" * PAGE)
+        assert page not in service.free[0]
+        assert pages.get("k", page, PAGE) == b"d" * PAGE
+        pages.give_back("k", page)
+    assert sorted(service.free[0]) == list(range(PAGES)) and service.keys in ({}, {0: {}})
+    written = Path(slab.path).read_bytes()
+    assert written.replace(b"d", b"") == b"e" * (slab.file_bytes - PAGE), "no other page was touched"
+    routes = {re.sub(r"\{rank\}", "0", route) for route in RECORD[engine]["reads"]["hf3fs_routes"]}
+    assert service.asked and set(service.asked) <= routes, "what the engine's own client may ask"
+
+
+def test_metadata_operations_do_not_grow_with_pages(
+    engine: str, service: t.Any, slab: _slab.Slab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.initialize(0, PAGES)
     calls: list[str] = []
-    with _slab.Slabs(directory) as slabs:
-        for name in ("open", "unlink", "rename", "replace", "mkdir", "truncate", "ftruncate", "posix_fallocate"):
+    with opened(slab, engine, service) as pages:
+        for name in ("open", "unlink", "rename", "replace", "mkdir", "truncate", "ftruncate"):
             monkeypatch.setattr(os, name, lambda *arguments, name=name: calls.append(name))
-        for index in range(1000):
-            slabs.put(f"n{index}", b"x" * BLOCK)
-            assert slabs.get(f"n{index}") == b"x" * BLOCK
+        for index in range(50):
+            page = pages.put(f"k{index}", b"x" * PAGE)
+            assert pages.get(f"k{index}", page, PAGE) == b"x" * PAGE
+            pages.give_back(f"k{index}", page)
         monkeypatch.undo()
     assert calls == []
 
 
-def test_the_least_recently_used_goes_first(directory: str) -> None:
-    fill(directory)
-    with _slab.Slabs(directory) as slabs:
-        assert slabs.get("k0") is not None
-        slabs.put("new", b"n")
-        assert [slabs.get(key) is not None for key in ("k0", "k1", "k2", "k3", "new")] == [
-            True,
-            False,
-            True,
-            True,
-            True,
-        ]
-        assert slabs.blocks() == 4
+def test_before_an_engine_has_begun_the_page_that_it_comes_to_last(
+    engine: str, service: t.Any, slab: _slab.Slab
+) -> None:
+    with opened(slab, engine, service) as pages:
+        page = pages.put("k", b"d" * PAGE)
+        assert pages.get("k", page, PAGE) == b"d" * PAGE
+        pages.give_back("k", page)
+    assert service.pages == {}, "the engine says itself how many pages there are"
+    service.initialize(0, PAGES)
+    mapped = _slab.page_map(engine, service.url)
+    assert [mapped.take(slab, f"k{index}") for index in range(PAGES)][-1] == page
 
 
-def test_the_smallest_class_that_fits(tmp_path: t.Any) -> None:
-    path = str(tmp_path)
-    _slab.make(path, {4096: 2, BLOCK: 2})
-    with _slab.Slabs(path) as slabs:
-        slabs.put("k", b"s" * 4096)
-        slabs.put("k", b"l" * 4097)  # the key moves to the other class
-        assert slabs.get("k") == b"l" * 4097 and slabs.blocks() == 1
-        slabs.remove("k")
-        slabs.remove("k")
-        assert slabs.get("k") is None and slabs.blocks() == 0
-        with pytest.raises(HostError, match="larger than the largest class, 8192"):
-            slabs.put("k", b"x" * 8193)
+def test_all_pages_taken(engine: str, service: t.Any, slab: _slab.Slab) -> None:
+    service.initialize(0, PAGES)
+    mapped = _slab.page_map(engine, service.url)
+    taken = [mapped.take(slab, f"k{index}") for index in range(PAGES)]
+    for index, page in enumerate(taken):
+        mapped.find(slab, f"k{index}", page)
+    with opened(slab, engine, service) as pages:
+        if engine == "vllm":
+            with pytest.raises(HostError, match="all 4 pages of .* are taken, and vLLM's service frees none"):
+                pages.put("new", b"d" * PAGE)
+            return
+        assert pages.put("new", b"d" * PAGE) == taken[0], "the least recently used"
+        pages.give_back("new", taken[0])
+    assert service.free[0] == [taken[0]] and set(service.keys[0]) == {"k1", "k2", "k3"}
 
 
-def test_the_newer_of_two_records_counts(directory: str) -> None:
-    fill(directory)
-    with _slab.Slabs(directory) as slabs:
-        slabs.remove("k3")
-    before = _record(directory, 0)
-    with _slab.Slabs(directory) as slabs:
-        slabs.put("k0", b"newer")
-    _record(directory, 0, before)  # as if the power had gone before the old record was cleared
-    with _slab.Slabs(directory) as slabs:
-        assert slabs.get("k0") == b"newer" and slabs.blocks() == 3
+def test_a_write_that_fails_leaves_no_page_behind(
+    engine: str, service: t.Any, slab: _slab.Slab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.initialize(0, PAGES)
+    with opened(slab, engine, service) as pages:
+        monkeypatch.setattr(os, "pwrite", lambda *_arguments: 1)
+        with pytest.raises(HostError, match="only a part of 8192 bytes was written"):
+            pages.put("k", b"d" * PAGE)
+        monkeypatch.undo()
+    assert sorted(service.free[0]) == list(range(PAGES))
 
 
-def _record(directory: str, slot: int, value: bytes = b"") -> bytes:
-    with open(f"{directory}/map-{BLOCK}", "r+b") as file:
-        file.seek(slot * 64)
-        found = file.read(64)
-        if value:
-            file.seek(slot * 64)
-            file.write(value)
-        return found
+def test_a_file_of_another_size_and_a_map_of_more_pages(engine: str, service: t.Any, slab: _slab.Slab) -> None:
+    service.initialize(0, 4 * PAGES)
+    if engine == "vllm":
+        service.free[0] = service.free[0][PAGES:]
+    with opened(slab, engine, service) as pages, pytest.raises(HostError, match="has 4 pages, and the map gives page"):
+        pages.put("k", b"d" * PAGE)
+    os.truncate(slab.path, PAGE)
+    with pytest.raises(HostError, match="has 8192 bytes instead of 32768"):
+        opened(slab, engine, service)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_whatever_a_power_cut_leaves_is_right_or_missing(directory: str, seed: int) -> None:
-    """Random sectors of map and data are as they were before some overwrites; no key ever reads as something else."""
-    chance = random.Random(seed)
-    files = [f"{directory}/{name}" for name in sorted(os.listdir(directory))]
-    ever: dict[str, set[bytes]] = {}
-    with _slab.Slabs(directory) as slabs:
-        for _turn in range(12):
-            key, data = f"k{chance.randrange(6)}", chance.randbytes(chance.randrange(1, BLOCK))
-            slabs.put(key, data)
-            ever.setdefault(key, set()).add(data)
-    old = {path: Path(path).read_bytes() for path in files}
-    with _slab.Slabs(directory) as slabs:
-        for _turn in range(12):
-            key, data = f"k{chance.randrange(6)}", chance.randbytes(chance.randrange(1, BLOCK))
-            slabs.put(key, data)
-            ever.setdefault(key, set()).add(data)
-    for path in files:
-        with open(path, "r+b") as file:
-            for offset in range(0, len(old[path]), 512):
-                if chance.random() < 0.5:
-                    file.seek(offset)
-                    file.write(old[path][offset : offset + 512])
-    with _slab.Slabs(directory) as slabs:
-        for key, values in ever.items():
-            found = slabs.get(key)
-            assert found is None or found in values
-        slabs.put("after", b"works")
-        assert slabs.get("after") == b"works"
+def test_a_service_that_does_not_answer(engine: str, slab: _slab.Slab, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    mapped = _slab.page_map(engine, "http://127.0.0.1:9")
+    with _slab.Pages(slab, slab.path, mapped) as pages, pytest.raises(HostError, match="127.0.0.1:9 does not answer"):
+        pages.put("k", b"d")
+    assert len(waited) == _slab._BEGIN_SECONDS - 1, "it may just have been started, and imports its engine"
 
 
-def test_damage_is_a_miss(directory: str) -> None:
-    fill(directory)
-    with open(f"{directory}/data-{BLOCK}-0000", "r+b") as file:
-        file.write(b"damage")
-    found = read(directory)
-    assert found["k0"] is None and found["k1"] == BLOCKS["k1"]
-    with _slab.Slabs(directory) as slabs:
-        assert slabs.blocks() == 3
+def test_health_is_about_whole_pages_of_every_rank(
+    engine: str, service: t.Any, fake_host: t.Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = {"medium": "threefs", "size": "32MiB", "path": "/3fs/s/kv", "mount_point": "/3fs/s"}
+    wish = {"engine": engine, "backend": "hf3fs", "tensor_parallel": 2}
+    options = {
+        "name": "p",
+        "engine": "threefs",
+        "bytes_per_token": 8192,
+        "page_tokens": 16,
+        "tiers": [tier],
+        "connectors": [wish],
+    }
+    pool = _pooldecl.declare("pools[0]", "p", options, lambda path: "")
+    monkeypatch.setattr(_connectors, "url", lambda _connector: service.url)
+    slabs = _connectors.slabs(pool, pool["connectors"][0])
+    for slab in slabs:
+        service.initialize(slab.rank, slab.pages)
+        os.makedirs(os.path.dirname(fake_host.path(slab.path)), exist_ok=True)
+        _slab.make(fake_host.path(slab.path), slab.file_bytes)
+    (found,) = _poolprobe.probe(fake_host, pool, 1 << 20, 4)
+    size = 8192 * 16 // 2 // (2 if engine == "sglang" else 1)
+    assert (found["verified"], found["probe_bytes"], found["samples"]) == (True, size, 4)
+    assert (found["files"], found["pages"]) == (2, 2 * (16 << 20) // size)
+    assert found["put_bytes_per_second"] > 0 and "problem" not in found
 
-
-def test_growth_keeps_and_shrinking_drops_only_the_end(directory: str) -> None:
-    fill(directory)
-    _slab.make(directory, {BLOCK: 6})
-    assert read(directory) == BLOCKS and _slab.present(directory) == {BLOCK: 6}
-    _slab.make(directory, {BLOCK: 2})
-    found = read(directory)
-    assert {key for key, data in found.items() if data} == {"k0", "k1"} and _slab.present(directory) == {BLOCK: 2}
-    _slab.make(directory, {4096: 3})
-    assert _slab.present(directory) == {4096: 3}
-    assert sorted(os.listdir(directory)) == ["data-4096-0000", "map-4096"]
-
-
-def test_more_than_one_data_file(tmp_path: t.Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_slab, "FILE_BYTES", 3 * BLOCK)
-    path = str(tmp_path)
-    _slab.make(path, {BLOCK: 4})
-    _slab.make(path, {BLOCK: 4})
-    fill(path)
-    assert read(path) == BLOCKS
-    assert [os.path.getsize(f"{path}/data-{BLOCK}-{index:04}") for index in (0, 1)] == [3 * BLOCK, BLOCK]
-
-
-def test_one_process_at_a_time(directory: str) -> None:
-    with _slab.Slabs(directory), pytest.raises(HostError, match="in use by another process"):
-        _slab.make(directory, {BLOCK: 8})
-    with pytest.raises(HostError, match="has no slabs"):
-        _slab.Slabs(os.path.dirname(directory))
-
-
-def test_shares_of_the_classes() -> None:
-    slots = _slab.layout(1 << 30, [4096, 1 << 20])
-    assert set(slots) == {4096, 1 << 20}
-    for size, number in slots.items():
-        assert (1 << 29) - (size + 64) < number * (size + 64) <= 1 << 29
-
-
-def test_the_record_fills_no_more_than_its_place() -> None:
-    assert _slab._RECORD.size == 64
-    assert zlib.crc32(b"") == 0  # so that an empty record is not mistaken for a valid one, it is compared as a whole
+    monkeypatch.setattr(os, "pread", lambda _file, length, _offset: bytes(length))
+    (found,) = _poolprobe.probe(fake_host, pool, 1 << 20, 4)
+    assert not found["verified"] and found["problem"] == "what was read differs from what was written"
+    monkeypatch.undo()
+    assert all(len(service.free[slab.rank]) == slab.pages for slab in slabs), "no probe keeps a page"
