@@ -12,9 +12,16 @@ import re
 import time
 import typing as t
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Completed, Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
-from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import arrange, show
+from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import (
+    RUNNING,
+    apply_retired,
+    arrange,
+    halt,
+    retire,
+    show,
+)
 
 UNITS = "/etc/systemd/system"
 # redundancy -> machines and coordinators that it takes to lose one machine (two with triple) and go on
@@ -24,18 +31,24 @@ _NAME = re.compile(r"^[a-z0-9][a-z0-9_]{0,30}$")
 _CONNECTION = re.compile(r"^([A-Za-z0-9_]+):([A-Za-z0-9]+)@(\S+)$")
 _DEFAULT = "foundationdb"
 DRILL_PREFIX = "agentfleet-drill/"
+_BACKUP_UNITS = (
+    *(f"{verb}.{kind}" for kind in ("timer", "service") for verb in ("backup", "backup-check", "restore-drill")),
+    "restore@.service",
+)
 
 
 def check_name(value: t.Any) -> str:
     """The name of a database on a host, which becomes part of paths and of a unit's name."""
     if not _NAME.match(str(value)):
         raise Refused("name", value, "not a name for a database", "Use a-z, 0-9 and _, at most 31")
+    if value == "backup":
+        raise Refused("name", value, f"{unit_name(str(value))} backs up the default database", "Choose another name")
     return str(value)
 
 
 def etc(name: str) -> str:
     """The directory of a database's files."""
-    return "/etc/foundationdb" if name == _DEFAULT else f"/etc/foundationdb-{name}"
+    return f"/etc/{dashed(name)}"
 
 
 def cluster_file(name: str) -> str:
@@ -43,9 +56,14 @@ def cluster_file(name: str) -> str:
     return f"{etc(name)}/fdb.cluster"
 
 
+def dashed(name: str) -> str:
+    """What a database's units and directories are called."""
+    return "foundationdb" if name == _DEFAULT else f"foundationdb-{name}"
+
+
 def unit_name(name: str) -> str:
     """The unit of fdbmonitor."""
-    return "foundationdb.service" if name == _DEFAULT else f"foundationdb-{name}.service"
+    return f"{dashed(name)}.service"
 
 
 def connection(text: str) -> str:
@@ -132,6 +150,114 @@ def check_layout(redundancy: str, coordinators: t.Sequence[str], machines: t.Seq
     return sorted(str(address) for address in coordinators)
 
 
+class OldBackups:
+    """What a host has of backups that are no longer declared: units, and a backup that an agent takes.
+
+    Backups themselves stay where they are.
+
+    :param option: the option by which they are no longer declared
+    """
+
+    def __init__(self, host: Host, name: str, release: str, option: str) -> None:
+        self.host, self.name, self.release, self.option = host, name, release, option
+
+    def observe(self, wanted: t.Container[str]) -> dict[str, t.Any]:
+        """Files and states of units that are not wanted, and whether a backup is being taken."""
+        paths = [f"{UNITS}/{dashed(self.name)}-{unit}" for unit in _BACKUP_UNITS]
+        texts = {path: self.host.read(path) for path in paths if os.path.basename(path) not in wanted}
+        texts = {path: text for path, text in texts.items() if text}
+        units = [os.path.basename(path) for path in texts]
+        running = ""
+        program = binaries(self.host, self.release)["fdbbackup"]
+        if f"{dashed(self.name)}-backup.service" in units and self.host.exists(program):
+            # "The previous backup" is one that has ended; silence is no end.
+            done = self._fdbbackup("status")
+            running = "" if "The previous" in done.text or "No previous" in done.text else done.text or "no answer"
+        # of a template only its instances have a state
+        asked = [unit.replace("@.", "@*.") for unit in units]
+        return {"texts": texts, "units": show(self.host, asked, "ActiveState,UnitFileState"), "running": running}
+
+    def _fdbbackup(self, verb: str) -> Completed:
+        argv = [binaries(self.host, self.release)["fdbbackup"], verb, "-C", cluster_file(self.name), "-t", "agentfleet"]
+        return self.host.run(argv, timeout_seconds=60, check=False)
+
+    def plan(self, observed: t.Mapping[str, t.Any]) -> list[Step]:
+        """A restore is waited for, since the database is empty while it runs; a backup ends."""
+        for unit, state in observed["units"].items():
+            if "-restore@" in unit and state.get("ActiveState") in RUNNING:
+                raise Refused(
+                    self.option, None, f"{unit} restores the database, and would be left half-way", "Wait until it ends"
+                )
+        steps = retire(observed["texts"], observed["units"], "no longer declared")
+        if observed["running"]:
+            why = "without its agent it never ends, and the database keeps all changes for it"
+            abort = Step("abort", f"backup of {self.name}", before=observed["running"], why=why)
+            steps.insert(sum(step.verb == "stop" for step in steps), abort)
+        return steps
+
+    def apply(self, step: Step) -> None:
+        """Carry out one step of ``plan``."""
+        if step.verb != "abort":
+            apply_retired(self.host, step)
+            return
+        done = self._fdbbackup("abort")
+        if done.rc != 0 and "was not running" not in done.text:  # it may have ended meanwhile
+            raise HostError(f"fdbbackup abort: {done.text or done.rc}")
+
+
+class Absent:
+    """A database whose servers go from one host, as a resource. Cluster file, data and logs stay.
+
+    :param params: options of the module ``foundationdb_server``
+    """
+
+    predicting = False
+
+    def __init__(self, host: Host, params: t.Mapping[str, t.Any]) -> None:
+        self.host = host
+        self.name = check_name(params.get("name") or _DEFAULT)
+        self.lose_data = bool(params.get("lose_data"))
+        self.backups = OldBackups(host, self.name, str(params["release"]).rstrip("/"), "state")
+
+    def observe(self) -> dict[str, t.Any]:
+        """Configuration, units, and who restores into this database for trial."""
+        into = f"--dest-cluster-file {cluster_file(self.name)} "
+        drills = [path for path in self.host.glob(f"{UNITS}/*-restore-drill.service") if into in self.host.read(path)]
+        services = [os.path.basename(path) for path in drills]
+        units = [unit_name(self.name), *(name.replace(".service", ".timer") for name in services), *services]
+        paths = (f"{etc(self.name)}/foundationdb.conf", f"{UNITS}/{unit_name(self.name)}")
+        return {
+            "texts": {path: self.host.read(path) for path in paths},
+            "drills": units[1:],
+            "units": show(self.host, units, "ActiveState,UnitFileState"),
+            "backups": self.backups.observe(()),
+            "cluster": self.host.read(cluster_file(self.name)),
+        }
+
+    def plan(self, observed: t.Mapping[str, t.Any]) -> list[Step]:
+        """Drills and backups end before the servers that they need."""
+        ports = _ports(observed["texts"][f"{etc(self.name)}/foundationdb.conf"])
+        if ports and not observed["drills"] and not self.lose_data:
+            raise Refused(
+                "state",
+                "absent",
+                f"the servers of {self.name} with ports {', '.join(map(str, ports))} would end, with data that others may not have",
+                "Move their data first (fdbcli --exec 'exclude ADDRESS:PORT'), then set lose_data: true",
+            )
+        units = observed["units"]
+        running = [unit for unit in observed["drills"] if units.get(unit, {}).get("ActiveState") in RUNNING]
+        steps = [halt(running, units, f"restores into {self.name}")] if running else []
+        return [*steps, *self.backups.plan(observed["backups"]), *retire(observed["texts"], units, "its servers end")]
+
+    def apply(self, step: Step) -> None:
+        """Carry out one step."""
+        self.backups.apply(step)
+
+    def result(self, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+        """The connection string that is left."""
+        return {"connection": connection(observed["cluster"])}
+
+
 class Servers:
     """The FoundationDB of one host as a resource.
 
@@ -164,14 +290,12 @@ class Servers:
             raise Refused("processes", self.processes, "out of range", "1 to 64, with a port for each from port on")
         self.agents = int(params.get("backup_agents") or 0)
         self.memory = str(params.get("memory") or "")
-        self.data = str(params.get("data_directory") or f"/var/lib/{self._dashed()}")
-        self.logs = str(params.get("log_directory") or f"/var/log/{self._dashed()}")
+        self.data = str(params.get("data_directory") or f"/var/lib/{dashed(self.name)}")
+        self.logs = str(params.get("log_directory") or f"/var/log/{dashed(self.name)}")
         self.library_path = [str(path) for path in params.get("library_path") or []]
         self.lose_data = bool(params.get("lose_data"))
         self.backup = self._backup(params.get("backup") or {})
-
-    def _dashed(self) -> str:
-        return "foundationdb" if self.name == _DEFAULT else f"foundationdb-{self.name}"
+        self.old = OldBackups(host, self.name, self.release, "backup")
 
     def _backup(self, given: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         if not given.get("directory"):
@@ -230,6 +354,7 @@ class Servers:
                 if path
             },
             "others": self._others(),
+            "old": self.old.observe(self._backup_units()),
         }
 
     def _programs(self) -> dict[str, str]:
@@ -313,7 +438,8 @@ class Servers:
             )
         if self._drills():
             self._refuse_drill(observed["drill"], connection(now) or self.connection)
-        steps = [
+        steps = self.old.plan(observed["old"])
+        steps += [
             Step("create", path, after="directory") for path, there in observed["directories"].items() if not there
         ]
         if not now:
@@ -393,9 +519,9 @@ class Servers:
         head, service = "# Written by agentfleet.metal.\n[Unit]", f"[Service]\nType=oneshot\n{self._environment()}"
         own, long = unit_name(self.name), "TimeoutStartSec=6h\n"
         units = {
-            f"{self._dashed()}-restore@.service": f"{head}\n{title}: restore of %i\nAfter={own}\n\n{service}{restore}{long}"
+            f"{dashed(self.name)}-restore@.service": f"{head}\n{title}: restore of %i\nAfter={own}\n\n{service}{restore}{long}"
         }
-        backup = f"{own} {self._dashed()}-backup.service"
+        backup = f"{own} {dashed(self.name)}-backup.service"
         timed = [
             ("backup", "on_calendar", own, run),
             ("backup-check", "check_on_calendar", backup, check),
@@ -406,7 +532,7 @@ class Servers:
                 ("restore-drill", "drill_on_calendar", f"{backup} {scratch}", self._drill(f"{newest} -r", restorable))
             )
         for verb, calendar, after, command in timed:
-            base = f"{self._dashed()}-{verb}"
+            base = f"{dashed(self.name)}-{verb}"
             units[f"{base}.service"] = f"{head}\n{title}: {verb}\nAfter={after}\n\n{service}{command}{long}"
             units[f"{base}.timer"] = (
                 f"{head}\n{title}: {verb}\n\n"
@@ -448,6 +574,8 @@ class Servers:
         elif step.verb == "write":
             self.host.write(step.object, step.data.text)
             step.data.tell(self.host)
+        elif step.verb in ("abort", "stop", "disable", "remove"):
+            self.old.apply(step)
         else:
             step.data.tell(self.host)
             self.host.run(["systemctl", step.verb, step.object], timeout_seconds=120)

@@ -1,7 +1,7 @@
 # Copyright: agentfleet.metal contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Units that are written, enabled and started with one reload of systemd for all of them.
+"""Units that are written, enabled and started, or removed, with one reload of systemd for all of them.
 
 A reload runs every generator of the host, and systemctl enable is one, too: with one for
 each file and each unit, that was most of what bringing up a host of 3FS cost.
@@ -9,6 +9,7 @@ each file and each unit, that was most of what bringing up a host of 3FS cost.
 
 from __future__ import annotations
 
+import os
 import typing as t
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Step
 
 _RELOAD = ("systemctl", "daemon-reload")
+RUNNING = ("active", "activating", "reloading", "deactivating")
 
 
 @dataclass(frozen=True)
@@ -63,3 +65,41 @@ def arrange(
     elif files:
         files[-1] = replace(files[-1], data=replace(files[-1].data, command=command))
     return files + units
+
+
+def retire(texts: t.Mapping[str, str], states: t.Mapping[str, t.Mapping[str, str]], why: str) -> list[Step]:
+    """Units that nobody declares any more: stopped, disabled, and their files removed.
+
+    :param texts: path -> text, of the files that are there, of units and of what belongs to them
+    :param states: unit -> its ActiveState and UnitFileState
+    """
+    paths = [path for path, text in texts.items() if text]
+    units = [os.path.basename(path) for path in paths if os.path.basename(path) in states]
+    # also those that failed, which would be reported for ever when there is no file of them
+    stops = [unit for unit in units if states[unit].get("ActiveState") in (*RUNNING, "failed")]
+    enabled = [unit for unit in units if states[unit].get("UnitFileState") == "enabled"]
+    steps = [halt(stops, states, why)] if stops else []
+    if enabled:
+        steps.append(Step("disable", ", ".join(enabled), before="enabled", data=enabled))
+    removes = [Step("remove", path, before=texts[path], data=Act()) for path in paths]
+    if removes:
+        removes[-1] = replace(removes[-1], data=Act(command=_RELOAD))
+    return steps + removes
+
+
+def halt(units: t.Sequence[str], states: t.Mapping[str, t.Mapping[str, str]], why: str) -> Step:
+    """Stop units at once."""
+    before = {unit: states[unit]["ActiveState"] for unit in units}
+    return Step("stop", ", ".join(units), before=before, why=why, data=list(units), disruptive=True)
+
+
+def apply_retired(host: Host, step: Step) -> None:
+    """Carry out one step of ``retire``."""
+    if step.verb == "stop":
+        host.run(["systemctl", "stop", *step.data], timeout_seconds=180)
+        host.run(["systemctl", "reset-failed", *step.data], check=False)  # those that did not fail are an error of it
+    elif step.verb == "disable":
+        host.run(["systemctl", "disable", "--quiet", *step.data])
+    else:
+        host.remove(step.object)
+        step.data.tell(host)

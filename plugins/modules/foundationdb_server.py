@@ -15,6 +15,7 @@ description:
   - Writes cluster file, C(foundationdb.conf) and units, and runs them. Several databases can share a host.
   - An existing cluster file is left as it is, since the servers rewrite it when coordinators change.
   - Machines and coordinators must suffice for the redundancy, else nothing is changed.
+  - Timers and units of backups and drills that are no longer declared are stopped and removed; backups never are.
 extends_documentation_fragment:
   - agentfleet.metal.attributes
 options:
@@ -22,35 +23,39 @@ options:
     description: Name of the database on its hosts. Another name than the default gives it files, logs and units of its own.
     type: str
     default: foundationdb
+  state:
+    description:
+      - V(started) runs the servers. V(absent) stops and removes them, and the units of their backups; cluster file, data,
+        logs and backups stay where they are.
+      - Servers may only go with O(lose_data), or where this database is O(backup.drill_database) of another one of this host.
+    type: str
+    choices: [started, absent]
+    default: started
   release:
     description: Directory of the unpacked release (module M(agentfleet.metal.artifact)).
     type: path
     required: true
   connection:
-    description: Connection string of the database, for hosts that have no cluster file yet.
+    description: Connection string of the database, for hosts that have no cluster file yet. Required with O(state=started).
     type: str
-    required: true
   address:
-    description: Address of this host; one of O(machines).
+    description: Address of this host; one of O(machines). Required with O(state=started).
     type: str
-    required: true
   machines:
-    description: Addresses of all hosts of the database.
+    description: Addresses of all hosts of the database. Required with O(state=started).
     type: list
     elements: str
-    required: true
   coordinators:
-    description: The coordinators, each V(ADDRESS:PORT).
+    description: The coordinators, each V(ADDRESS:PORT). Required with O(state=started).
     type: list
     elements: str
-    required: true
   redundancy:
     description:
       - V(single) keeps one copy. V(double) keeps two and needs 3 machines and 3 coordinators.
       - V(triple) keeps three and needs 5 machines and 5 coordinators.
+      - Required with O(state=started).
     type: str
     choices: [single, double, triple]
-    required: true
   port:
     description: Port of the first server process; further ones have the following ports.
     type: int
@@ -72,7 +77,7 @@ options:
     description: Directory of the logs; C(/var/log/foundationdb) or C(/var/log/foundationdb-NAME), if left out.
     type: path
   lose_data:
-    description: Allow servers to end, or to begin in another directory, whose data others may not have.
+    description: Allow servers to end, or to begin in another directory, whose data others may not have. Nothing is deleted.
     type: bool
     default: false
   library_path:
@@ -125,11 +130,17 @@ EXAMPLES = r"""
     coordinators: ["10.0.0.1:4500", "10.0.0.2:4500", "10.0.0.3:4500"]
     redundancy: double
     processes: 3
+
+- name: Let go of the database for restore drills, whose data stay in /var/lib/foundationdb-drill
+  agentfleet.metal.foundationdb_server:
+    name: drill
+    state: absent
+    release: /opt/foundationdb/0123456789abcdef
 """
 
 RETURN = r"""
 connection:
-  description: Connection string of this host's cluster file.
+  description: Connection string of this host's cluster file, which stays with O(state=absent), too.
   returned: success
   type: str
 plan:
@@ -147,14 +158,14 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._fdb import Servers
+from ansible_collections.agentfleet.metal.plugins.module_utils._fdb import Absent, Servers
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
 
 
-def build(params: t.Mapping[str, t.Any], host: Host) -> Servers:
+def build(params: t.Mapping[str, t.Any], host: Host) -> Absent | Servers:
     """The resource that the options declare."""
-    return Servers(host, params)
+    return Absent(host, params) if params["state"] == "absent" else Servers(host, params)
 
 
 def main() -> None:
@@ -162,12 +173,13 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "name": {"type": "str", "default": "foundationdb"},
+            "state": {"type": "str", "default": "started", "choices": ["started", "absent"]},
             "release": {"type": "path", "required": True},
-            "connection": {"type": "str", "required": True},
-            "address": {"type": "str", "required": True},
-            "machines": {"type": "list", "elements": "str", "required": True},
-            "coordinators": {"type": "list", "elements": "str", "required": True},
-            "redundancy": {"type": "str", "required": True, "choices": ["single", "double", "triple"]},
+            "connection": {"type": "str"},
+            "address": {"type": "str"},
+            "machines": {"type": "list", "elements": "str"},
+            "coordinators": {"type": "list", "elements": "str"},
+            "redundancy": {"type": "str", "choices": ["single", "double", "triple"]},
             "port": {"type": "int", "default": 4500},
             "processes": {"type": "int"},
             "memory": {"type": "str"},
@@ -189,6 +201,7 @@ def main() -> None:
                 },
             },
         },
+        required_if=[("state", "started", ("connection", "address", "machines", "coordinators", "redundancy"))],
         supports_check_mode=True,
     )
     converge(module, lambda: build(module.params, Host()))

@@ -12,7 +12,8 @@ One file under the names fdbmonitor, fdbserver, fdbcli, fdbbackup, fdbrestore an
   file (file and directory must be writable); other copies stay as they are, and work only as long as the old
   coordinators forward them.
 - A redundancy mode is accepted also when there are too few machines; the database is then not healthy.
-- A backup needs an agent, and lands on the disk of whichever agent took it.
+- A backup needs an agent, and lands on the disk of whichever agent took it. Without one it goes on for ever, unless it is
+  aborted; to abort one that does not run is an error.
 - Keys are cleared only in write mode, and a restore wants a range without any.
 - A restore needs an agent of the database that it goes into, and locks that whole database until it is complete or
   aborted, whatever prefix its keys get: other clients then read and write nothing.
@@ -499,8 +500,10 @@ def fdbbackup(arguments: list[str]) -> int:
             elif backup["state"] == "submitted":
                 sys.stdout.write(f"The backup on tag `{tag}' is in progress (just started) to {backup['url']}.\n")
             else:
-                sys.stdout.write(f"The previous backup on tag `{tag}' at {backup['container']} completed.\n")
+                sys.stdout.write(f"The previous backup on tag `{tag}' at {backup['container']} {backup['state']}.\n")
             return 0
+        if rest[0] == "abort":
+            return _backup_abort(cluster, tag)
         if rest[0] == "wait":
             while cluster.read()["document"].get("backups", {}).get(tag, {}).get("state") == "submitted":
                 time.sleep(0.5)
@@ -520,6 +523,23 @@ def fdbbackup(arguments: list[str]) -> int:
         return 1
     sys.stdout.write(f"ERROR: unknown subcommand {rest[0]}\n")
     return 1
+
+
+def _backup_abort(cluster: Cluster, tag: str) -> int:
+    ran: list[str] = []
+
+    def abort(document: dict) -> None:
+        backup = document.get("backups", {}).get(tag, {})
+        if backup.get("state") == "submitted":
+            backup["state"] = "aborted"
+            ran.append(tag)
+
+    cluster.change(abort)
+    if not ran:
+        sys.stderr.write(f"ERROR: A backup was not running on tag `{tag}'\n")
+        return 1
+    sys.stdout.write(f"The backup on tag `{tag}' was successfully aborted.\n")
+    return 0
 
 
 def _backup_start(cluster: Cluster, tag: str, url: str, wait: bool) -> int:
@@ -545,7 +565,7 @@ def _backup_start(cluster: Cluster, tag: str, url: str, wait: bool) -> int:
     container = document["backups"][tag]["container"]
     while wait:  # without an agent this has no end
         backup = cluster.read()["document"]["backups"][tag]
-        if backup["container"] != container or backup["state"] == "completed":
+        if backup["container"] != container or backup["state"] != "submitted":
             break
         time.sleep(0.5)
     return 0

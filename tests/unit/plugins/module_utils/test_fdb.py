@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._fdb import (
+    Absent,
     Database,
     Servers,
     check_layout,
@@ -24,7 +26,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._fdb import (
     coordinators_of,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, apply_all
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, apply_all, diff
 from ansible_collections.agentfleet.metal.tests.unit.threefs_lab import DOUBLES, load
 
 RELEASE = "/opt/foundationdb/1"
@@ -380,3 +382,199 @@ def test_a_drill_needs_a_database_of_its_own_with_an_agent(host: t.Any) -> None:
     apply_all(servers, servers.plan(servers.observe()))
     assert any("start foundationdb-restore-drill.timer" in call for call in host.calls)
     assert [step.object for step in servers.plan(servers.observe()) if step.verb == "write"] == []
+
+
+UNITS = "/etc/systemd/system"
+DRILL = "/etc/foundationdb-drill"
+BACKUP: dict[str, t.Any] = {
+    **SERVERS,
+    "backup_agents": 1,
+    "backup": {"directory": "/backup", "drill_database": "drill"},
+}
+OF_DRILL: dict[str, t.Any] = {
+    **SERVERS,
+    "name": "drill",
+    "connection": "drill:def@10.0.0.1:4600",
+    "machines": MACHINES[:1],
+    "coordinators": ["10.0.0.1:4600"],
+    "redundancy": "single",
+    "port": 4600,
+    "processes": 1,
+    "backup_agents": 1,
+}
+
+
+class Systemd:
+    """systemctl on a fake host: units are what was enabled and started."""
+
+    def __init__(self, host: t.Any) -> None:
+        self.active: dict[str, str] = {}
+        self.enabled: set[str] = set()
+        host.answers["systemctl"] = self
+
+    def __call__(self, host: t.Any) -> t.Any:
+        """Answer the last command line."""
+        _systemctl, verb, *rest = host.calls[-1].split()
+        units = [word for word in rest if not word.startswith("--")]
+        if verb == "show":
+            found = [unit for unit in units if "*" not in unit]
+            found += [unit for unit in self.active for pattern in units if fnmatch.fnmatch(unit, pattern)]
+            for unit in found:
+                assert unit in self.active or "@" not in unit
+            return "\n\n".join(
+                f"Id={unit}\nActiveState={self.active.get(unit, 'inactive')}\n"
+                f"UnitFileState={'enabled' if unit in self.enabled else 'disabled'}"
+                for unit in dict.fromkeys(found)
+            )
+        if verb == "start":
+            self.active.update(dict.fromkeys(units, "active"))
+        for unit in units if verb in ("stop", "reset-failed") else ():
+            if (self.active.get(unit) == "failed") is (verb == "reset-failed"):
+                self.active.pop(unit, None)
+        if verb in ("enable", "disable"):
+            missing = [unit for unit in units if not host.exists(f"{UNITS}/{unit}")]
+            assert not missing, f"systemctl {verb}: {missing} have no file"
+            self.enabled = self.enabled | set(units) if verb == "enable" else self.enabled - set(units)
+        return ""
+
+
+@pytest.fixture
+def backed_up(host: t.Any) -> Systemd:
+    """A host with backups and a database for drills."""
+    systemd = Systemd(host)
+    host.files({f"{RELEASE}/bin/fdbbackup": "", "/backup/backup-2026/data": "kept"})
+    host.answers[f"{RELEASE}/bin/fdbbackup status"] = (
+        "The previous backup on tag `agentfleet' at file:///b completed.\n"
+    )
+    for wish in (OF_DRILL, BACKUP):
+        converged(Servers(host, wish))
+    host.calls.clear()
+    return systemd
+
+
+def converged(resource: t.Any) -> list[tuple[str, str]]:
+    """Verb and object of what it took; afterwards there is nothing to do."""
+    steps = resource.plan(resource.observe())
+    apply_all(resource, steps)
+    assert resource.plan(resource.observe()) == []
+    return [(step.verb, step.object) for step in steps]
+
+
+def units_left(host: t.Any) -> list[str]:
+    return [path.removeprefix(f"{UNITS}/") for path in host.glob(f"{UNITS}/*")]
+
+
+def test_backups_that_are_no_longer_declared_leave_the_host_and_stay_on_their_disk(
+    host: t.Any, backed_up: Systemd
+) -> None:
+    backed_up.active["foundationdb-backup-check.service"] = "failed"
+    wish = {**BACKUP, "backup": {}, "backup_agents": 0}
+    observed = Servers(host, wish).observe()
+    planned = Servers(host, wish).plan(observed)
+    shown = {item["before_header"]: (item["before"], item["after"]) for item in diff(planned)}
+    timer = f"{UNITS}/foundationdb-backup.timer"
+    assert shown[timer] == (host.read(timer) + "\n", ""), "the diff shows what goes"
+    assert {timer, f"{UNITS}/foundationdb-restore@.service"} < set(shown)
+
+    verbs = [verb for verb, _object in converged(Servers(host, wish))]
+    assert verbs == ["stop", "disable", *["remove"] * 7, "write"], "the agent's line goes from the configuration"
+    timers = [f"foundationdb-{name}.timer" for name in ("backup", "backup-check", "restore-drill")]
+    assert [call for call in host.calls if " show " not in call and "fdbbackup" not in call] == [
+        f"systemctl stop {' '.join(timers)} foundationdb-backup-check.service",
+        f"systemctl reset-failed {' '.join(timers)} foundationdb-backup-check.service",
+        f"systemctl disable --quiet {' '.join(timers)}",
+        *["systemctl daemon-reload"] * 2,
+    ]
+    assert units_left(host) == ["foundationdb-drill.service", "foundationdb.service"]
+    assert backed_up.enabled == set(units_left(host)) == set(backed_up.active)
+    assert host.read("/backup/backup-2026/data") == "kept"
+
+
+def test_a_drill_that_is_no_longer_declared_goes_alone(host: t.Any, backed_up: Systemd) -> None:
+    del backed_up
+    wish = {**BACKUP, "backup": {"directory": "/backup"}}
+    gone = f"{UNITS}/foundationdb-restore-drill"
+    assert converged(Servers(host, wish)) == [
+        ("stop", "foundationdb-restore-drill.timer"),
+        ("disable", "foundationdb-restore-drill.timer"),
+        ("remove", f"{gone}.timer"),
+        ("remove", f"{gone}.service"),
+    ]
+    assert host.calls[-2] == "systemctl daemon-reload"
+    assert "foundationdb-backup.timer" in units_left(host)
+
+
+def test_an_interrupted_removal_is_continued(host: t.Any, backed_up: Systemd) -> None:
+    wish = {**BACKUP, "backup": {}, "backup_agents": 0}
+    steps = Servers(host, wish).plan(Servers(host, wish).observe())
+    for step in steps[:4]:
+        Servers(host, wish).apply(step)
+    assert converged(Servers(host, wish))[0][0] == "remove", "what is stopped and disabled is not said again"
+    assert backed_up.enabled == {"foundationdb.service", "foundationdb-drill.service"}
+
+
+def test_a_backup_that_is_being_taken_ends_with_its_agent(host: t.Any, backed_up: Systemd) -> None:
+    fdbbackup = f"{RELEASE}/bin/fdbbackup"
+    backed_up.active["foundationdb-backup.service"] = "activating"
+    host.answers[f"{fdbbackup} status"] = "The backup on tag `agentfleet' is in progress (just started) to file:///b.\n"
+    servers = Servers(host, {**BACKUP, "backup": {}, "backup_agents": 0})
+    steps = servers.plan(servers.observe())
+    assert [step.verb for step in steps[:3]] == ["stop", "abort", "disable"], "aborted before its agent goes"
+    host.answers[f"{fdbbackup} abort"] = (1, "", "no end after 60 s")
+    with pytest.raises(HostError, match="fdbbackup abort: no end after 60 s"):
+        apply_all(servers, steps)
+    assert "[backup_agent.1]" in host.read("/etc/foundationdb/foundationdb.conf")
+    host.answers[f"{fdbbackup} abort"] = (1, "", "ERROR: A backup was not running on tag `agentfleet'\n")
+    apply_all(servers, servers.plan(servers.observe()))
+    assert "[backup_agent.1]" not in host.read("/etc/foundationdb/foundationdb.conf")
+
+
+def test_nothing_goes_while_a_restore_runs(host: t.Any, backed_up: Systemd) -> None:
+    backed_up.active["foundationdb-restore@backup-2026.service"] = "activating"
+    for resource, option in (
+        (Servers(host, {**BACKUP, "backup": {}}), "backup"),
+        (Absent(host, {"release": RELEASE, "lose_data": True}), "state"),
+    ):
+        with pytest.raises(Refused, match="would be left half-way") as refused:
+            resource.plan(resource.observe())
+        assert refused.value.option == option
+    assert converged(Servers(host, {**BACKUP, "backup": {"directory": "/backup"}})), "drills may go"
+
+
+def test_the_drills_database_goes_and_its_data_stay(host: t.Any, backed_up: Systemd) -> None:
+    gone = {"name": "drill", "release": RELEASE}
+    backed_up.active["foundationdb-restore-drill.service"] = "activating"
+    host.files({"/var/lib/foundationdb-drill/data/4600/file": "a copy"})
+    assert converged(Absent(host, gone)) == [
+        ("stop", "foundationdb-restore-drill.timer, foundationdb-restore-drill.service"),
+        ("stop", "foundationdb-drill.service"),
+        ("disable", "foundationdb-drill.service"),
+        ("remove", f"{DRILL}/foundationdb.conf"),
+        ("remove", f"{UNITS}/foundationdb-drill.service"),
+    ]
+    assert host.read("/var/lib/foundationdb-drill/data/4600/file") == "a copy"
+    assert Absent(host, gone).result(Absent(host, gone).observe()) == {"connection": OF_DRILL["connection"]}
+    assert converged(Servers(host, OF_DRILL)), "declared again, it begins where it was"
+
+
+def test_servers_go_with_their_data_only_when_that_is_said(host: t.Any, backed_up: Systemd) -> None:
+    gone = {"name": "foundationdb", "release": RELEASE}
+    with pytest.raises(Refused, match="with ports 4500, 4501 would end"):
+        Absent(host, gone).plan(Absent(host, gone).observe())
+    converged(Absent(host, {**gone, "lose_data": True}))
+    assert units_left(host) == ["foundationdb-drill.service"]
+    assert (
+        host.exists(FILE)
+        and host.exists("/var/lib/foundationdb")
+        and backed_up.active == {"foundationdb-drill.service": "active"}
+    )
+    assert converged(Absent(host, {"name": "never", "release": RELEASE})) == []
+
+
+def test_a_backup_without_an_agent_is_aborted_by_the_programs(database: Doubles) -> None:
+    program, where = f"{database.release}/bin/fdbbackup", f"-C {database.file} -t agentfleet"
+    database.running.pop().terminate()  # the agent
+    assert database.run(f"{program} start {where} -d file:///backup")
+    said = subprocess.run(shlex.split(f"{program} status {where}"), capture_output=True, text=True, check=True).stdout
+    assert "The backup on tag `agentfleet' is in progress" in said
+    assert database.run(f"{program} abort {where}") and not database.run(f"{program} abort {where}")
