@@ -483,3 +483,30 @@ case $(stat --file-system --format=%T {shlex.quote(directory)}) in
   *) echo "{name}: {directory} is not on a mounted 3FS" >&2; exit 1 ;;
 esac
 """
+
+
+def map_url(connector: t.Mapping[str, t.Any]) -> str:
+    """The metadata service that has a connector's map of pages; empty without one."""
+    if connector["backend"] != "hf3fs" or connector["engine"] not in METADATA:
+        return ""
+    return url(connector).replace("//localhost:", f"//{_OWN_HOST[0]}:")
+
+
+def check_map(option: str, name: str, connector: t.Mapping[str, t.Any], taken: dict[str, str]) -> None:
+    """Refuse a metadata service that has another connector's pages.
+
+    Its map knows ranks and keys only, and keys are made of tokens: a tenant would find another one's keys, and read at
+    their pages what is in its own files there, or behind their end.
+
+    :param taken: URL -> who has it; this one is added
+    """
+    where, fixed = map_url(connector), connector["engine"] == "vllm"
+    if where in taken:
+        raise Refused(
+            f"{option}.backend" if fixed else f"{option}.metadata_port",
+            connector["backend"] if fixed else connector["metadata_port"],
+            f"{taken[where]} has the metadata service {where}, whose map does not tell one's pages from the other's",
+            "vLLM asks no other port: one such connector for each host" if fixed else "Give each its own port",
+        )
+    if where:
+        taken[where] = name

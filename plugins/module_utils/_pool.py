@@ -125,6 +125,11 @@ def _grows(old: t.Any, new: t.Any) -> bool:
     return 0 < sizes[0] < sizes[1] and [old[0], {**old[1], "size_bytes": sizes[1]}, old[2]] == new
 
 
+def _forgets(unit: str) -> bool:
+    """Whether it is the metadata service of vLLM, for a tenant or for all."""
+    return unit.startswith("agentfleet-kv-metadata-") and "vllm" in unit.removesuffix(".service").split("-")[4:5]
+
+
 def listening(host: Host) -> set[int]:
     """TCP ports on which something listens."""
     lines = [line.split() for name in ("tcp", "tcp6") for line in host.read(f"/proc/net/{name}").splitlines()[1:]]
@@ -250,7 +255,7 @@ class Pools:
             return nothing
         if pool["engine"] != "mooncake":
             # vLLM's map of pages is in its service's memory; SGLang's is on the disk and outlives a restart.
-            if self.wanted[name] is not None and not any(unit.endswith("-vllm.service") for unit in stops):
+            if self.wanted[name] is not None and not any(_forgets(unit) for unit in stops):
                 return nothing
             found = [tier["path"] for tier in pool["tiers"] if tier.get("path") and self.host.names(tier["path"])]
             return {**nothing, "lost": f"files below {', '.join(found)}" if found else ""}
@@ -414,10 +419,19 @@ class Pools:
 
     def _check(self, observed: dict[str, t.Any]) -> None:
         need: dict[int, int] = {}
+        maps = {
+            _connectors.map_url(connector): f"pool {name}"
+            for name, pool in observed["declared"].items()
+            if name not in self.wanted
+            for connector in pool["connectors"]
+            if _connectors.map_url(connector)
+        }
         for name, pool in self.wanted.items():
             if pool is None:
                 continue
             option = self.options[name]
+            for index, connector in enumerate(pool["connectors"]):
+                _connectors.check_map(f"{option}.connectors[{index}]", f"pool {name}", connector, maps)
             if pool["engine"] == "mooncake":
                 self._check_engine(option, name, pool, observed)
             for index, tier in enumerate(pool["tiers"]):

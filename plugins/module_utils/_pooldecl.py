@@ -312,6 +312,7 @@ def _tenants(option: str, pool: t.Mapping[str, t.Any], made: t.Mapping[str, t.An
 
 def _made_connectors(option: str, pool: t.Mapping[str, t.Any], made: t.Mapping[str, t.Any]) -> list[dict[str, t.Any]]:
     found: dict[str, dict[str, t.Any]] = {}
+    maps: dict[str, str] = {}
     for index, connector in enumerate(pool.get("connectors") or []):
         where = f"{option}.connectors[{index}]"
         memory = parse_size(f"{where}.host_memory", connector.get("host_memory") or "4GiB")
@@ -320,5 +321,6 @@ def _made_connectors(option: str, pool: t.Mapping[str, t.Any], made: t.Mapping[s
         name = _connectors.name_of(one)
         if name in found:
             raise Refused(f"{where}.backend", connector.get("backend"), f"{name} is there twice", "Keep one")
+        _connectors.check_map(where, name, one, maps)
         found[name] = one
     return list(found.values())

@@ -31,12 +31,13 @@ class File:
 
 
 def metadata_units(pool: t.Mapping[str, t.Any]) -> dict[str, str]:
-    """Unit -> text, of the metadata services that this host runs for the pool's 3FS connectors."""
+    """Unit -> text, of the metadata services that this host runs for the pool's 3FS connectors, one for each of them."""
     found = {}
     for connector in pool.get("connectors", []):
         if not connector["metadata_run"]:
             continue
-        engine = connector["engine"]
+        engine, tenant = connector["engine"], [connector["tenant"]] if connector["tenant"] else []
+        state = "/".join(["agentfleet-kv", pool["name"], *tenant])
         program = [
             connector["python"],
             "-m",
@@ -47,12 +48,11 @@ def metadata_units(pool: t.Mapping[str, t.Any]) -> dict[str, str]:
         if engine == "sglang":  # vLLM's forgets all pages when it ends
             # A map that was kept stays as it is for other pages, too, and would lead behind the end of the file.
             sizes = [f"-{slab.pages}x{slab.page_bytes}" for slab in _connectors.slabs(pool, connector)[:1]]
-            path = f"/var/lib/agentfleet-kv/{pool['name']}/pages{''.join(sizes)}"
-            program += [f"--persistence-path={path}", "--save-interval=60"]
-        found[f"agentfleet-kv-metadata-{pool['name']}-{engine}.service"] = f"""\
+            program += [f"--persistence-path=/var/lib/{state}/pages{''.join(sizes)}", "--save-interval=60"]
+        found[f"agentfleet-kv-metadata-{'-'.join([pool['name'], engine, *tenant])}.service"] = f"""\
 # Written by agentfleet.metal.
 [Unit]
-Description=Page indices of KV-cache pool {pool["name"]} for {engine}
+Description=Page indices of KV-cache pool {" for ".join([pool["name"], *tenant, engine])}
 After=network-online.target
 Wants=network-online.target
 StartLimitIntervalSec=0
@@ -60,7 +60,7 @@ StartLimitIntervalSec=0
 [Service]
 ExecStart={" ".join(program)}
 User={USER}
-StateDirectory=agentfleet-kv/{pool["name"]}
+StateDirectory={state}
 Restart=always
 RestartSec=3
 NoNewPrivileges=yes

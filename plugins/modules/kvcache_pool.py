@@ -252,7 +252,9 @@ options:
             description: Address of the service that counts the pages of a V(hf3fs) connector; the pool's, if left out.
             type: str
           metadata_port:
-            description: TCP port of that service. 18001 for SGLang, if left out; vLLM always asks port 18000 of its own host.
+            description:
+              - TCP port of that service. 18001 for SGLang, if left out; vLLM always asks port 18000 of its own host.
+              - Each connector needs a service of its own, for each tenant, too, as it does not tell their pages apart.
             type: int
           metadata_run:
             description: Whether this host runs that service, by O(pools[].connectors[].python).

@@ -479,6 +479,28 @@ def test_the_large_files_of_a_3fs_pool(machine: Machine, tenants: list[dict[str,
     assert machine.run([{**other[0], "lose_data": True}])[:2] == [f"lay out {file}" for file in files]
 
 
+def test_each_pool_of_a_host_has_a_map_of_its_own(machine: Machine) -> None:
+    machine.host.files({"/proc/self/mounts": "hf3fs.s /3fs/s fuse.hf3fs rw 0 0\n", "/3fs/s": None})
+
+    def pool(name: str, engine: str, **more: t.Any) -> dict[str, t.Any]:
+        tier = {"medium": "threefs", "size": "4MiB", "path": f"/3fs/s/{name}", "mount_point": "/3fs/s"}
+        connector = {"engine": engine, "backend": "hf3fs", **more}
+        return {"name": name, "engine": "threefs", "tiers": [tier], "connectors": [connector]}
+
+    machine.run([pool("a", "sglang")])
+    for there, coming in (([], "sglang"), ([pool("v", "vllm")], "vllm")):
+        with pytest.raises(Refused, match="has the metadata service http://127.0.0.1:1800"):
+            machine.run([*there, pool("b", coming)])
+    assert machine.run([pool("b", "sglang", metadata_port=18002), pool("c", "sglang", metadata_address="10.0.0.9")])
+    assert machine.run([{"name": "a", "state": "absent", "lose_data": True}, pool("d", "sglang")])
+
+
+def test_what_a_restart_of_a_metadata_service_loses() -> None:
+    named = {"sglang": False, "vllm": True, "sglang-vllm": False, "vllm-red": True}
+    assert {name: _pool._forgets(f"agentfleet-kv-metadata-vllm-{name}.service") for name in named} == named
+    assert not _pool._forgets("agentfleet-mooncake-store@a-vllm.service")
+
+
 def test_a_3fs_pool_with_its_metadata_service(machine: Machine) -> None:
     machine.host.files({"/proc/self/mounts": "hf3fs.stage /3fs/stage fuse.hf3fs rw 0 0\n", "/3fs/stage": None})
     machine.host.answers["/opt/sglang/bin/python"] = ""

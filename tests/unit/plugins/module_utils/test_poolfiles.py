@@ -38,6 +38,22 @@ def test_a_metadata_service_is_the_engines_own_program(engine: str, module: str,
     assert "User=agentfleet-kv" in text and "StateDirectory=agentfleet-kv/t" in text
 
 
+def test_each_tenant_has_a_map_of_its_own() -> None:
+    connector = {"engine": "sglang", "backend": "hf3fs", "python": "/opt/e/bin/python", "metadata_run": True}
+    tenants = [{"name": name, "quota": "1GiB"} for name in ("red", "blue")]
+    connectors = [
+        {**connector, "tenant": "red"},
+        {**connector, "tenant": "blue", "metadata_port": 18002},
+        {"engine": "vllm", "backend": "hf3fs", "tenant": "red"},
+    ]
+    units = _poolfiles.metadata_units(declare(**THREEFS, tenants=tenants, connectors=connectors))
+    assert list(units) == [f"agentfleet-kv-metadata-t-sglang-{name}.service" for name in ("red", "blue")]
+    for name, port in (("red", 18001), ("blue", 18002)):
+        text = units[f"agentfleet-kv-metadata-t-sglang-{name}.service"]
+        assert f"--port={port} --persistence-path=/var/lib/agentfleet-kv/t/{name}/pages-" in text
+        assert f"StateDirectory=agentfleet-kv/t/{name}\n" in text
+
+
 def test_a_service_that_another_host_runs_has_no_unit() -> None:
     assert _poolfiles.metadata_units(declare(**THREEFS, connectors=[{"engine": "sglang", "backend": "hf3fs"}])) == {}
 

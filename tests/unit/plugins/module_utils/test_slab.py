@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _connectors, _pooldecl, _poolprobe, _slab
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused
 from ansible_collections.agentfleet.metal.tests.doubles import page_maps
 
 PAGE, PAGES = 8192, 4
@@ -45,9 +45,9 @@ def opened(slab: _slab.Slab, engine: str, service: t.Any) -> _slab.Pages:
     return _slab.Pages(slab, slab.path, _slab.page_map(engine, service.url))
 
 
-def declared(engine: str, model: str, **connector: t.Any) -> tuple[dict[str, t.Any], dict[str, t.Any]]:
+def declared(engine: str, model: str, **more: t.Any) -> tuple[dict[str, t.Any], dict[str, t.Any]]:
     tier = {"medium": "threefs", "size": "1TiB", "path": "/3fs/s/kv", "mount_point": "/3fs/s"}
-    wish = {"engine": engine, "backend": "hf3fs", **connector}
+    wish = {"engine": engine, "backend": "hf3fs"}
     options = {
         "name": "p",
         "engine": "threefs",
@@ -55,6 +55,7 @@ def declared(engine: str, model: str, **connector: t.Any) -> tuple[dict[str, t.A
         "tensor_parallel": 8,
         "tiers": [tier],
         "connectors": [wish],
+        **more,
     }
     pool = _pooldecl.declare("pools[0]", "p", options, lambda path: "")
     return pool, pool["connectors"][0]
@@ -116,6 +117,26 @@ def test_a_page_is_put_found_and_left_to_the_engine(engine: str, service: t.Any,
     assert written.replace(b"d", b"") == b"e" * (slab.file_bytes - PAGE), "no other page was touched"
     routes = {re.sub(r"\{rank\}", "0", route) for route in RECORD[engine]["reads"]["hf3fs_routes"]}
     assert service.asked and set(service.asked) <= routes, "what the engine's own client may ask"
+
+
+def test_with_one_map_a_tenant_would_find_the_pages_of_another(tmp_path: Path) -> None:
+    service = page_maps.Sglang()
+    red, blue = (_slab.Slab(str(tmp_path / name), 0, pages, PAGE) for name, pages in (("red", PAGES), ("blue", 2)))
+    for slab in (red, blue):
+        _slab.make(slab.path, slab.file_bytes)
+        service.initialize(0, slab.pages)
+    with opened(red, "sglang", service) as pages:
+        page = pages.put("prompt", b"r" * PAGE)
+        assert pages.get("prompt", page, PAGE) == b"r" * PAGE, "which confirms it"
+    found = service.answer(["0", "get_page_indices"], {"keys": ["prompt"]})
+    service.stop()
+    assert found == {"indices": [page]} and page >= blue.pages, "that is behind the end of blue's file"
+    for engine, option in (("sglang", "metadata_port"), ("vllm", "backend")):
+        tenants = [{"name": name, "quota": "1GiB"} for name in ("red", "blue")]
+        wishes = [{"engine": engine, "backend": "hf3fs", "tenant": tenant["name"]} for tenant in tenants]
+        with pytest.raises(Refused, match="does not tell one's pages from the other's") as refused:
+            declared(engine, "DeepSeek-V3", tenants=tenants, connectors=wishes)
+        assert refused.value.option == f"pools[0].connectors[1].{option}"
 
 
 def test_metadata_operations_do_not_grow_with_pages(
