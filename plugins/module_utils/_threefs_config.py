@@ -242,8 +242,8 @@ class Config:
         """The keys that make a file this cluster's; a leading ? marks one that some releases lack."""
         program = re.sub(r"_(launcher|app)$", "", file)
         service = next((name for name, known in PROGRAMS.items() if known == program), "admin")
-        if file.endswith("_app"):
-            return {"node_id": self.node_ids.get(service, 0), "?allow_empty_node_id": service == "fuse"}
+        if file.endswith("_app"):  # that of FUSE is empty: a client has no id
+            return {} if service == "fuse" else {"node_id": self.node_ids[service], "?allow_empty_node_id": False}
         if file.endswith("_launcher"):
             return self._launcher(service)
         values: Values = {}

@@ -17,7 +17,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import e
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_config import Config
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_profiles import PROFILES
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_publish import Published
-from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_toml import Toml
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_toml import Toml, emit
 
 SHIPPED = Path(__file__).resolve().parents[3] / "doubles/threefs/configs"
 ETC = "/etc/3fs/stage"
@@ -74,6 +74,56 @@ def test_all_services_of_a_host_in_one_call(host: t.Any) -> None:
     }
     assert Toml(host.read(f"{ETC}/storage_main_app.toml")).data == {"allow_empty_node_id": False, "node_id": 10001}
     assert host.read("/var/lib/3fs/stage/fdb.cluster") == BASE["fdb_cluster"]
+
+
+# -- the files that really ship, without what they say ---------------------------------
+
+RECORD = json.loads((Path(__file__).resolve().parents[3] / "contract/threefs_configs.json").read_text())
+
+
+def as_toml(table: dict[str, t.Any], name: str = "") -> str:
+    """A recorded file as the text that ships: values, then tables, then arrays of tables."""
+    text = "".join(f"{key} = {emit(value)}\n" for key, value in table.items() if not holds_tables(value))
+    for key, value in table.items():
+        dotted = f"{name}.{key}".lstrip(".")
+        if isinstance(value, dict):
+            text += f"[{dotted}]\n{as_toml(value, dotted)}"
+        elif holds_tables(value):
+            text += "".join(f"[[{dotted}]]\n{as_toml(item, dotted)}" for item in value)
+    return text
+
+
+def holds_tables(value: t.Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
+
+
+def keys(value: t.Any, path: str = "") -> set[str]:
+    """Dotted keys of a file, without numbers of elements."""
+    if isinstance(value, dict):
+        return {key for name, item in value.items() for key in keys(item, f"{path}.{name}".lstrip("."))}
+    if holds_tables(value):
+        return {key for item in value for key in keys(item, path)}
+    return {path}
+
+
+def test_the_files_that_really_ship_have_all_that_we_set(fake_host: t.Any) -> None:
+    files = {f"/opt/3fs/1/configs/{name}.toml": as_toml(table) for name, table in RECORD.items()}
+    fake_host.files({**files, "/opt/3fs/1/bin/admin_cli": ""})
+    resource = config(fake_host, profiles=list(PROFILES), rdma_devices=["mlx5_0"])
+    resource.published = None
+    apply_all(resource, resource.plan(resource.observe()))
+    mains = {"mgmtd_main", "meta_main", "storage_main", "hf3fs_fuse_main"}
+    assert {name.removesuffix(".toml") for name in fake_host.names(ETC) if name.endswith(".toml")} == set(RECORD)
+    assert mains < set(RECORD)
+    storage = Toml(fake_host.read(f"{ETC}/storage_main.toml")).data
+    ports = {group["network_type"]: group["listener"]["listen_port"] for group in storage["server"]["base"]["groups"]}
+    assert ports == {"RDMA": 8002, "TCP": 9002}
+    assert fake_host.read(f"{ETC}/hf3fs_fuse_main_app.toml") == "", "there is no node_id to set"
+
+
+def test_the_doubles_files_have_no_key_that_those_lack() -> None:
+    for path in SHIPPED.glob("*.toml"):
+        assert keys(Toml(path.read_text()).data) - keys(RECORD[path.stem]) == set(), path.name
 
 
 def test_main_files_are_made_where_they_are_published(host: t.Any) -> None:

@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Record which keys the configuration files have that ship with 3FS, from a source tree of it.
+
+    tests/contract/record_threefs.py 3FS/configs > tests/contract/threefs_configs.json
+
+Only tables, keys and types are recorded: each value is the empty one of its type, and the kind of network of a listener,
+by which it is found. tests/unit/plugins/module_utils/test_threefs_config.py makes all files from the record.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import typing as t
+from pathlib import Path
+
+import tomllib
+
+
+def empty(key: str, value: t.Any) -> t.Any:
+    """A value without what it says."""
+    if isinstance(value, dict):
+        return {name: empty(name, item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [empty("", item) for item in value if isinstance(item, dict)]
+    return value if key == "network_type" else type(value)()
+
+
+def main(directory: str) -> None:
+    """Print the record."""
+    files = sorted(Path(directory).glob("*.toml"))
+    json.dump(
+        {path.stem: empty("", tomllib.loads(path.read_text(encoding="utf-8"))) for path in files},
+        sys.stdout,
+        indent=1,
+        sort_keys=True,
+    )
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
