@@ -46,6 +46,8 @@ _OWN_HOST = ("127.0.0.1", "localhost")
 # What must be importable in the engine's own Python. vLLM's connector takes a mock without a word if it is not.
 CLIENT = {"sglang": "hf3fs_fuse.io", "vllm": "hf3fs_fuse.io", "lmcache": "hf3fs_fuse.io"}
 DIRECTORY = "/etc/agentfleet/connectors"
+# What fills files up to a size that it is told; the others keep no account of theirs.
+_FILL = {("sglang", "file"), ("sglang", "hf3fs"), ("vllm", "hf3fs"), ("lmcache", "disk")}
 _EVICTION = {  # policy -> what each engine calls it; absent where the engine has no such policy
     "lru": {"vllm": "lru", "lmcache": "LRU"},
     "fifo": {"lmcache": "FIFO"},
@@ -483,6 +485,27 @@ case $(stat --file-system --format=%T {shlex.quote(directory)}) in
   *) echo "{name}: {directory} is not on a mounted 3FS" >&2; exit 1 ;;
 esac
 """
+
+
+def check_share(
+    option: str, pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.Any], taken: dict[str, str]
+) -> None:
+    """Refuse a second engine that would fill the same share: each is told all of it.
+
+    :param taken: tenant, or the empty string for the pool's tier -> the connector that fills its share; this one is added
+    """
+    engine, backend, tenant = connector["engine"], connector["backend"], connector["tenant"]
+    fills = (engine, backend) in _FILL or (backend == "lmcache" and pool["engine"] == "filesystem")
+    if fills and tenant in taken:
+        share = f"the quota of {tenant}" if tenant else f"the tier {_tier(pool)['path']}"
+        raise Refused(
+            f"{option}.backend",
+            backend,
+            f"{taken[tenant]} fills all of {share} already",
+            "Give each engine a tenant with a quota, or a pool with a path of its own",
+        )
+    if fills:
+        taken[tenant] = name_of(connector)
 
 
 def map_url(connector: t.Mapping[str, t.Any]) -> str:

@@ -313,6 +313,7 @@ def _tenants(option: str, pool: t.Mapping[str, t.Any], made: t.Mapping[str, t.An
 def _made_connectors(option: str, pool: t.Mapping[str, t.Any], made: t.Mapping[str, t.Any]) -> list[dict[str, t.Any]]:
     found: dict[str, dict[str, t.Any]] = {}
     maps: dict[str, str] = {}
+    shares: dict[str, str] = {}
     for index, connector in enumerate(pool.get("connectors") or []):
         where = f"{option}.connectors[{index}]"
         memory = parse_size(f"{where}.host_memory", connector.get("host_memory") or "4GiB")
@@ -322,5 +323,6 @@ def _made_connectors(option: str, pool: t.Mapping[str, t.Any], made: t.Mapping[s
         if name in found:
             raise Refused(f"{where}.backend", connector.get("backend"), f"{name} is there twice", "Keep one")
         _connectors.check_map(where, name, one, maps)
+        _connectors.check_share(where, made, one, shares)
         found[name] = one
     return list(found.values())

@@ -40,11 +40,11 @@ def test_a_metadata_service_is_the_engines_own_program(engine: str, module: str,
 
 def test_each_tenant_has_a_map_of_its_own() -> None:
     connector = {"engine": "sglang", "backend": "hf3fs", "python": "/opt/e/bin/python", "metadata_run": True}
-    tenants = [{"name": name, "quota": "1GiB"} for name in ("red", "blue")]
+    tenants = [{"name": name, "quota": "1GiB"} for name in ("red", "blue", "green")]
     connectors = [
         {**connector, "tenant": "red"},
         {**connector, "tenant": "blue", "metadata_port": 18002},
-        {"engine": "vllm", "backend": "hf3fs", "tenant": "red"},
+        {"engine": "vllm", "backend": "hf3fs", "tenant": "green"},
     ]
     units = _poolfiles.metadata_units(declare(**THREEFS, tenants=tenants, connectors=connectors))
     assert list(units) == [f"agentfleet-kv-metadata-t-sglang-{name}.service" for name in ("red", "blue")]
