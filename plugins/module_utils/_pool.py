@@ -187,6 +187,7 @@ class Pools:
             "free": {node["id"]: node["free_bytes"] for node in observe_numa(self.host)["nodes"] if node["size_bytes"]},
             "mounts": {line.split()[1]: line.split()[2] for line in self.host.read("/proc/self/mounts").splitlines()},
             "users": {line.split(":")[0] for line in self.host.read("/etc/passwd").splitlines()},
+            "rdma": self.host.names("/sys/class/infiniband"),
             "clients": {},
             "nodes": {},
             "devdax": {name: {} for name in self.wanted},
@@ -459,6 +460,14 @@ class Pools:
     def _check_engine(self, option: str, name: str, pool: dict[str, t.Any], observed: dict[str, t.Any]) -> None:
         if not observed["engine"] and not self.predicting:
             raise Refused(f"{option}.engine", "mooncake", f"{ENGINE} is missing", "Install it first: role mooncake")
+        if pool["protocol"] == "rdma" and not self.predicting:
+            there = ", ".join(observed["rdma"])
+            missing = [name for name in pool["rdma_devices"] if name not in observed["rdma"]]
+            if not there:
+                remedy = "Load the card's driver (rdma link shows it), or set protocol: tcp"
+                raise Refused(f"{option}.protocol", "rdma", "this host has no RDMA device", remedy)
+            if missing:
+                raise Refused(f"{option}.rdma_devices", missing, "no such RDMA device here", f"Devices: {there}")
         if pool["master"]["run"] and not self._running(master_unit(name), observed):
             for key in ("port", "metrics_port"):
                 port = pool["master"][key]
