@@ -455,11 +455,10 @@ class Servers:
             starts.append(Step("start", main, before=state.get("ActiveState"), after="active, enabled"))
         elif observed["files"][f"{UNITS}/{main}"] != self._unit().strip():
             starts.append(Step("restart", main, why="its unit changed", disruptive=True))
-        starts += [
-            Step("start", unit, after="active, enabled")
-            for unit in self._backup_units()
-            if unit.endswith(".timer") and observed["units"].get(unit, {}).get("ActiveState") != "active"
-        ]
+        for unit in (unit for unit in self._backup_units() if unit.endswith(".timer")):
+            state = observed["units"].get(unit, {})
+            if state.get("ActiveState") != "active" or state.get("UnitFileState") != "enabled":
+                starts.append(Step("start", unit, before=state.get("ActiveState"), after="active, enabled"))
         return steps + arrange(writes, starts)
 
     def _files(self) -> dict[str, str]:

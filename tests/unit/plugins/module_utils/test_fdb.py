@@ -490,6 +490,12 @@ def test_backups_that_are_no_longer_declared_leave_the_host_and_stay_on_their_di
     assert host.read("/backup/backup-2026/data") == "kept"
 
 
+def test_a_timer_that_would_not_outlive_a_reboot_is_enabled_again(host: t.Any, backed_up: Systemd) -> None:
+    backed_up.enabled.remove("foundationdb-backup.timer")
+    assert converged(Servers(host, BACKUP)) == [("start", "foundationdb-backup.timer")]
+    assert "foundationdb-backup.timer" in backed_up.enabled
+
+
 def test_a_drill_that_is_no_longer_declared_goes_alone(host: t.Any, backed_up: Systemd) -> None:
     del backed_up
     wish = {**BACKUP, "backup": {"directory": "/backup"}}
