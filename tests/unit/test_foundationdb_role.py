@@ -1,0 +1,90 @@
+# Copyright: agentfleet.metal contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the role foundationdb makes of its variables, rendered from its own files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import typing as t
+from pathlib import Path
+
+import ansible_collections.agentfleet.metal as collection
+
+HERE = Path(next(iter(collection.__path__)))
+RENDER = """
+import json, sys
+from ansible.plugins.loader import init_plugin_loader
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar
+
+init_plugin_loader([])
+role, names, cases = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+loader = DataLoader()
+load = lambda path: loader.load_from_file(f"{role}/{path}", trusted_as_template=True)
+found = []
+for given in cases:
+    variables = {**load("defaults/main.yml"), **given, **load("vars/main.yml")}
+    found.append([Templar(loader, variables=variables).template(variables[name]) for name in names])
+json.dump(found, sys.stdout)
+"""
+
+
+def render(names: list[str], *cases: dict[str, t.Any]) -> list[list[t.Any]]:
+    """The role's own variables of these names, for each case."""
+    hosts = {f"f{number}": {"foundationdb_address": f"10.0.0.{number}"} for number in (1, 2, 3)}
+    house = {
+        "groups": {"foundationdb": list(hosts)},
+        "hostvars": hosts,
+        "inventory_hostname": "f1",
+        "foundationdb_address": "10.0.0.1",
+    }
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            RENDER,
+            str(HERE / "roles/foundationdb"),
+            json.dumps(names),
+            json.dumps([{**house, **case} for case in cases]),
+        ],
+        env={**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(HERE.parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return list(json.loads(done.stdout))
+
+
+def test_where_backups_and_drills_are_made() -> None:
+    backup = {"foundationdb_backup": {"directory": "/backup"}}
+    names = ["foundationdb__backup_here", "foundationdb__drill_here", "foundationdb__drill", "foundationdb__misplaced"]
+    assert render(
+        names,
+        {},
+        backup,
+        {**backup, "foundationdb_backup_host": "f2"},
+        {**backup, "foundationdb_drill_port": 4600},
+        {**backup, "foundationdb_drill_port": 4600, "inventory_hostname": "f3"},
+    ) == [
+        [False, False, {}, ""],
+        [True, False, {}, ""],
+        [False, False, {}, ""],
+        [True, True, {"drill_database": "foundationdb_drill"}, ""],
+        [False, False, {}, ""],
+    ]
+
+
+def test_backups_and_drills_that_no_host_would_make_are_refused() -> None:
+    (nobody,), (nothing,) = render(
+        ["foundationdb__misplaced"],
+        {"foundationdb_backup": {"directory": "/backup"}, "foundationdb_backup_host": "f9"},
+        {"foundationdb_drill_port": 4600},
+    )
+    assert "foundationdb_backup_host: f9 is not in the group foundationdb" in nobody and "Hosts: f1, f2, f3" in nobody
+    assert nothing.startswith("foundationdb_drill_port: 4600: there are no backups") and nothing.endswith("or set 0")
