@@ -65,7 +65,7 @@ class Cluster:
 
     def interrupt(self, command: str, playbook: str, *arguments: str, after: int = 0, **more: t.Any) -> t.Any:
         """Run a playbook in which one command of admin_cli fails by its text alone; what it did until then."""
-        trap = json.dumps([{"command": command, "after": after, "times": 1, "error": "9(Unknown)"}])
+        trap = json.dumps([{"command": command, "after": after, "times": 1, "error": "999(Unknown)"}])
         self.admin.run(f"mkdir -p /var/lib/3fs-double && echo '{trap}' > /var/lib/3fs-double/traps.json")
         played = self.lab.play(playbook, *arguments, **{**self.variables, **more})
         assert played.rc != 0 and "provoked" in played.failures(), played.failures()
@@ -299,7 +299,7 @@ def test_chains_before_their_targets_are_seen_and_brought_up_by_the_runbook(clus
     assert "chain 199900001 is UNAVAILABLE" in said and "LASTSRV/OFFLINE" in said
     make = "create-target --node-id {} --disk-index 0 --target-id {} --chain-id 199900001 --use-new-chunk-engine"
     said = cluster.ask(make.format(10001, first))
-    assert "Encounter error: 7003" in said and "prohibited" in said, "upstream makes no target that served last"
+    assert "Encounter error: 7004" in said and "prohibited" in said, "upstream makes no target that served last"
     cluster.ask(make.format(10004, second), "rotate-lastsrv 199900001", make.format(10001, first))
     cluster.until("the chain serves", lambda rows: all(row[3] == "SERVING" for row in rows))
     cluster.assert_well({"10001", "10004"})

@@ -22,8 +22,36 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import E
 
 _ERROR = re.compile(r"^Encounter error: (\d+)\(([^)]*)\)\s*(.*)", re.DOTALL | re.MULTILINE)
 _MARK = "> Execute "
+# The errors that are known here by their numbers; a test holds them against the record of upstream's.
+STATUS = {
+    "AuthenticationFail": 25,
+    "Unknown": 999,
+    "Transaction::NetworkError": 1004,
+    "Transaction::Retryable": 1007,
+    "RPC::Timeout": 2005,
+    "RPC::SendFailed": 2007,
+    "RPC::SocketError": 2010,
+    "RPC::SocketClosed": 2013,
+    "RPC::ConnectFailed": 2014,
+    "Meta::NotFound": 3000,
+    "Meta::Exists": 3007,
+    "Storage::StorageUUIDMismatch": 4017,
+    "Storage::TargetNotFound": 4031,
+    "Mgmtd::NotPrimary": 5000,
+    "Mgmtd::NodeNotFound": 5001,
+    "Mgmtd::ClusterIdMismatch": 5003,
+    "Mgmtd::NotAdmin": 5016,
+    "Mgmtd::TargetNotFound": 5017,
+    "Mgmtd::TargetExisted": 5018,
+    "MgmtdClient::PrimaryMgmtdNotFound": 6000,
+    "MgmtdClient::MetaServiceNotAvailable": 6002,
+    "MgmtdClient::RoutingInfoNotReady": 6004,
+}
 # What passes by itself: no primary yet, routing not ready, a connection that breaks.
-_TRANSIENT = {2003, 2006, 5000, 6000, 6002, 6004}
+_TRANSIENT = {
+    *(code for name, code in STATUS.items() if name.startswith(("Transaction::", "RPC::", "MgmtdClient::"))),
+    STATUS["Mgmtd::NotPrimary"],
+}
 _SECRET_WORD = re.compile(r"(--token|-t)\s+\S+")
 TIMEOUT_SECONDS = 120.0
 
@@ -164,19 +192,19 @@ def hide(text: str) -> str:
 
 
 _REMEDIES = {
-    25: "The token in admin_cli.toml is not (any more) the one that the cluster knows: see docs/runbooks/threefs.md, Tokens",
-    2006: "FoundationDB does not answer: fdbcli --exec 'status' on its hosts",
-    4017: "The disk is not the one that the target was made on: see Replace a disk",
-    5000: "Only secondary mgmtd answer: is the one with the lease running?",
-    5003: "The mgmtd at this address belongs to another cluster: check threefs_ports and the addresses",
-    5016: "The user of this token is no admin",
-    6000: "No mgmtd is primary: is one running, and FoundationDB available?",
-    6004: "No mgmtd answers: check its address, the firewall (TCP on the RDMA port too) and the RDMA device",
+    "AuthenticationFail": "The token in admin_cli.toml is not the one that the cluster knows: see docs/runbooks/threefs.md, Tokens",
+    "Transaction::NetworkError": "FoundationDB does not answer: fdbcli --exec 'status' on its hosts",
+    "Storage::StorageUUIDMismatch": "The disk is not the one that the target was made on: see Replace a disk",
+    "Mgmtd::NotPrimary": "Only secondary mgmtd answer: is the one with the lease running?",
+    "Mgmtd::ClusterIdMismatch": "The mgmtd at this address belongs to another cluster: check threefs_ports and the addresses",
+    "Mgmtd::NotAdmin": "The user of this token is no admin",
+    "MgmtdClient::PrimaryMgmtdNotFound": "No mgmtd is primary: is one running, and FoundationDB available?",
+    "MgmtdClient::RoutingInfoNotReady": "No mgmtd answers: check its address, the firewall (TCP on the RDMA port too) and the RDMA device",
 }
 
 
 def _remedy(code: int) -> str:
-    return f". {_REMEDIES[code]}" if code in _REMEDIES else ""
+    return next((f". {remedy}" for name, remedy in _REMEDIES.items() if STATUS[name] == code), "")
 
 
 def quote(text: str) -> str:

@@ -15,11 +15,11 @@ import typing as t
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused, Step
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import check_cluster, chunk_size
-from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import Admin, quote
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import STATUS, Admin, quote
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size
 
-_NOT_FOUND = 3000
-_EXISTS = 3002
+_NOT_FOUND = STATUS["Meta::NotFound"]
+_EXISTS = STATUS["Meta::Exists"]
 
 
 class Directories:

@@ -14,7 +14,7 @@ import typing as t
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import ETC, MANAGED, PROGRAMS, STATE, chunk_size
-from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import Admin, quote
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import STATUS, Admin, quote
 
 
 class Published:
@@ -88,7 +88,9 @@ class Published:
             )
             return
         options = " ".join(f"--{service} {path}" for service, path in files.items())
-        answer = admin.run(f"init-cluster {options} {self.table} {self.chunk} {self.stripe}", allow={9})[0]
+        answer = admin.run(
+            f"init-cluster {options} {self.table} {self.chunk} {self.stripe}", allow={STATUS["Unknown"]}
+        )[0]
         if answer.error and "existed" not in answer.text:
             raise HostError(f"admin_cli init-cluster: {answer.error}")
         self.host.write(self.marker, "Made by init-cluster; says that set-config is the way from now on.\n")

@@ -25,10 +25,11 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import (
     chunk_size,
     target_place,
 )
-from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import Admin, Answer, quote
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import STATUS, Admin, Answer, quote
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_info import look, parse
 
-_ALREADY = {4031, 5017, 5018}  # target not found, target existed: what an interrupted run left
+# what an interrupted run left
+_ALREADY = {STATUS[name] for name in ("Storage::TargetNotFound", "Mgmtd::TargetNotFound", "Mgmtd::TargetExisted")}
 _GOOD = ("SERVING", "UPTODATE")
 _REPORT_SECONDS = 60.0  # how long a storage service that was just started may take to report
 
@@ -457,7 +458,7 @@ class Targets:
             ]
 
         self._until(admin, f"node {node} is stopped (mgmtd notices after heartbeat_fail_interval)", registered)
-        admin.run(f"unregister-node {node} {kind}", allow={5001})
+        admin.run(f"unregister-node {node} {kind}", allow={STATUS["Mgmtd::NodeNotFound"]})
 
     @staticmethod
     def _unserved(state: t.Mapping[str, t.Any], wanted: t.Mapping[int, list[int]]) -> list[str]:

@@ -16,10 +16,10 @@ import typing as t
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import check_cluster, check_token
-from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import Admin, quote
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import STATUS, Admin, quote
 
 _NAME = re.compile(r"^[A-Za-z0-9][\w.-]{0,63}$")
-_AUTHENTICATION = 25
+_AUTHENTICATION = STATUS["AuthenticationFail"]
 
 
 class Users:

@@ -2,17 +2,18 @@
 # Copyright: agentfleet.metal contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Record which keys the configuration files have that ship with 3FS, from a source tree of it.
+"""Record the keys of the configuration files that ship with 3FS, and the numbers of its errors, from a source tree of it.
 
-    tests/contract/record_threefs.py 3FS/configs > tests/contract/threefs_configs.json
+    tests/contract/record_threefs.py 3FS > tests/contract/threefs.json
 
-Only tables, keys and types are recorded: each value is the empty one of its type, and the kind of network of a listener,
-by which it is found. tests/unit/plugins/module_utils/test_threefs_config.py makes all files from the record.
+Of files only tables, keys and types are recorded: each value is the empty one of its type, and the kind of network of a
+listener, by which it is found. tests/unit/plugins/module_utils/test_threefs_config.py makes all files from the record.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import typing as t
 from pathlib import Path
@@ -29,15 +30,22 @@ def empty(key: str, value: t.Any) -> t.Any:
     return value if key == "network_type" else type(value)()
 
 
-def main(directory: str) -> None:
+def errors(text: str) -> dict[str, int]:
+    """Name as admin_cli tells it -> number."""
+    spaces = dict(re.findall(r"#define (\w+)_STATUS\(\.\.\.\) STATUS\((\w+),", text))
+    found = re.findall(r"^(\w+)_STATUS\((\w+), *(\d+)\)", text, re.MULTILINE)
+    return {f"{spaces[kind]}::{name}" if kind in spaces else name: int(code) for kind, name, code in found}
+
+
+def main(tree: str) -> None:
     """Print the record."""
-    files = sorted(Path(directory).glob("*.toml"))
-    json.dump(
-        {path.stem: empty("", tomllib.loads(path.read_text(encoding="utf-8"))) for path in files},
-        sys.stdout,
-        indent=1,
-        sort_keys=True,
-    )
+    files = sorted(path for path in Path(tree, "configs").glob("*.toml") if "client_agent" not in path.name)
+    details = Path(tree, "src/common/utils/StatusCodeDetails.h").read_text(encoding="utf-8")
+    record = {
+        "configs": {path.stem: empty("", tomllib.loads(path.read_text(encoding="utf-8"))) for path in files},
+        "errors": errors(details),
+    }
+    json.dump(record, sys.stdout, indent=1, sort_keys=True)
     sys.stdout.write("\n")
 
 

@@ -183,7 +183,7 @@ class Lab:
             sys.stdin = before
         return Completed(tuple(argv), code, out.getvalue(), "")
 
-    def trap(self, command: str, after: int = 0, error: str = "9(Unknown)") -> None:
+    def trap(self, command: str, after: int = 0, error: str = "999(Unknown)") -> None:
         """The next commands of this name fail once."""
         text = json.dumps([{"command": command, "after": after, "times": 1, "error": error}])
         (self.root / "traps.json").write_text(text)

@@ -22,7 +22,7 @@ imitates with their traps:
 - An upload of the same chain table keeps the version, another list makes the next one.
 
 A file named by THREEFS_DOUBLE_TRAPS (default /var/lib/3fs-double/traps.json) provokes errors of admin_cli:
-``[{"command": "create-target", "after": 3, "times": 1, "error": "7003(StorageClient::kCommError)"}]``.
+``[{"command": "create-target", "after": 3, "times": 1, "error": "7006(StorageClient::CommError)"}]``.
 """
 
 from __future__ import annotations
@@ -106,9 +106,9 @@ def decode_token(token: str) -> int:
         plain = bytes(raw[_ORDER[index]] for index in range(18))
         magic, uid, _random, crc = struct.unpack("<HIQI", plain)
     except (binascii.Error, ValueError, IndexError, struct.error):
-        raise Status(4, "InvalidFormat", "Decode token fail: invalid format") from None
+        raise Status(33, "InvalidFormat", "Decode token fail: invalid format") from None
     if magic != 0xF1DB or crc != (binascii.crc32(plain[:14], 0xFFFFFFFF) ^ 0xFFFFFFFF):
-        raise Status(4, "InvalidFormat", "Decode token fail: invalid crc")
+        raise Status(33, "InvalidFormat", "Decode token fail: invalid crc")
     return uid
 
 
@@ -149,8 +149,8 @@ class Peers:
                 raise Status(*answer["error"])
             answered = True
         if answered:
-            raise Status(6000, "MgmtdClient::kPrimaryMgmtdNotFound")
-        raise Status(6004, "MgmtdClient::kRoutingInfoNotReady")
+            raise Status(6000, "MgmtdClient::PrimaryMgmtdNotFound")
+        raise Status(6004, "MgmtdClient::RoutingInfoNotReady")
 
 
 def flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -197,7 +197,7 @@ def bind(port: int, answer) -> None:
             except Status as status:
                 reply = {"error": [status.code, status.name, status.message]}
             except Unavailable:
-                reply = {"error": [2006, "Transaction::kNetworkError", "FoundationDB is unavailable"]}
+                reply = {"error": [1004, "Transaction::NetworkError", "FoundationDB is unavailable"]}
             stream.write(json.dumps(reply).encode() + b"\n")
 
     def accept() -> None:
@@ -355,26 +355,26 @@ class Mgmtd:
     def answer(self, request: dict, peer: str) -> dict:
         with self.lock:
             if request.get("cluster_id") != self.cluster_id:
-                raise Status(5003, "Mgmtd::kClusterIdMismatch", f"expected {self.cluster_id}")
+                raise Status(5003, "Mgmtd::ClusterIdMismatch", f"expected {self.cluster_id}")
             if not self.primary_since:
-                raise Status(5000, "Mgmtd::kNotPrimary")
+                raise Status(5000, "Mgmtd::NotPrimary")
             return getattr(self, "on_" + request["op"])(request, peer)
 
     def admin(self, request: dict) -> None:
         if dig(self.config, "server.service.authenticate", False):
             user = check_token(self.keys(fresh=True).get("users", {}), request.get("token", ""))
             if not user["admin"] and user["uid"] != 0:
-                raise Status(5016, "Mgmtd::kNotAdmin")
+                raise Status(5016, "Mgmtd::NotAdmin")
 
     def on_heartbeat(self, request: dict, peer: str) -> dict:
         now = time.time()
         if abs(now - request["time"]) > self.setting("heartbeat_timestamp_valid_window", "30s"):
-            raise Status(5002, "Mgmtd::kHeartbeatFail", "timestamp out of window")
+            raise Status(5002, "Mgmtd::HeartbeatFail", "timestamp out of window")
         identity = str(request["node_id"])
         keys = self.keys()
         known = keys.get("nodes", {}).get(identity)
         if known and known["type"] != request["type"]:
-            raise Status(5013, "Mgmtd::kNodeTypeMismatch")
+            raise Status(5013, "Mgmtd::NodeTypeMismatch")
         if not known:
             self.edit(lambda k: k.setdefault("nodes", {}).update({identity: {"type": request["type"]}}))
         self.heartbeats[identity] = {**request, "seen": now, "address": f"{peer}:{request['port']}"}
@@ -454,12 +454,12 @@ class Mgmtd:
             for chain, targets in request["chains"].items():
                 if chain in chains:
                     if sorted(tid for tid, _public in chains[chain]["targets"]) != sorted(targets):
-                        raise Status(5007, "Mgmtd::kInvalidChainTable", f"Target mismatch of ChainId({chain})")
+                        raise Status(5007, "Mgmtd::InvalidChainTable", f"Target mismatch of ChainId({chain})")
                     continue
                 double = [tid for tid in targets if tid in taken]
                 if double:
                     raise Status(
-                        5007, "Mgmtd::kInvalidChainTable", f"TargetId({double[0]}) duplicated. chain id: {chain}"
+                        5007, "Mgmtd::InvalidChainTable", f"TargetId({double[0]}) duplicated. chain id: {chain}"
                     )
                 taken.update(targets)
                 chains[chain] = {
@@ -479,9 +479,9 @@ class Mgmtd:
             chains = keys.get("chains", {})
             missing = [chain for chain in request["chains"] if chain not in chains]
             if missing:
-                raise Status(5007, "Mgmtd::kInvalidChainTable", f"ChainId({missing[0]}) not found")
+                raise Status(5007, "Mgmtd::InvalidChainTable", f"ChainId({missing[0]}) not found")
             if len({len(chains[chain]["targets"]) for chain in request["chains"]}) > 1:
-                raise Status(5007, "Mgmtd::kInvalidChainTable", "Different replica counts")
+                raise Status(5007, "Mgmtd::InvalidChainTable", "Different replica counts")
             versions = keys.setdefault("tables", {}).setdefault(str(request["table"]), [])
             if not versions or versions[-1]["chains"] != request["chains"]:
                 versions.append({"chains": request["chains"], "desc": request["desc"]})
@@ -496,18 +496,18 @@ class Mgmtd:
         def change(keys: dict) -> None:
             chains = keys.get("chains", {})
             if chain not in chains:
-                raise Status(5012, "Mgmtd::kChainNotFound", f"chain: {chain}")
+                raise Status(5012, "Mgmtd::ChainNotFound", f"chain: {chain}")
             item = chains[chain]
             if request["mode"] == "add":
                 if any(tid == target for other in chains.values() for tid, _public in other["targets"]):
-                    raise Status(5018, "Mgmtd::kTargetExisted", f"target: {target}")
+                    raise Status(5018, "Mgmtd::TargetExisted", f"target: {target}")
                 item["targets"].append([target, "OFFLINE"])
                 if len(item["preferred"]) == len(item["targets"]) - 1:
                     item["preferred"].append(target)
             else:
                 state = dict(map(tuple, item["targets"])).get(target)
                 if state is None:
-                    raise Status(5017, "Mgmtd::kTargetNotFound", f"target {target} is not found in chain {chain}")
+                    raise Status(5017, "Mgmtd::TargetNotFound", f"target {target} is not found in chain {chain}")
                 if state != "OFFLINE":
                     raise Status(
                         3, "InvalidArg", f"Do not allow to remove target {target} from chain {chain}: state is {state}"
@@ -550,7 +550,7 @@ class Mgmtd:
         identity = str(request["node_id"])
         nodes = {str(node["node_id"]): node for node in self.on_routing({}, peer)["nodes"]}
         if identity not in nodes:
-            raise Status(5001, "Mgmtd::kNodeNotFound")
+            raise Status(5001, "Mgmtd::NodeNotFound")
         if nodes[identity]["status"] not in ("DISABLED", "HEARTBEAT_FAILED"):
             raise Status(
                 3, "InvalidArg", f"Do not allow to unregister NodeId({identity}) of status {nodes[identity]['status']}"
@@ -701,27 +701,27 @@ def file_system(fdb: Cluster, keys: dict, request: dict, uid: int) -> dict:
     tree, path = keys.get("fs", {}), "/" + request["path"].strip("/")
     if request["op"] == "stat":
         if path not in tree:
-            raise Status(3000, "Meta::kNotFound", path)
+            raise Status(3000, "Meta::NotFound", path)
         return {"inode": tree[path]}
     parent = os.path.dirname(path)
     if uid != 0:
-        raise Status(3001, "Meta::kNoPermission", path)
+        raise Status(3008, "Meta::NoPermission", path)
 
     def change(document: dict) -> None:
         nodes = document["keys"]["fs"]
         if request["op"] == "mkdir":
             if path in nodes:
-                raise Status(3002, "Meta::kExists", path)
+                raise Status(3007, "Meta::Exists", path)
             if parent not in nodes:
-                raise Status(3000, "Meta::kNotFound", parent)
+                raise Status(3000, "Meta::NotFound", parent)
             nodes[path] = {"uid": 0, "gid": 0, "perm": request["perm"], "layout": nodes[parent]["layout"]}
         elif path not in nodes:
-            raise Status(3000, "Meta::kNotFound", path)
+            raise Status(3000, "Meta::NotFound", path)
         elif request["op"] == "set_perm":
             nodes[path].update({key: request[key] for key in ("uid", "gid", "perm") if request.get(key) is not None})
         elif request["op"] == "set_layout":
             if str(request["layout"]["table"]) not in document["keys"].get("tables", {}):
-                raise Status(5007, "Mgmtd::kInvalidChainTable", f"ChainTableId({request['layout']['table']}) not found")
+                raise Status(5007, "Mgmtd::InvalidChainTable", f"ChainTableId({request['layout']['table']}) not found")
             nodes[path]["layout"] = request["layout"]
 
     fdb.change(change)
@@ -747,7 +747,7 @@ class Targets:
                     with open(info, "rb") as file:
                         stored = tomllib.load(file)
                     if stored["disk_uuid"] != uuid:
-                        log(f"load target {name} failed: 4017(Storage::kStorageUUIDMismatch)")
+                        log(f"load target {name} failed: 4017(Storage::StorageUUIDMismatch)")
                         continue
                     self.found[name] = {"local": "ONLINE", "disk": disk, "chain": stored["chain_id"], "used": 0}
 
@@ -757,7 +757,7 @@ class Targets:
             if os.stat(f"/dev/disk/by-uuid/{name}").st_rdev == device:
                 return name
         if not self.without_uuid:
-            die(f"no UUID of the file system of {path}: 4017(Storage::kStorageUUIDMismatch)")
+            die(f"no UUID of the file system of {path}: 4017(Storage::StorageUUIDMismatch)")
         return ""
 
     def report(self) -> dict:
@@ -800,15 +800,15 @@ class Targets:
                 self.found[tid] = {"local": "ONLINE", "disk": request["disk"], "chain": request["chain"], "used": 0}
                 return {}
             if tid not in self.found:
-                raise Status(4031, "Storage::kTargetNotFound", f"target {tid}")
+                raise Status(4031, "Storage::TargetNotFound", f"target {tid}")
             if request["op"] == "offline_target":
                 self.found[tid]["local"] = "OFFLINE"
                 return {}
             if request["op"] == "remove_target":
                 if self.found[tid]["local"] != "OFFLINE":
-                    raise Status(4032, "Storage::kTargetStateInvalid", "remove failed: target is not offline!")
+                    raise Status(4032, "Storage::TargetStateInvalid", "remove failed: target is not offline!")
                 if tid in self.public and not request["force"]:
-                    raise Status(4032, "Storage::kTargetStateInvalid", "remove failed: target is still in a chain!")
+                    raise Status(4032, "Storage::TargetStateInvalid", "remove failed: target is still in a chain!")
                 path = os.path.join(self.paths[self.found.pop(tid)["disk"]], tid)
                 for name in os.listdir(path):
                     os.unlink(os.path.join(path, name))
@@ -915,14 +915,14 @@ class Admin:
     def fdb(self) -> Cluster:
         path = str(dig(self.config, "fdb.clusterFile", "") or "")
         if not path or not os.path.exists(path):
-            raise Status(2000, "Transaction::kFailed", f"No cluster file found: {path}")
+            raise Status(1000, "Transaction::Failed", f"No cluster file found: {path}")
         return Cluster(path)
 
     def keys(self) -> dict:
         try:
             return self.fdb().read()["document"]["keys"]
         except Unavailable:
-            raise Status(2006, "Transaction::kNetworkError", "Operation timed out") from None
+            raise Status(1004, "Transaction::NetworkError", "Operation timed out") from None
 
     def edit(self, change) -> object:
         result: list = []
@@ -933,7 +933,7 @@ class Admin:
         try:
             self.fdb().change(inner)
         except Unavailable:
-            raise Status(2006, "Transaction::kNetworkError", "Operation timed out") from None
+            raise Status(1004, "Transaction::NetworkError", "Operation timed out") from None
         return result[0]
 
     def call(self, **request: object) -> dict:
@@ -945,13 +945,13 @@ class Admin:
     def at(self, routing: dict, node_id: int) -> str:
         node = next((node for node in routing["nodes"] if node["node_id"] == node_id), None)
         if node is None or node["status"] != "HEARTBEAT_CONNECTED":
-            raise Status(7003, "StorageClient::kRoutingError", f"node {node_id} is unknown or not connected")
+            raise Status(7004, "StorageClient::RoutingError", f"node {node_id} is unknown or not connected")
         return node["address"]
 
     def at_storage(self, node_id: int, **request: object) -> dict:
         answer = ask(self.at(self.routing(), node_id), request)
         if answer is None:
-            raise Status(7005, "StorageClient::kCommError", f"node {node_id} does not answer")
+            raise Status(7006, "StorageClient::CommError", f"node {node_id} does not answer")
         if "error" in answer:
             raise Status(*answer["error"])
         return answer
@@ -964,7 +964,7 @@ class Admin:
                 if "error" in answer:
                     raise Status(*answer["error"])
                 return answer
-        raise Status(6002, "MgmtdClient::kMetaServiceNotAvailable")
+        raise Status(6002, "MgmtdClient::MetaServiceNotAvailable")
 
     # commands --------------------------------------------------------------------------
 
@@ -998,7 +998,7 @@ class Admin:
                 old = keys.setdefault("configs", {}).get(kind)
                 if old and "allow-config-existed" not in o:
                     message = f"Failed to set config for {kind}: Config for {kind} existed, version {old['version']}"
-                    raise Status(9, "Unknown", message)
+                    raise Status(999, "Unknown", message)
                 version = old["version"] + 1 if old else 1
                 keys["configs"][kind] = {"version": version, "content": content, "desc": ""}
                 return version
@@ -1038,9 +1038,9 @@ class Admin:
             if users:
                 self._ensure_admin(users)
             if rest[0] in users:
-                raise Status(3002, "Meta::kExists")
+                raise Status(3007, "Meta::Exists")
             if decode_token(o["token"]) != int(rest[0]):
-                raise Status(4, "InvalidFormat", "Could not set token from other uid")
+                raise Status(33, "InvalidFormat", "Could not set token from other uid")
             groups = [int(gid) for gid in o.get("groups", "").split(",") if gid]
             users[rest[0]] = {
                 "uid": int(rest[0]),
@@ -1063,7 +1063,7 @@ class Admin:
             self._ensure_admin(keys.get("users", {}))
             user = keys["users"].get(rest[0])
             if user is None:
-                raise Status(3000, "Meta::kNotFound", f"Uid {rest[0]} not found")
+                raise Status(3000, "Meta::NotFound", f"Uid {rest[0]} not found")
             user["name"] = o.get("name") or user["name"]
             user.update({key: o[key] == "1" for key in ("root", "admin") if key in o})
             if o.get("groups"):
@@ -1082,9 +1082,9 @@ class Admin:
             self._ensure_admin(keys.get("users", {}))
             user = keys["users"].get(rest[0])
             if user is None:
-                raise Status(3000, "Meta::kNotFound", f"Uid {rest[0]} not found")
+                raise Status(3000, "Meta::NotFound", f"Uid {rest[0]} not found")
             if decode_token(o["token"]) != int(rest[0]):
-                raise Status(4, "InvalidFormat", "Could not set token from other uid")
+                raise Status(33, "InvalidFormat", "Could not set token from other uid")
             if user["token"] == o["token"]:
                 return user
             if "invalidate-existed-tokens" not in o:
@@ -1093,7 +1093,7 @@ class Admin:
                     {"token": user["token"], "end": time.time() + 86400 * float(o.get("last-token-lifetime-days", 7))}
                 )
                 if len(old) + 1 >= int(o.get("max-active-tokens", 5)):
-                    raise Status(30, "TooManyTokens", f"count of tokens by now: {len(old)}. max: 5")
+                    raise Status(67, "TooManyTokens", f"count of tokens by now: {len(old)}. max: 5")
                 user["tokens"] = old
             user["token"] = o["token"]
             return user
@@ -1106,7 +1106,7 @@ class Admin:
         def change(keys: dict) -> None:
             self._ensure_admin(keys.get("users", {}))
             if keys["users"].pop(words[0], None) is None:
-                raise Status(3000, "Meta::kNotFound", f"Uid {words[0]} not found")
+                raise Status(3000, "Meta::NotFound", f"Uid {words[0]} not found")
 
         self.edit(change)
         return []
@@ -1134,7 +1134,7 @@ class Admin:
     def do_set_config(self, words: list[str]) -> list[list[str]]:
         o, _rest = parse(short(words, {"-t": "--type", "-f": "--file"}), ("type", "file", "desc"))
         if o.get("type") not in NODE_TYPES:
-            raise Status(10000, "Cli::kWrongUsage", f"invalid type: {o.get('type')}")
+            raise Status(10000, "Cli::WrongUsage", f"invalid type: {o.get('type')}")
         answer = self.call(op="set_config", type=o["type"], content=read(o["file"]), desc=o.get("desc", ""))
         return [["Succeed"], ["ConfigVersion", str(answer["version"])]]
 
@@ -1279,9 +1279,7 @@ class Admin:
         )
         item = self.routing()["chains"].get(o["chain-id"])
         if item and len(item["targets"]) > 1 and [o["target-id"], "LASTSRV"] in item["targets"]:
-            raise Status(
-                7003, "StorageClient::kRoutingError", f"creation of this target is prohibited {o['target-id']}"
-            )
+            raise Status(7004, "StorageClient::RoutingError", f"creation of this target is prohibited {o['target-id']}")
         self.at_storage(
             int(o["node-id"]),
             op="create_target",
@@ -1317,7 +1315,7 @@ class Admin:
         for item in routing["chains"].values():
             serving = [tid for tid, public in item["targets"] if public == "SERVING"]
             if serving == [o["target-id"]] and "force" not in o:
-                raise Status(4032, "Storage::kTargetStateInvalid", "offline failed: target is the last online target!")
+                raise Status(4032, "Storage::TargetStateInvalid", "offline failed: target is the last online target!")
         self.at_storage(node, op="offline_target", target=int(o["target-id"]))
         return [[f"Offline target {o['target-id']} of {node} succeeded"]]
 
@@ -1420,7 +1418,7 @@ def parse(
         elif name in valued and queue:
             options[name] = queue.pop(0)
         else:
-            raise Status(10000, "Cli::kWrongUsage", f"parse failed: Unknown argument: {word}")
+            raise Status(10000, "Cli::WrongUsage", f"parse failed: Unknown argument: {word}")
     return options, rest
 
 
@@ -1435,7 +1433,7 @@ def take_list(words: list[str], name: str) -> tuple[list[str], list[str]]:
 
 def need(words: list[str], count: int) -> None:
     if len(words) != count:
-        raise Status(10000, "Cli::kWrongUsage", f"{len(words)} arguments instead of {count}")
+        raise Status(10000, "Cli::WrongUsage", f"{len(words)} arguments instead of {count}")
 
 
 def read(path: str) -> str:
@@ -1443,15 +1441,15 @@ def read(path: str) -> str:
         with open(path, encoding="utf-8") as file:
             return file.read()
     except OSError as error:
-        raise Status(9, "Unknown", f"{path}: {error.strerror}") from None
+        raise Status(999, "Unknown", f"{path}: {error.strerror}") from None
 
 
 def csv(path: str, first: str, other: str = "") -> list[list[str]]:
     lines = [line.split(",") for line in read(path).splitlines() if line]
     if not lines or lines[0][0] != first or any(name != other for name in lines[0][1:]):
-        raise Status(4, "InvalidFormat", f"column[0] expected:'{first}'")
+        raise Status(33, "InvalidFormat", f"column[0] expected:'{first}'")
     if len(lines) == 1:
-        raise Status(4, "InvalidFormat", "empty rows")
+        raise Status(33, "InvalidFormat", "empty rows")
     return lines[1:]
 
 

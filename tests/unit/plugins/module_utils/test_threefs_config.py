@@ -78,7 +78,7 @@ def test_all_services_of_a_host_in_one_call(host: t.Any) -> None:
 
 # -- the files that really ship, without what they say ---------------------------------
 
-RECORD = json.loads((Path(__file__).resolve().parents[3] / "contract/threefs_configs.json").read_text())
+RECORD = json.loads((Path(__file__).resolve().parents[3] / "contract/threefs.json").read_text())["configs"]
 
 
 def as_toml(table: dict[str, t.Any], name: str = "") -> str:

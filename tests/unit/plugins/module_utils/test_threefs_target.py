@@ -6,6 +6,8 @@ _threefs_info, _threefs_admin and _threefs."""
 
 from __future__ import annotations
 
+import json
+import re
 import typing as t
 
 import pytest
@@ -14,12 +16,12 @@ pytest.importorskip("tomllib", reason="the doubles read TOML as only Python 3.11
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, apply_all
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import encode_token, token_uid
-from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import Admin, Answer, hide
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import STATUS, Admin, Answer, hide
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_directory import Directories
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_info import Info, look, problems
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_target import Targets
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_user import Users
-from ansible_collections.agentfleet.metal.tests.unit.threefs_lab import ROOT_TOKEN, Lab
+from ansible_collections.agentfleet.metal.tests.unit.threefs_lab import DOUBLES, ROOT_TOKEN, Lab
 
 
 @pytest.fixture
@@ -97,7 +99,7 @@ def test_targets_have_the_chunk_sizes_of_their_table(lab: Lab) -> None:
 
 def test_an_error_text_with_exit_code_0_is_an_error_and_the_next_run_goes_on(lab: Lab) -> None:
     lab.trap("create-target", after=2)
-    with pytest.raises(HostError, match=r"create-target .*: 9\(Unknown\) provoked.*Done before it: nothing"):
+    with pytest.raises(HostError, match=r"create-target .*: 999\(Unknown\) provoked.*Done before it: nothing"):
         converge(lab, tables=[table(FIRST)])
     assert lab.chains() == {}, "no chain may refer to a target that is not there"
     assert converge(lab, tables=[table(FIRST)]) == ["create", "upload", "upload"]
@@ -105,7 +107,7 @@ def test_an_error_text_with_exit_code_0_is_an_error_and_the_next_run_goes_on(lab
 
 
 def test_what_passes_by_itself_is_tried_again(lab: Lab) -> None:
-    lab.trap("list-chains", error="6004(MgmtdClient::kRoutingInfoNotReady)")
+    lab.trap("list-chains", error="6004(MgmtdClient::RoutingInfoNotReady)")
     assert converge(lab, tables=[table(FIRST)]) == ["create", "upload", "upload"]
 
 
@@ -351,3 +353,12 @@ def test_a_lost_answer_is_not_taken_for_success(lab: Lab, monkeypatch: pytest.Mo
     monkeypatch.setattr(lab.double, "execute", lambda admin, line: None)
     with pytest.raises(HostError, match="after 0 of 1 commands"):
         Admin(lab.host, "stage").run("list-nodes")
+
+
+def test_errors_have_the_numbers_and_names_that_upstream_gives_them() -> None:
+    upstream = json.loads((DOUBLES.parent / "contract/threefs.json").read_text())["errors"]
+    assert STATUS.items() <= upstream.items()
+    source = (DOUBLES / "threefs/threefs_double.py").read_text()
+    told = re.findall(r'(?:Status\(\s*|"error": \[)(\d+), "([\w:]+)"', source)
+    told += re.findall(r"\b(\d+)\(([A-Z]\w*(?:::\w+)?)\)", source)
+    assert len(told) > 50 and {(name, int(code)) for code, name in told} <= set(upstream.items())
