@@ -26,7 +26,12 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import (
 UNITS = "/etc/systemd/system"
 # redundancy -> machines and coordinators that it takes to lose one machine (two with triple) and go on
 NEEDS = {"single": (1, 1), "double": (3, 3), "triple": (5, 5)}
-ENGINES = ("ssd", "ssd-redwood-1", "memory")
+# storage engine -> what status calls it
+ENGINES = {
+    "ssd": ("ssd", "ssd-1", "ssd-2"),
+    "ssd-redwood-1": ("ssd-redwood-1",),
+    "memory": ("memory", "memory-1", "memory-2"),
+}
 _NAME = re.compile(r"^[a-z0-9][a-z0-9_]{0,30}$")
 _CONNECTION = re.compile(r"^([A-Za-z0-9_]+):([A-Za-z0-9]+)@(\S+)$")
 _DEFAULT = "foundationdb"
@@ -675,7 +680,7 @@ class Database:
         wish = {"redundancy": self.redundancy, "engine": self.engine}
         now = {"redundancy": state["redundancy"], "engine": state["engine"]}
         new = not state["redundancy"]
-        if new or now["redundancy"] != self.redundancy or not now["engine"].startswith(self.engine):
+        if new or now["redundancy"] != self.redundancy or now["engine"] not in ENGINES[self.engine]:
             why = "creates the database" if new else "copies data"
             steps.append(
                 Step("configure", f"database {self.name}", before=None if new else now, after=wish, why=why, data=new)

@@ -182,6 +182,18 @@ def test_redundancy_and_coordinators_are_changed(host: t.Any) -> None:
     assert database.result(database.observe())["connection"] == "metal:new@" + ",".join(THREE)
 
 
+def test_a_storage_engine_is_told_from_one_whose_name_begins_alike(host: t.Any) -> None:
+    host.files({FILE: SERVERS["connection"]})
+    plans = {}
+    for running in ("ssd-2", "ssd-redwood-1", "memory-2"):
+        host.answers[CLI] = status("double").replace('"ssd-2"', f'"{running}"')
+        for engine in ("ssd", "ssd-redwood-1", "memory"):
+            database = Database(host, {**DATABASE, "engine": engine})
+            plans[running, engine] = [step.verb for step in database.plan(database.observe())]
+    same = {("ssd-2", "ssd"), ("ssd-redwood-1", "ssd-redwood-1"), ("memory-2", "memory")}
+    assert plans == {pair: [] if pair in same else ["configure"] for pair in plans}
+
+
 def test_an_error_text_is_an_error_whatever_the_exit_code(host: t.Any) -> None:
     Cli(host, "single")
     database = Database(host, DATABASE)
