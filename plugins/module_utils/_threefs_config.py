@@ -400,6 +400,9 @@ class Config:
                 )
             )
         self.restarts = self._restarts(observed, {step.object for step in steps})
+        token = f"{self.directory}/fuse.token"
+        if "fuse" not in self.services and observed["now"][token] is not None:
+            steps.append(Step("remove", token, before="(hidden)", why="this host has no FUSE any more"))
         return steps + (self.published.plan(observed["published"], self._mains(observed)) if self.published else [])
 
     def _check_indices(self, before: t.Sequence[str]) -> None:
@@ -554,6 +557,9 @@ class Config:
             return
         if step.after == "directory":
             os.makedirs(self.host.path(step.object), mode=0o755, exist_ok=True)
+            return
+        if step.verb == "remove":
+            self.host.remove(step.object)
             return
         text, mode = step.data
         self.host.write(step.object, text, mode)

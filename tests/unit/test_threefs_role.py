@@ -85,6 +85,15 @@ def render(name: str, **variables: t.Any) -> list[dict[str, t.Any]]:
     return list(json.loads(done.stdout))
 
 
+def test_services_that_a_host_no_longer_has_are_removed_but_never_all() -> None:
+    house = {"threefs_node": 1, "inventory_hostname": "h1", "threefs_sources": [{"sha256": "0" * 64}]}
+    for services, former in ((["storage"], ["monitor", "meta", "fuse"]), (["mgmtd", "meta", "fuse"], ["monitor"])):
+        tasks = render("main", **house, threefs_services=services)
+        assert [task["services"] for task in tasks if task.get("state") == "absent"] == [former]
+    text = (HERE / "roles/threefs/tasks/main.yml").read_text()
+    assert "when: threefs__former | length > 0" in text, "no services at all mean all of them to the module"
+
+
 def test_gpu_direct_and_usrbio_are_settings_of_client_hosts() -> None:
     facts = {
         "ansible_facts": {"metal": {"packages": [], "os": {"family": "debian"}}},

@@ -76,6 +76,16 @@ def test_all_services_of_a_host_in_one_call(host: t.Any) -> None:
     assert host.read("/var/lib/3fs/stage/fdb.cluster") == BASE["fdb_cluster"]
 
 
+def test_a_host_without_fuse_keeps_no_token_of_its_mount(host: t.Any) -> None:
+    written(host, "storage_main_launcher")
+    assert host.exists(f"{ETC}/fuse.token")
+    resource = config(host, publish=False, services=["mgmtd", "meta", "storage", "monitor"], fuse_token=None)
+    steps = [step for step in resource.plan(resource.observe()) if step.object.endswith("fuse.token")]
+    assert [(step.verb, step.before, step.after) for step in steps] == [("remove", "(hidden)", None)]
+    apply_all(resource, resource.plan(resource.observe()))
+    assert not host.exists(f"{ETC}/fuse.token") and resource.plan(resource.observe()) == []
+
+
 # -- the files that really ship, without what they say ---------------------------------
 
 RECORD = json.loads((Path(__file__).resolve().parents[3] / "contract/threefs.json").read_text())["configs"]
