@@ -35,6 +35,7 @@ def assert_as_declared(host: t.Any) -> None:
     assert host.check_output("cat /sys/devices/system/node/node2/cpulist") == ""
     assert host.check_output("cat /sys/kernel/mm/numa/demotion_enabled") == "true"
     assert host.sysctl("kernel.numa_balancing") == 2
+    assert "[madvise]" in host.check_output("cat /sys/kernel/mm/transparent_hugepage/enabled")
     drivers = host.check_output("for d in /sys/bus/pci/drivers/vfio-pci/0000:*; do cat $d/class; done")
     assert "0x010802" in drivers.split(), "the NVMe controller"
     assert host.check_output("cat /sys/bus/pci/devices/*/sriov_numvfs | sort -rn | head -1") == "2"
