@@ -64,7 +64,8 @@ def parse(
         versions = found["tables"].setdefault(int(row["ChainTableId"]), {})
         versions[int(row["ChainTableVersion"])] = {"chains": int(row["ChainCount"]), "description": row.get("Desc", "")}
     for row in orphans:
-        found["orphans"][int(row["TargetId"])] = {"local": row["LocalState"], "node": int(row["NodeId"])}
+        node = int(row["NodeId"]) if row["NodeId"].isdigit() else None  # N/A of one that nobody has reported yet
+        found["orphans"][int(row["TargetId"])] = {"local": row["LocalState"], "node": node}
     return found
 
 
