@@ -18,7 +18,12 @@ from dataclasses import dataclass
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused
-from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import ETC, check_cluster, describe
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import (
+    ETC,
+    check_cluster,
+    describe,
+    token_uid,
+)
 
 _ERROR = re.compile(r"^Encounter error: (\d+)\(([^)]*)\)\s*(.*)", re.DOTALL | re.MULTILINE)
 _MARK = "> Execute "
@@ -52,6 +57,7 @@ _TRANSIENT = {
     *(code for name, code in STATUS.items() if name.startswith(("Transaction::", "RPC::", "MgmtdClient::"))),
     STATUS["Mgmtd::NotPrimary"],
 }
+_TOKEN = re.compile(r"[A-Za-z0-9+/]{24}")
 _SECRET_WORD = re.compile(r"(--token|-t)\s+\S+")
 TIMEOUT_SECONDS = 120.0
 
@@ -166,7 +172,7 @@ class Admin:
             bad = [answers[command] for command in waiting if answers[command].code not in {0, *allow}]
             for answer in bad:
                 if answer.code not in _TRANSIENT or time.monotonic() >= end:
-                    raise HostError(f"admin_cli {hide(answer.command)}: {answer.error}{_remedy(answer.code)}")
+                    raise HostError(f"admin_cli {hide(answer.command)}: {hide(answer.error)}{_remedy(answer.code)}")
             if not bad:
                 return [answers[command] for command in commands]
             waiting = [answer.command for answer in bad]
@@ -187,8 +193,9 @@ def _head(part: str) -> tuple[str, str]:
 
 
 def hide(text: str) -> str:
-    """A command without its token."""
-    return _SECRET_WORD.sub(r"\1 (hidden)", text)
+    """A text without tokens: those of commands, and those that user-switch and user-list show."""
+    text = _SECRET_WORD.sub(r"\1 (hidden)", text)
+    return _TOKEN.sub(lambda match: match[0] if token_uid(match[0]) is None else "(hidden)", text)
 
 
 _REMEDIES = {

@@ -18,7 +18,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import encode_token, token_uid
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import STATUS, Admin, Answer, hide
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_directory import Directories
-from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_info import Info, look, problems
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_info import Info, look, parse, problems
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_target import Targets
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_user import Users
 from ansible_collections.agentfleet.metal.tests.unit.threefs_lab import DOUBLES, ROOT_TOKEN, Lab
@@ -362,3 +362,25 @@ def test_errors_have_the_numbers_and_names_that_upstream_gives_them() -> None:
     told = re.findall(r'(?:Status\(\s*|"error": \[)(\d+), "([\w:]+)"', source)
     told += re.findall(r"\b(\d+)\(([A-Z]\w*(?:::\w+)?)\)", source)
     assert len(told) > 50 and {(name, int(code)) for code, name in told} <= set(upstream.items())
+
+
+def test_a_program_that_is_cut_off_does_not_give_tokens_away(fake_host: t.Any) -> None:
+    mine, other = encode_token(0, 4711), encode_token(2001, 4712)
+    said = f"> Execute user-switch -t {mine}\nUid    0\nToken  {mine}\n> Execute user-list\nUid  Name  Token\n2001 x {other}\n"
+    fake_host.answers["/opt/3fs/1/bin/admin_cli"] = (
+        124,
+        said,
+        "no end after 600 s, see /var/log/3fs/stage/of/this/run",
+    )
+    described = {"binaries": "/opt/3fs/1/bin", "services": []}
+    fake_host.files({"/etc/3fs/stage/cluster.json": json.dumps(described)})
+    with pytest.raises(HostError) as failed:
+        Admin(fake_host, "stage", mine).run("user-list", "list-nodes")
+    text = str(failed.value)
+    assert mine not in text and other not in text and text.count("(hidden)") == 3
+    assert "/var/log/3fs/stage/of/this/run" in text
+
+
+def test_an_orphan_that_nobody_has_reported_is_no_error() -> None:
+    rows = [{"TargetId": "101000100101", "LocalState": "INVALID", "NodeId": "N/A", "DiskIndex": "N/A", "UsedSize": "0"}]
+    assert parse([], [], [], rows)["orphans"] == {101000100101: {"local": "INVALID", "node": None}}
