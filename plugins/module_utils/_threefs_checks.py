@@ -115,7 +115,7 @@ def failures(
             (
                 "rdma",
                 f"no interface has a name that 3FS listens on over TCP ({names})",
-                "Rename it, or set custom_tcp_nic_prefix in settings",
+                "Rename it, or set +server.base.groups[TCP].listener.custom_tcp_nic_prefix in settings of each main file",
             )
         )
     if services and seen["clock"] is False:

@@ -119,7 +119,11 @@ def keys(value: t.Any, path: str = "") -> set[str]:
 def test_the_files_that_really_ship_have_all_that_we_set(fake_host: t.Any) -> None:
     files = {f"/opt/3fs/1/configs/{name}.toml": as_toml(table) for name, table in RECORD.items()}
     fake_host.files({**files, "/opt/3fs/1/bin/admin_cli": ""})
-    resource = config(fake_host, profiles=list(PROFILES), rdma_devices=["mlx5_0"])
+    prefix = (
+        "server.base.groups[TCP].listener.custom_tcp_nic_prefix"  # as docs/threefs.md and the check of names say it
+    )
+    settings = {f"{name}_main": {f"+{prefix}": "ib"} for name in ("mgmtd", "meta", "storage")}
+    resource = config(fake_host, profiles=list(PROFILES), rdma_devices=["mlx5_0"], settings=settings)
     resource.published = None
     apply_all(resource, resource.plan(resource.observe()))
     mains = {"mgmtd_main", "meta_main", "storage_main", "hf3fs_fuse_main"}
@@ -128,6 +132,7 @@ def test_the_files_that_really_ship_have_all_that_we_set(fake_host: t.Any) -> No
     storage = Toml(fake_host.read(f"{ETC}/storage_main.toml")).data
     ports = {group["network_type"]: group["listener"]["listen_port"] for group in storage["server"]["base"]["groups"]}
     assert ports == {"RDMA": 8002, "TCP": 9002}
+    assert storage["server"]["base"]["groups"][1]["listener"]["custom_tcp_nic_prefix"] == "ib"
     assert fake_host.read(f"{ETC}/hf3fs_fuse_main_app.toml") == "", "there is no node_id to set"
 
 
