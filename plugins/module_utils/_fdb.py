@@ -32,6 +32,12 @@ ENGINES = {
     "ssd-redwood-1": ("ssd-redwood-1",),
     "memory": ("memory", "memory-1", "memory-2"),
 }
+# what status says of a database that nobody has created yet: another that tells no configuration is unavailable
+NEVER_CREATED = "configuration_never_created"
+# how fdbbackup tells a backup that has ended, or that there never was one
+ENDED = ("The previous backup", "No previous backups")
+NOT_RUNNING = "was not running"
+ALREADY_EXISTS = "already exists"
 _NAME = re.compile(r"^[a-z0-9][a-z0-9_]{0,30}$")
 _CONNECTION = re.compile(r"^([A-Za-z0-9_]+):([A-Za-z0-9]+)@(\S+)$")
 _DEFAULT = "foundationdb"
@@ -175,9 +181,8 @@ class OldBackups:
         running = ""
         program = binaries(self.host, self.release)["fdbbackup"]
         if f"{dashed(self.name)}-backup.service" in units and self.host.exists(program):
-            # "The previous backup" is one that has ended; silence is no end.
-            done = self._fdbbackup("status")
-            running = "" if "The previous" in done.text or "No previous" in done.text else done.text or "no answer"
+            done = self._fdbbackup("status")  # silence is no end
+            running = "" if any(text in done.text for text in ENDED) else done.text or "no answer"
         # of a template only its instances have a state
         asked = [unit.replace("@.", "@*.") for unit in units]
         return {"texts": texts, "units": show(self.host, asked, "ActiveState,UnitFileState"), "running": running}
@@ -206,7 +211,7 @@ class OldBackups:
             apply_retired(self.host, step)
             return
         done = self._fdbbackup("abort")
-        if done.rc != 0 and "was not running" not in done.text:  # it may have ended meanwhile
+        if done.rc != 0 and NOT_RUNNING not in done.text:  # it may have ended meanwhile
             raise HostError(f"fdbbackup abort: {done.text or done.rc}")
 
 
@@ -505,13 +510,14 @@ class Servers:
         program = programs["fdbbackup"]
         newest = f"ls -d1 {directory}/backup-* | sort"
         wait = f"ExecStartPre=-{program} wait -C {file} -t agentfleet\n"
+        restorable = f'{program} describe -C {file} -d file://%s | grep -i "restorable: true"'
+        check = f"ExecStart=/bin/sh -ec 'd=$$({newest} | tail -n 1); test -n \"$$d\"; {restorable % '$$d'}'\n"
+        # It ends with exit code 0 also when it was aborted or failed; nothing is deleted for such a one.
         run = (
-            f"{wait}ExecStart={program} start -C {file} -t agentfleet -d file://{directory} -w\n"
+            f"{wait}ExecStart={program} start -C {file} -t agentfleet -d file://{directory} -w\n{check}"
             f"ExecStartPost=/bin/sh -c '{newest} | head -n -{self.backup['keep']} | "
             f"while read d; do {program} delete -d file://$$d; done'\n"
         )
-        restorable = f'{program} describe -C {file} -d file://%s | grep -i "restorable: true"'
-        check = f"ExecStart=/bin/sh -ec 'd=$$({newest} | tail -n 1); test -n \"$$d\"; {restorable % '$$d'}'\n"
         # Only a backup that is good empties the database; an interrupted restore is begun again.
         restore = (
             f"ExecStartPre=/bin/sh -ec '{restorable % f'{directory}/%i'}'\n{wait}"
@@ -610,10 +616,10 @@ class Database:
         self.wait = float(params.get("wait_seconds") or 120)
 
     def _cli(self, command: str, check: bool = True) -> str:
-        """fdbcli waits for ever without --timeout, and says errors in its text."""
+        """fdbcli waits for ever without --timeout, and some errors it only says (on stderr)."""
         argv = [binaries(self.host, self.release)["fdbcli"], "-C", self.host.path(cluster_file(self.name))]
         done = self.host.run([*argv, "--timeout", "30", "--exec", command], timeout_seconds=60, check=False)
-        if check and (done.rc != 0 or "ERROR:" in done.stdout):
+        if check and (done.rc != 0 or "ERROR:" in done.text):
             raise HostError(f"fdbcli {command}: {done.text or done.rc}")
         return done.stdout
 
@@ -627,6 +633,7 @@ class Database:
                 "reachable": False,
                 "available": False,
                 "healthy": False,
+                "recovery": "",
                 "redundancy": "",
                 "engine": "",
                 "machines": 0,
@@ -639,6 +646,7 @@ class Database:
             "reachable": bool(client.get("coordinators", {}).get("quorum_reachable")),
             "available": bool(client.get("database_status", {}).get("available")),
             "healthy": bool(cluster.get("data", {}).get("state", {}).get("healthy")),
+            "recovery": cluster.get("recovery_state", {}).get("name", ""),
             "redundancy": configuration.get("redundancy_mode", ""),
             "engine": configuration.get("storage_engine", ""),
             "machines": len(cluster.get("machines", {})),
@@ -659,7 +667,12 @@ class Database:
             return {"line": "", "status": None}
         if not self.predicting:
             self._until("a majority of coordinators answers", lambda: self.status()["reachable"])
+            self._until("the database tells its configuration", lambda: self._told(self.status()))
         return {"line": connection(self.host.read(cluster_file(self.name))) or line, "status": self.status()}
+
+    @staticmethod
+    def _told(status: t.Mapping[str, t.Any]) -> bool:
+        return bool(status["redundancy"]) or status["recovery"] == NEVER_CREATED
 
     def _until(self, what: str, predicate: t.Callable[[], bool]) -> None:
         end = time.monotonic() + self.wait
@@ -667,7 +680,8 @@ class Database:
             if time.monotonic() >= end:
                 state = self.status()
                 raise HostError(
-                    f"{self.name}: {what}: not within {self.wait:g} seconds; silent: {', '.join(state['silent']) or 'none'}"
+                    f"{self.name}: {what}: not within {self.wait:g} seconds; silent: {', '.join(state['silent']) or 'none'}; "
+                    f"recovery: {state['recovery'] or 'unknown'}"
                 )
             time.sleep(1)
 
@@ -680,10 +694,15 @@ class Database:
         wish = {"redundancy": self.redundancy, "engine": self.engine}
         now = {"redundancy": state["redundancy"], "engine": state["engine"]}
         new = not state["redundancy"]
-        if new or now["redundancy"] != self.redundancy or now["engine"] not in ENGINES[self.engine]:
+        words = [self.redundancy] if now["redundancy"] != self.redundancy else []
+        if now["engine"] not in ENGINES[self.engine]:
+            # Of a database that exists FoundationDB refuses another engine, unless it is told how to change over.
+            words += [self.engine] if new else [self.engine, "storage_migration_type=aggressive"]
+        if words:
             why = "creates the database" if new else "copies data"
+            words = ["new", *words] if new else words
             steps.append(
-                Step("configure", f"database {self.name}", before=None if new else now, after=wish, why=why, data=new)
+                Step("configure", f"database {self.name}", before=None if new else now, after=wish, why=why, data=words)
             )
         have = coordinators_of(observed["line"])
         if have != self.coordinators:
@@ -695,9 +714,9 @@ class Database:
         """One command of fdbcli, and the wait until the database is well again."""
         if step.verb == "configure":
             try:
-                self._cli(f"configure {'new ' if step.data else ''}{self.redundancy} {self.engine}")
+                self._cli(" ".join(["configure", *step.data]))
             except HostError as error:
-                if "already exists" not in str(error):
+                if ALREADY_EXISTS not in str(error):
                     raise
         else:
             self._cli(f"coordinators {' '.join(self.coordinators)}")

@@ -42,7 +42,7 @@ options:
     choices: [single, double, triple]
     required: true
   engine:
-    description: Storage engine.
+    description: Storage engine. To another one than the database has it changes over with C(storage_migration_type=aggressive).
     type: str
     choices: [ssd, ssd-redwood-1, memory]
     default: ssd
@@ -67,7 +67,9 @@ connection:
   returned: success
   type: str
 status:
-  description: What C(status json) says, as C(reachable), C(available), C(healthy), C(redundancy), C(engine), C(machines) and C(silent).
+  description:
+    - What C(status json) says, as C(reachable), C(available), C(healthy), C(recovery), C(redundancy), C(engine), C(machines) and
+      C(silent).
   returned: success
   type: dict
 plan:

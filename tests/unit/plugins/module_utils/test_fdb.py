@@ -12,6 +12,8 @@ import re
 import shlex
 import socket
 import subprocess
+import threading
+import time
 import typing as t
 from pathlib import Path
 
@@ -56,9 +58,12 @@ def host(fake_host: t.Any, monkeypatch: pytest.MonkeyPatch) -> t.Any:
     return fake_host.files({f"{RELEASE}/bin/{name}": "" for name in ("fdbmonitor", "fdbcli", "fdbserver")})
 
 
-def status(mode: str = "", available: bool = True, coordinators: t.Sequence[str] = THREE, up: bool = True) -> str:
+def status(
+    mode: str = "", available: bool = True, coordinators: t.Sequence[str] = THREE, up: bool = True, **cluster: t.Any
+) -> str:
     """What ``status json`` prints, after a line that is no JSON."""
     configuration = {"redundancy_mode": mode, "storage_engine": "ssd-2"} if mode else {}
+    recovery = "fully_recovered" if mode else "configuration_never_created"
     known = [{"address": address, "reachable": up} for address in coordinators]
     return "Using cluster file\n" + json.dumps(
         {
@@ -70,6 +75,8 @@ def status(mode: str = "", available: bool = True, coordinators: t.Sequence[str]
                 "configuration": configuration,
                 "data": {"state": {"healthy": available}},
                 "machines": {address: {} for address in MACHINES},
+                "recovery_state": {"name": recovery},
+                **cluster,
             },
         }
     )
@@ -92,7 +99,7 @@ class Cli:
         self.said = command
         if command.startswith("configure"):
             if " new " in command and self.mode:
-                return (1, "ERROR: Database already exists! To change configuration, don't say `new'\n", "")
+                return (1, "", "ERROR: Database already exists! To change configuration, don't say `new'\n")
             self.mode = next(mode for mode in ("single", "double", "triple") if mode in command)
         elif command.startswith("coordinators"):
             host.files({FILE: "# rewritten\nmetal:new@" + ",".join(command.split()[1:])})
@@ -177,6 +184,7 @@ def test_redundancy_and_coordinators_are_changed(host: t.Any) -> None:
         ("configure", {"redundancy": "single", "engine": "ssd-2"}),
         ("move", ["10.0.0.1:4500"]),
     ]
+    assert steps[0].data == ["double"], "what differs is told, and nothing else"
     apply_all(database, steps)
     assert cli.said == "coordinators " + " ".join(THREE)
     assert database.result(database.observe())["connection"] == "metal:new@" + ",".join(THREE)
@@ -194,13 +202,31 @@ def test_a_storage_engine_is_told_from_one_whose_name_begins_alike(host: t.Any) 
     assert plans == {pair: [] if pair in same else ["configure"] for pair in plans}
 
 
+def test_a_database_changes_over_to_another_engine_and_says_how(host: t.Any) -> None:
+    host.files({FILE: SERVERS["connection"]})
+    host.answers[CLI] = status("double")
+    database = Database(host, {**DATABASE, "engine": "ssd-redwood-1"})
+    (step,) = database.plan(database.observe())
+    host.answers[CLI] = status("double").replace('"ssd-2"', '"ssd-redwood-1"')
+    apply_all(database, [step])
+    (said,) = [call for call in host.calls if "configure" in call]
+    assert said.endswith("--exec configure ssd-redwood-1 storage_migration_type=aggressive")
+
+
 def test_an_error_text_is_an_error_whatever_the_exit_code(host: t.Any) -> None:
     Cli(host, "single")
     database = Database(host, DATABASE)
     steps = database.plan(database.observe())
-    host.answers[CLI] = "ERROR: Not enough machines\n"
-    with pytest.raises(HostError, match="Not enough machines"):
+    host.answers[CLI] = (0, "", "ERROR: passed redundant coordinators: `10.0.0.1:4500'\n")
+    with pytest.raises(HostError, match="passed redundant coordinators"):
         apply_all(database, steps)
+
+
+def test_a_database_that_tells_no_configuration_is_waited_for_and_not_taken_for_a_new_one(host: t.Any) -> None:
+    Cli(host)
+    host.answers[CLI] = status(available=False, recovery_state={"name": "recruiting_transaction_servers"})
+    with pytest.raises(HostError, match="the database tells its configuration.*: recruiting_transaction_servers"):
+        Database(host, DATABASE).observe()
 
 
 def test_waiting_is_bounded_and_says_who_is_silent(host: t.Any) -> None:
@@ -456,7 +482,7 @@ def backed_up(host: t.Any) -> Systemd:
     systemd = Systemd(host)
     host.files({f"{RELEASE}/bin/fdbbackup": "", "/backup/backup-2026/data": "kept"})
     host.answers[f"{RELEASE}/bin/fdbbackup status"] = (
-        "The previous backup on tag `agentfleet' at file:///b completed.\n"
+        "The previous backup on tag `agentfleet' at file:///b completed at version 1.\n"
     )
     for wish in (OF_DRILL, BACKUP):
         converged(Servers(host, wish))
@@ -596,3 +622,23 @@ def test_a_backup_without_an_agent_is_aborted_by_the_programs(database: Doubles)
     said = subprocess.run(shlex.split(f"{program} status {where}"), capture_output=True, text=True, check=True).stdout
     assert "The backup on tag `agentfleet' is in progress" in said
     assert database.run(f"{program} abort {where}") and not database.run(f"{program} abort {where}")
+
+
+def test_a_backup_that_is_aborted_is_no_success_and_nothing_is_deleted_for_it(
+    database: Doubles, tmp_path: Path
+) -> None:
+    unit = units_of(database, tmp_path)["backup.service"]
+    assert database.unit(unit) == [True] * 3
+    database.running.pop().terminate()  # the agent
+    (tmp_path / "backup" / "backup-9999-aborted").mkdir()
+    abort = f"{database.release}/bin/fdbbackup abort -C {database.file} -t agentfleet"
+
+    def until_it_runs() -> None:
+        while not database.run(abort):
+            time.sleep(0.1)
+
+    aborter = threading.Thread(target=until_it_runs, daemon=True)
+    aborter.start()
+    assert database.unit(unit) == [True, True, False], "upstream takes it for success: what follows does not"
+    aborter.join(timeout=10)
+    assert unit.index("describe") < unit.index("ExecStartPost") < unit.index("delete"), "then nothing is deleted"
