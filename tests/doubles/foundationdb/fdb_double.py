@@ -7,17 +7,21 @@
 One file under the names fdbmonitor, fdbserver, fdbcli, fdbbackup, fdbrestore and backup_agent. Imitated with their traps:
 
 - A cluster file names coordinators; a majority of them must answer, else clients wait (for ever, without --timeout).
-- ``configure new`` works once. ``status`` has exit code 0 also when the database is unavailable.
+- Errors are told on stderr, and with exit code 1 except for a coordinator that is named twice or is no address.
+- ``configure new`` works once. ``status`` has exit code 0 also when the database is unavailable, and tells no configuration then.
 - A change of coordinators gives the cluster file a new id. Servers and backup agents that run rewrite their own cluster
   file (file and directory must be writable); other copies stay as they are, and work only as long as the old
   coordinators forward them.
-- A redundancy mode is accepted also when there are too few machines; the database is then not healthy.
+- With ``new`` a redundancy mode is accepted also when there are too few machines; the database is then unavailable. Later it is
+  an error, as is another storage engine without a ``storage_migration_type``.
 - A backup needs an agent, and lands on the disk of whichever agent took it. Without one it goes on for ever, unless it is
-  aborted; to abort one that does not run is an error.
+  aborted, which ``start -w`` takes for success; to abort one that does not run is an error.
+- fdbbackup and fdbrestore wait for ever for a database that is unavailable.
 - Keys are cleared only in write mode, and a restore wants a range without any.
 - A restore needs an agent of the database that it goes into, and locks that whole database until it is complete or
   aborted, whatever prefix its keys get: other clients then read and write nothing.
 
+Options, status and texts are those that tests/contract/foundationdb.json records of the sources; more than these are refused.
 State: the data directory of each fdbserver. 3FS's double keeps its own state under "keys" of the same document.
 """
 
@@ -38,7 +42,90 @@ import threading
 import time
 
 COPIES = {"single": 1, "double": 2, "triple": 3}
+# storage engine as configure takes it -> as status tells it
+ENGINES = {"ssd": "ssd-2", "ssd-redwood-1": "ssd-redwood-1", "memory": "memory"}
+MIGRATIONS = ("disabled", "aggressive", "gradual")
 ALIVE_SECONDS = 40
+ERRORS = {
+    1038: "Database is locked",
+    1515: "No cluster file found in current directory or default location",
+    2104: "Connection string invalid",
+    2300: "Backup error",
+    2301: "Restore error",
+    2312: "Backup unneeded request",
+    2314: "Backup Container URL invalid",
+    2319: "Backup does not exist",
+    2364: "Restore duplicate request",
+    2370: "Attempted to restore into a non-empty destination database",
+}
+_CLUSTER = {"-C": "cluster", "--cluster-file": "cluster"}
+_TAG = {"-t": "tag", "--tagname": "tag"}
+_CONTAINER = {"-d": "container", "--destcontainer": "container"}
+_WAIT = {"-w": "wait", "--waitfordone": "wait"}
+# program, and command of those that have some -> options with a value, by what they are
+VALUES: dict[str, dict[str, str]] = {
+    "fdbserver": {
+        **_CLUSTER,
+        "--public-address": "address",
+        "--listen-address": "listen",
+        "--datadir": "data",
+        "--logdir": "logs",
+        "--memory": "memory",
+        "--locality-": "locality",
+    },
+    "fdbmonitor": {"--conffile": "conf", "--lockfile": "lock"},
+    "fdbcli": {**_CLUSTER, "--timeout": "timeout", "--exec": "exec"},
+    "backup_agent": {**_CLUSTER, "--logdir": "logs"},
+    "fdbbackup start": {**_CLUSTER, **_TAG, **_CONTAINER},
+    "fdbbackup status": {**_CLUSTER, **_TAG},
+    "fdbbackup abort": {**_CLUSTER, **_TAG},
+    "fdbbackup wait": {**_CLUSTER, **_TAG},
+    "fdbbackup describe": {**_CLUSTER, **_CONTAINER},
+    "fdbbackup delete": _CONTAINER,
+    "fdbrestore start": {
+        "--dest-cluster-file": "cluster",
+        **_TAG,
+        "-r": "container",
+        "--add-prefix": "prefix",
+        "-k": "keys",
+        "--keys": "keys",
+    },
+    "fdbrestore status": {"--dest-cluster-file": "cluster", **_TAG},
+    "fdbrestore abort": {"--dest-cluster-file": "cluster", **_TAG},
+}
+# the same for options without a value
+FLAGS: dict[str, dict[str, str]] = {
+    "fdbmonitor": {"--daemonize": "daemonize"},
+    "fdbcli": {"--no-status": "quiet"},
+    "fdbbackup start": _WAIT,
+    "fdbrestore start": _WAIT,
+}
+# what fdbmonitor keeps for itself, of foundationdb.conf
+OWN = ("command", "restart-delay", "initial-restart-delay", "restart-backoff", "restart-delay-reset-interval")
+
+
+def out(text: str) -> int:
+    """A line on stdout; exit code 0."""
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def warn(text: str) -> int:
+    """A line on stderr, whatever the exit code says; 0."""
+    sys.stderr.write(text + "\n")
+    return 0
+
+
+def fail(text: str) -> int:
+    """A line on stderr; exit code 1."""
+    return warn(text) + 1
+
+
+def fatal(code: int, said: bool = False) -> int:
+    """How fdbbackup and fdbrestore end with an error; what it is about they may have said by themselves."""
+    text = ERRORS[code]
+    sys.stderr.write(f"{'' if said else f'ERROR: {text}' + chr(10)}Fatal Error: {text}\n")
+    return 1
 
 
 class Unavailable(Exception):
@@ -54,7 +141,7 @@ def parse_cluster(text: str) -> tuple[str, list[str]]:
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     match = re.fullmatch(r"([A-Za-z0-9_]+:[A-Za-z0-9]+)@([0-9.:,]+)", lines[0] if lines else "")
     if not match:
-        raise SystemExit("ERROR: Connection string invalid")
+        raise ValueError(text)
     return match.group(1), match.group(2).split(",")
 
 
@@ -87,8 +174,13 @@ class Cluster:
         self.reload()
 
     def reload(self) -> None:
-        with open(self.path, encoding="utf-8") as file:
-            self.name, self.coordinators = parse_cluster(file.read())
+        try:
+            with open(self.path, encoding="utf-8") as file:
+                self.name, self.coordinators = parse_cluster(file.read())
+        except OSError:
+            raise SystemExit(fail(f"Unable to read cluster file `{self.path}': 1515 {ERRORS[1515]}")) from None
+        except ValueError:
+            raise SystemExit(fail(f"Invalid cluster file `{self.path}': 2104 {ERRORS[2104]}")) from None
 
     def _follow(self, text: str) -> None:
         """Old coordinators say where the database is now; the file is rewritten if it can be."""
@@ -148,6 +240,17 @@ class Cluster:
         raise Unavailable
 
 
+class Patient(Cluster):
+    """One that waits for the database for ever."""
+
+    def read(self) -> dict:
+        while True:
+            try:
+                return super().read()
+            except Unavailable:
+                time.sleep(0.5)
+
+
 # -- fdbserver ------------------------------------------------------------------
 
 
@@ -159,10 +262,10 @@ class Server(socketserver.ThreadingTCPServer):
     request_queue_size = 64  # on a busy emulated CPU more than the usual five wait
 
     def __init__(self, options: dict[str, str]) -> None:
-        self.cluster_file = options["cluster-file"]
-        self.directory = options["datadir"]
+        self.cluster_file = options["cluster"]
+        self.directory = options["data"]
         self.machine = options.get("locality-machineid", socket.gethostname())
-        address = options["public-address"]
+        address = options["address"]
         self.port = int(address.rpartition(":")[2])
         os.makedirs(self.directory, exist_ok=True)
         self.store = os.path.join(self.directory, "double.json")
@@ -176,7 +279,7 @@ class Server(socketserver.ThreadingTCPServer):
             with open(self.store, encoding="utf-8") as file:
                 return json.load(file)
         except OSError:
-            return {"document": {"version": 0, "redundancy": "", "engine": "", "keys": {}}}
+            return {"document": {"version": 0, "migration": "disabled", "redundancy": "", "engine": "", "keys": {}}}
 
     def save(self, state: dict) -> None:
         self.state = state
@@ -218,8 +321,8 @@ class Handler(socketserver.StreamRequestHandler):
             self.wfile.write(json.dumps(self.server.answer(json.loads(line))).encode() + b"\n")
 
 
-def options_of(arguments: list[str], flags: tuple[str, ...] = ()) -> tuple[dict[str, str], list[str]]:
-    """``--name=value`` and ``--name value`` (underscores and dashes alike), and the rest."""
+def options_of(program: str, arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """``--name=value`` and ``--name value`` (underscores and dashes alike) by what they are, and the rest."""
     options: dict[str, str] = {}
     rest: list[str] = []
     words = list(arguments)
@@ -228,14 +331,24 @@ def options_of(arguments: list[str], flags: tuple[str, ...] = ()) -> tuple[dict[
         if not word.startswith("-"):
             rest.append(word)
             continue
-        name, equals, value = word.lstrip("-").partition("=")
+        name, equals, value = word.partition("=")
         name = name.replace("_", "-")
-        options[name] = value if equals else "" if name in flags else words.pop(0)
+        key = VALUES[program].get(name)
+        if name.startswith("--locality-") and "--locality-" in VALUES[program]:
+            key = name.lstrip("-")
+        if name in FLAGS.get(program, {}):
+            options[FLAGS[program][name]] = ""
+        elif key is None:
+            raise SystemExit(fail(f"ERROR: unknown option `{name}'"))
+        elif not equals and not words:
+            raise SystemExit(fail(f"ERROR: missing argument for option `{name}'"))
+        else:
+            options[key] = value if equals else words.pop(0)
     return options, rest
 
 
 def fdbserver(arguments: list[str]) -> int:
-    options, _rest = options_of(arguments)
+    options, _rest = options_of("fdbserver", arguments)
     server = Server(options)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
@@ -261,16 +374,16 @@ def fdbserver(arguments: list[str]) -> int:
 
 def fdbmonitor(arguments: list[str]) -> int:
     """Start what foundationdb.conf lists, again when it ends, and follow changes of the file."""
-    options, _rest = options_of(arguments, ("daemonize",))
+    options, _rest = options_of("fdbmonitor", arguments)
     running: dict[str, tuple[list[str], subprocess.Popen]] = {}
     stop: list[int] = []
     wanted: dict[str, list[str]] = {}
     written = None
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     while not stop:
-        if os.stat(options["conffile"]).st_mtime_ns != written:
-            written = os.stat(options["conffile"]).st_mtime_ns
-            wanted = _conf(options["conffile"])
+        if os.stat(options["conf"]).st_mtime_ns != written:
+            written = os.stat(options["conf"]).st_mtime_ns
+            wanted = _conf(options["conf"])
         for section, (argv, process) in list(running.items()):
             if wanted.get(section) != argv or process.poll() is not None:
                 process.terminate()
@@ -296,11 +409,10 @@ def _conf(path: str) -> dict[str, list[str]]:
         kind, _dot, number = section.partition(".")
         if not number:
             continue
-        values = {"cluster-file": general["cluster-file"], **(parser[kind] if parser.has_section(kind) else {})}
-        values.update(parser[section])
+        values = {**general, **(parser[kind] if parser.has_section(kind) else {}), **parser[section]}
         values = {k.replace("_", "-"): v.replace("$ID", number) for k, v in values.items()}
-        command = values.pop("command")
-        found[section] = [command, *(f"--{name}={value}" for name, value in sorted(values.items()))]
+        given = (f"--{name}={value}" for name, value in sorted(values.items()) if name not in OWN)
+        found[section] = [values["command"], *given]
     return found
 
 
@@ -308,67 +420,70 @@ def _conf(path: str) -> dict[str, list[str]]:
 
 
 def fdbcli(arguments: list[str]) -> int:
-    options, _rest = options_of(arguments, ("no-status",))
-    path = options.get("C") or options.get("cluster-file") or "/etc/foundationdb/fdb.cluster"
+    options, _rest = options_of("fdbcli", arguments)
+    path = options.get("cluster") or "/etc/foundationdb/fdb.cluster"
     limit = float(options.get("timeout", 0))
     end = time.time() + limit if limit else None
-    if not os.path.exists(path):
-        sys.stdout.write(f"ERROR: Unable to load cluster file `{path}': file not found\n")
-        return 1
     writable = False
-    for command in filter(None, (part.strip() for part in options["exec"].split(";"))):
-        if command.split()[0] == "writemode":  # of this call only
-            writable = command.split()[1] == "on"
+    commands = [part.split() for part in options["exec"].split(";") if part.strip()]
+    cluster = Cluster(path)
+    for number, words in enumerate(commands):
+        if len(commands) > 1:
+            out(">>>" + "".join(f" {word}" for word in words))
+        if words[0] == "writemode":  # of this call only
+            writable = words[1] == "on"
             continue
-        if command.split()[0] == "clearrange" and not writable:
-            sys.stdout.write("ERROR: writemode must be enabled to set or clear keys in the database.\n")
-            return 1
-        code = _command(Cluster(path), command, end)
+        if words[0] == "clearrange" and not writable:
+            code = fail("ERROR: writemode must be enabled to set or clear keys in the database.")
+        else:
+            code = _command(cluster, words, end)
         if code:
+            if number < len(commands) - 1:
+                out("WARNING: the previous command failed, the remaining commands will not be executed.")
             return code
     return 0
 
 
-def _command(cluster: Cluster, command: str, end: float | None) -> int:
-    words = command.split()
+def _command(cluster: Cluster, words: list[str], end: float | None) -> int:
     if words[0] == "status":
         return _status(cluster, words[1] if len(words) > 1 else "")
     while True:
         try:
             return _change(cluster, words)
         except Locked:
-            sys.stdout.write("ERROR: Database is locked (1038)\n")
+            sys.stderr.write(f"ERROR: {ERRORS[1038]} (1038)\n")
             return 1
         except Unavailable:
             if end is not None and time.time() > end:
-                sys.stdout.write("Specified timeout reached -- exiting...\n")
-                return 1
+                return fail("Specified timeout reached -- exiting...")
             time.sleep(0.5)
 
 
-def _health(found: dict, coordinators: list[str]) -> tuple[bool, str, str]:
-    document = found["document"]
-    machines = {process["machine"] for process in found["processes"]}
-    if not document["redundancy"]:
-        return False, "unconfigured", "The database is unavailable; type `status' for more information."
-    if len(machines) < COPIES[document["redundancy"]]:
-        return False, "missing_data", "The database is unavailable; type `status' for more information."
-    return True, "healthy", "The database is available."
+def _available(found: dict | None) -> bool:
+    """Whether the machines that live suffice for the database that was created."""
+    copies = COPIES.get(found["document"]["redundancy"]) if found else None
+    return copies is not None and len({process["machine"] for process in found["processes"]}) >= copies
 
 
 def _status(cluster: Cluster, kind: str) -> int:
     up = [address for address in cluster.coordinators if ask(address, {"op": "ping", "as": cluster.name})]
     try:
         found = cluster.read()
-        available, state, minimal = _health(found, up)
     except Unavailable:
-        found, available, state = None, False, "unknown"
-        minimal = "The database is unavailable; type `status' for more information."
-    if kind == "minimal":
-        sys.stdout.write(minimal + "\n")
-        return 0
+        found = None
+    if kind == "json":
+        return out(json.dumps(report(cluster, up, found), indent=4))
+    if _available(found):
+        return out("The database is available.")
+    sys.stdout.write("The database is unavailable; type `status' for more information.\n")
+    return 0
+
+
+def report(cluster: Cluster, up: list[str], found: dict | None) -> dict:
+    """What ``status json`` tells: a configuration only of a database that is available."""
+    available = _available(found)
     coordinators = [{"address": address, "reachable": address in up} for address in cluster.coordinators]
-    report: dict = {
+    told: dict = {
         "client": {
             "cluster_file": {"path": cluster.path, "up_to_date": True},
             "coordinators": {"coordinators": coordinators, "quorum_reachable": len(up) * 2 > len(coordinators)},
@@ -377,44 +492,62 @@ def _status(cluster: Cluster, kind: str) -> int:
     }
     if found is not None:
         document = found["document"]
-        report["cluster"] = {
+        recovery = "recruiting_transaction_servers" if document["redundancy"] else "configuration_never_created"
+        told["cluster"] = {
             "connection_string": f"{cluster.name}@{','.join(cluster.coordinators)}",
-            "database_available": available,
-            "configuration": {"redundancy_mode": document["redundancy"], "storage_engine": document["engine"]}
-            if document["redundancy"]
-            else {},
-            "data": {"state": {"healthy": state == "healthy", "name": state}},
-            "recovery_state": {"name": "fully_recovered" if available else "configuration_missing"},
+            "recovery_state": {"name": "fully_recovered" if available else recovery},
             "machines": {p["machine"]: {"address": p["address"].rpartition(":")[0]} for p in found["processes"]},
             "processes": {
                 p["address"]: {"address": p["address"], "machine_id": p["machine"]} for p in found["processes"]
             },
             "messages": [],
         }
-    sys.stdout.write(json.dumps(report) + "\n" if kind == "json" else minimal + "\n")
-    return 0
+    if available:
+        told["cluster"] |= {
+            "database_available": True,
+            "configuration": {
+                "redundancy_mode": document["redundancy"],
+                "storage_engine": ENGINES[document["engine"]],
+                "storage_migration_type": document["migration"],
+            },
+            "data": {"state": {"healthy": True, "name": "healthy"}},
+        }
+    return told
+
+
+def _configure(cluster: Cluster, words: list[str]) -> int:
+    new = words[:1] == ["new"]
+    mode = next((word for word in words if word in COPIES), "")
+    engine = next((word for word in words if word in ENGINES), "")
+    migration = next((word for word in MIGRATIONS if f"storage_migration_type={word}" in words), "")
+    if len(words) != sum(map(bool, (new, mode, engine, migration))) or (new and not (mode and engine)):
+        return 1  # and the usage
+    found = cluster.read()
+    document = found["document"]
+    if new and document["redundancy"]:
+        return fail("ERROR: Database already exists! To change configuration, don't say `new'")
+    if not new:
+        if not _available(found):
+            fail("ERROR: The database is unavailable")
+            return fail("Type `configure FORCE <TOKEN...>' to configure without this check")
+        if len({process["machine"] for process in found["processes"]}) < COPIES[mode or document["redundancy"]]:
+            fail("ERROR: Not enough processes exist to support the specified configuration")
+            return fail("Type `configure FORCE <TOKEN...>' to configure without this check")
+        if engine not in ("", document["engine"]) and (migration or document["migration"]) == "disabled":
+            return fail("ERROR: Storage engine type cannot be changed because storage_migration_type=disabled.")
+
+    def configure(document: dict) -> None:
+        document["redundancy"] = mode or document["redundancy"]
+        document["engine"] = engine or document["engine"]
+        document["migration"] = migration or document["migration"]
+
+    cluster.change(configure)
+    return out("Database created") if new else out("Configuration changed")
 
 
 def _change(cluster: Cluster, words: list[str]) -> int:
     if words[0] == "configure":
-        new = words[1] == "new"
-        mode = next((word for word in words if word in COPIES), "")
-        engine = next((word for word in words if word in ("ssd", "memory", "ssd-redwood-1")), "")
-        exists = bool(cluster.read()["document"]["redundancy"])
-        if new and exists:
-            sys.stdout.write("ERROR: Database already exists! To change configuration, don't say `new'\n")
-            return 1
-        if not new and not exists:
-            sys.stdout.write("ERROR: The database has not been configured\n")
-            return 1
-
-        def configure(document: dict) -> None:
-            document["redundancy"] = mode or document["redundancy"]
-            document["engine"] = engine or document["engine"]
-
-        cluster.change(configure)
-        sys.stdout.write("Database created\n" if new else "Configuration changed\n")
-        return 0
+        return _configure(cluster, words[1:])
     if words[0] == "coordinators":
         return _coordinators(cluster, words[1:])
     if words[0] == "clearrange":
@@ -423,51 +556,49 @@ def _change(cluster: Cluster, words: list[str]) -> int:
         def clear(document: dict) -> None:
             document["keys"] = {key: value for key, value in document["keys"].items() if not begin <= key < end}
 
-        cluster.change(clear)
-        sys.stdout.write("Committed\n")
-        return 0
+        return out(f"Committed ({cluster.change(clear)['version']})")
     if words[0] == "getrangekeys":
         begin, end = key_range(" ".join(words[1:3]))
         document = cluster.read()["document"]
         if document.get("locked"):
             raise Locked
-        found = [key for key in sorted(document["keys"]) if begin <= key < end][: int(words[3])]
-        sys.stdout.write(f"\nRange limited to {words[3]} keys\n" + "".join(f"`{key}'\n" for key in found) + "\n")
-        return 0
-    sys.stdout.write(f"ERROR: Unknown command `{words[0]}'. Try `help'?\n")
-    return 1
+        limit = int(words[3]) if len(words) > 3 else 25
+        out(f"\nRange limited to {limit} keys")
+        for key in [key for key in sorted(document["keys"]) if begin <= key < end][:limit]:
+            out(f"`{key}'")
+        return out("")
+    return fail(f"ERROR: Unknown command `{words[0]}'. Try `help'?")
 
 
 def key_range(text: str) -> tuple[str, str]:
     """Begin and end of ``BEGIN END``, in which words may be quoted and bytes escaped."""
     words = [re.sub(r"\\x(..)", lambda m: chr(int(m.group(1), 16)), word.strip('"')) for word in text.split()]
     if len(words) != 2:
-        raise SystemExit(f"ERROR: Invalid key range `{text}'")
+        raise SystemExit(1)  # and the usage
     return words[0], words[1]
 
 
 def _coordinators(cluster: Cluster, wanted: list[str]) -> int:
     found = cluster.read()
     if not wanted:
-        sys.stdout.write(f"Cluster description: {cluster.name.partition(':')[0]}\n")
-        sys.stdout.write(f"Cluster coordinators ({len(cluster.coordinators)}): {','.join(cluster.coordinators)}\n")
-        return 0
+        out(f"Cluster description: {cluster.name.partition(':')[0]}")
+        out(f"Cluster coordinators ({len(cluster.coordinators)}): {','.join(cluster.coordinators)}")
+        return out("Type `help coordinators' to learn how to change this information.")
     if wanted == ["auto"]:
         need = {"single": 1, "double": 3, "triple": 5}[found["document"]["redundancy"]]
         machines = {process["machine"]: process["address"] for process in found["processes"]}
         if len(machines) < need:
-            sys.stdout.write(
-                "ERROR: Too few fdbserver machines to provide coordination at the current redundancy level\n"
-            )
-            return 1
+            return fail("ERROR: Too few fdbserver machines to provide coordination at the current redundancy level")
         wanted = sorted(machines.values())[:need]
+    for address in wanted:
+        if wanted.count(address) > 1:
+            return warn(f"ERROR: passed redundant coordinators: `{address}'")
+        if not re.fullmatch(r"[\d.]+:\d+", address):
+            return warn(f"ERROR: '{address}' is not a valid network endpoint address")
     if sorted(wanted) == sorted(cluster.coordinators):
-        sys.stdout.write("Coordination state is already as specified\n")
-        return 0
-    silent = [address for address in wanted if not ask(address, {"op": "ping"})]
-    if silent:
-        sys.stdout.write(f"ERROR: One of the specified coordinators is unreachable: {silent[0]}\n")
-        return 1
+        return out("No change (existing configuration satisfies request)")
+    if [address for address in wanted if not ask(address, {"op": "ping"})]:
+        return fail("ERROR: One of the specified coordinators is unreachable")
     identity = "".join(random.choices(string.ascii_letters + string.digits, k=32))
     name = f"{cluster.name.partition(':')[0]}:{identity}"
     text = f"{name}@{','.join(sorted(wanted))}"
@@ -478,51 +609,58 @@ def _coordinators(cluster: Cluster, wanted: list[str]) -> int:
     for address in cluster.coordinators:
         ask(address, {"op": "forward", "to": text})
     cluster._follow(text)
-    sys.stdout.write("Coordinators changed\n")
-    return 0
+    return out("Coordination state changed")
 
 
 # -- backup ---------------------------------------------------------------------
 
 
 def fdbbackup(arguments: list[str]) -> int:
-    options, rest = options_of(arguments, ("w", "z", "json", "waitfordone", "force"))
-    cluster = Cluster(options.get("C") or options.get("cluster-file") or "/etc/foundationdb/fdb.cluster")
-    tag = options.get("t", options.get("tag", "default"))
-    url = options.get("d", options.get("destcontainer", ""))
-    try:
-        if rest[0] == "start":
-            return _backup_start(cluster, tag, url, "w" in options or "waitfordone" in options)
-        if rest[0] == "status":
-            backup = cluster.read()["document"].get("backups", {}).get(tag)
-            if not backup:
-                sys.stdout.write("No previous backups found on tag.\n")
-            elif backup["state"] == "submitted":
-                sys.stdout.write(f"The backup on tag `{tag}' is in progress (just started) to {backup['url']}.\n")
-            else:
-                sys.stdout.write(f"The previous backup on tag `{tag}' at {backup['container']} {backup['state']}.\n")
-            return 0
-        if rest[0] == "abort":
-            return _backup_abort(cluster, tag)
-        if rest[0] == "wait":
-            while cluster.read()["document"].get("backups", {}).get(tag, {}).get("state") == "submitted":
-                time.sleep(0.5)
-            return 0
-        if rest[0] == "describe":
-            directory = url.removeprefix("file://")
-            restorable = os.path.exists(os.path.join(directory, "double.json"))
-            if not restorable:
-                sys.stdout.write(f"ERROR: Backup Container URL invalid or empty: {url}\n")
-                return 1
-            sys.stdout.write(f"URL: {url}\nRestorable: true\n")
-            return 0
-        if rest[0] == "delete":
-            return subprocess.call(["rm", "-rf", url.removeprefix("file://")])
-    except Unavailable:
-        sys.stdout.write("ERROR: Timed out: the database is unavailable\n")
-        return 1
-    sys.stdout.write(f"ERROR: unknown subcommand {rest[0]}\n")
-    return 1
+    verb = arguments[0] if arguments else ""
+    if f"fdbbackup {verb}" not in VALUES:
+        return fail(f"ERROR: Unsupported backup action {verb}")
+    options, _rest = options_of(f"fdbbackup {verb}", arguments[1:])
+    tag, url = options.get("tag", "default"), options.get("container", "")
+    if verb in ("describe", "delete"):
+        return _container(verb, url)
+    cluster = Patient(options.get("cluster") or "/etc/foundationdb/fdb.cluster")
+    if verb == "start":
+        return _backup_start(cluster, tag, url, "wait" in options)
+    if verb == "abort":
+        return _backup_abort(cluster, tag)
+    backup = cluster.read()["document"].get("backups", {}).get(tag)
+    if verb == "wait":
+        while backup and backup["state"] == "submitted":
+            time.sleep(0.5)
+            backup = cluster.read()["document"]["backups"][tag]
+        return out(f"The backup on tag `{tag}' {STATES[backup['state']] if backup else 'has never been started'}.")
+    if not backup:
+        return out("No previous backups found.\n")
+    container = backup["container"]
+    if backup["state"] == "submitted":
+        out(f"The backup on tag `{tag}' is in progress (just started) to {container}.")
+    elif backup["state"] == "completed":
+        out(f"The previous backup on tag `{tag}' at {container} completed at version {backup['version']}.")
+    else:
+        out(f"The previous backup on tag `{tag}' at {container} {STATES[backup['state']]}.")
+    return out(f"BackupURL: {container}\n")
+
+
+# state of a backup -> how fdbbackup tells it
+STATES = {"completed": "has been completed", "aborted": "has been aborted"}
+
+
+def _container(verb: str, url: str) -> int:
+    directory = url.removeprefix("file://")
+    if verb == "delete":
+        out(f"Deleting {url}...")
+    if not os.path.isdir(directory):
+        return fatal(2319)
+    if verb == "delete":
+        subprocess.call(["rm", "-rf", directory])
+        return out("The entire container has been deleted.")
+    out(f"URL: {url}")
+    return out(f"Restorable: {'true' if os.path.exists(os.path.join(directory, 'double.json')) else 'false'}")
 
 
 def _backup_abort(cluster: Cluster, tag: str) -> int:
@@ -536,16 +674,16 @@ def _backup_abort(cluster: Cluster, tag: str) -> int:
 
     cluster.change(abort)
     if not ran:
-        sys.stderr.write(f"ERROR: A backup was not running on tag `{tag}'\n")
-        return 1
-    sys.stdout.write(f"The backup on tag `{tag}' was successfully aborted.\n")
-    return 0
+        fail(f"ERROR: A backup was not running on tag `{tag}'")
+        return fatal(2312, said=True)
+    return out(f"The backup on tag `{tag}' was successfully aborted.")
 
 
 def _backup_start(cluster: Cluster, tag: str, url: str, wait: bool) -> int:
+    if not url:
+        return fail("ERROR: No backup destination was specified.")
     if not url.startswith("file:///"):
-        sys.stdout.write(f"ERROR: Could not open backup container: {url}\n")
-        return 1
+        return fail(f"ERROR: '{ERRORS[2314]}' on URL '{url}'")
     stamp = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
     refused: list[str] = []
 
@@ -559,24 +697,26 @@ def _backup_start(cluster: Cluster, tag: str, url: str, wait: bool) -> int:
 
     document = cluster.change(submit)
     if refused:
-        sys.stdout.write(f"ERROR: A backup is already running on tag `{tag}'\n")
-        return 1
-    sys.stdout.write(f"The backup on tag `{tag}' was successfully submitted.\n")
+        fail(f"ERROR: A backup is already running on tag `{tag}'")
+        return fatal(2300, said=True)
     container = document["backups"][tag]["container"]
-    while wait:  # without an agent this has no end
+    if not wait:
+        return out(f"The backup on tag `{tag}' was successfully submitted.")
+    out(f"Submitted and now waiting for the backup on tag `{tag}' to complete.")
+    sys.stdout.flush()
+    while True:  # without an agent this has no end; that it was aborted is no error
         backup = cluster.read()["document"]["backups"][tag]
         if backup["container"] != container or backup["state"] != "submitted":
-            break
+            return 0
         time.sleep(0.5)
-    return 0
 
 
 def backup_agent(arguments: list[str]) -> int:
-    options, _rest = options_of(arguments)
+    options, _rest = options_of("backup_agent", arguments)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     while True:
         try:
-            cluster = Cluster(options["cluster-file"])
+            cluster = Cluster(options["cluster"])
             document = cluster.read()["document"]
             for tag, backup in document.get("backups", {}).items():
                 if backup["state"] == "submitted":
@@ -584,13 +724,18 @@ def backup_agent(arguments: list[str]) -> int:
                     os.makedirs(directory, exist_ok=True)
                     with open(os.path.join(directory, "double.json"), "w", encoding="utf-8") as file:
                         json.dump(document["keys"], file)
-                    cluster.change(lambda new, tag=tag: new["backups"][tag].update(state="completed"))
+                    cluster.change(lambda new, tag=tag: _completed(new, tag))
             for tag, restore in document.get("restores", {}).items():
                 if restore["state"] == "queued":
                     _restore(cluster, tag, restore)
         except (Unavailable, OSError):
             pass
         time.sleep(2)
+
+
+def _completed(document: dict, tag: str) -> None:
+    if document["backups"][tag]["state"] == "submitted":  # it was not aborted meanwhile
+        document["backups"][tag].update(state="completed", version=document["version"])
 
 
 def _restore(cluster: Cluster, tag: str, restore: dict) -> None:
@@ -610,15 +755,19 @@ def _restore(cluster: Cluster, tag: str, restore: dict) -> None:
 
 
 def fdbrestore(arguments: list[str]) -> int:
-    options, rest = options_of(arguments, ("w", "waitfordone"))
-    if not os.path.exists(options.get("dest-cluster-file", "")):
-        sys.stderr.write("Restore destination cluster file must be specified explicitly.\n")
+    verb = arguments[0] if arguments else ""
+    if f"fdbrestore {verb}" not in VALUES:
         return 1
-    cluster = Cluster(options["dest-cluster-file"])
-    tag = options.get("t", "default")
-    if rest[0] == "start":
+    options, _rest = options_of(f"fdbrestore {verb}", arguments[1:])
+    if not options.get("cluster"):
+        return fail("Restore destination cluster file must be specified explicitly.")
+    if not os.path.exists(options["cluster"]):
+        return fail(f"Restore destination cluster file '{options['cluster']}' does not exist.")
+    cluster = Patient(options["cluster"])
+    tag = options.get("tag", "default")
+    if verb == "start":
         return _restore_start(cluster, tag, options)
-    if rest[0] == "abort":
+    if verb == "abort":
         state = "unitialized"  # as upstream spells it
 
         def abort(document: dict) -> None:
@@ -630,53 +779,52 @@ def fdbrestore(arguments: list[str]) -> int:
             state = restore["state"] if restore else state
 
         cluster.change(abort)
-        sys.stdout.write(f"RESTORE_ABORT Tag: {tag}  State: {state}\n")
-        return 0
-    if rest[0] == "status":
-        restore = cluster.read()["document"].get("restores", {}).get(tag)
-        if restore:
-            sys.stdout.write(
-                f"Tag: {tag}  UID: 0  State: {restore['state']}  Blocks: 1/1  BlocksInProgress: 0  Files: 1  "
-                f"BytesWritten: {restore['bytes']}  ApplyVersionLag: 0  LastError: None\n"
-            )
-        return 0
-    sys.stdout.write(f"ERROR: unknown subcommand {rest[0]}\n")
-    return 1
+        return out(f"RESTORE_ABORT Tag: {tag}  State: {state}")
+    restore = cluster.read()["document"].get("restores", {}).get(tag)
+    if not restore:
+        return out("")
+    return out(
+        f"Tag: {tag}  UID: {restore['id']:032x}  State: {restore['state']}  Blocks: {1}/{1}  BlocksInProgress: {0}  "
+        f"Files: {1}  BytesWritten: {restore['bytes']}  CurrentVersion: {1} FirstConsistentVersion: {1}  "
+        f"ApplyVersionLag: {0}  LastError: {'None'}"
+    )
 
 
 def _restore_start(cluster: Cluster, tag: str, options: dict[str, str]) -> int:
-    prefix, url = options.get("add-prefix", ""), options.get("r", "")
-    begin, end = key_range(options.get("k", r'"" \xff'))
+    prefix, url = options.get("prefix", ""), options.get("container", "")
+    begin, end = key_range(options.get("keys", r'"" \xff'))
+    if not os.path.isdir(url.removeprefix("file://")):
+        return fatal(2319)
     if not os.path.exists(os.path.join(url.removeprefix("file://"), "double.json")):
-        sys.stderr.write("The specified backup is not restorable to any version.\n")
-        return 1
+        fail("The specified backup is not restorable to any version.")
+        return fatal(2301)
     restore = {"state": "queued", "url": url, "prefix": prefix, "range": [begin, end], "bytes": 0}
     restore["id"] = random.randrange(1 << 62)
-    refused = ""
+    refused = 0
 
     def submit(document: dict) -> None:
         nonlocal refused
-        refused = ""
+        refused = 0
         if document.setdefault("restores", {}).get(tag, {}).get("state") == "queued":
-            refused = "Duplicate restore tag"
+            refused = 2364
         elif any(prefix + begin <= key < prefix + end for key in document["keys"]):
-            refused = "Attempted to restore into a non-empty destination database"
+            refused = 2370
         elif document.get("locked"):
-            refused = "Database is locked"
+            refused = 1038
         else:
             document["restores"][tag] = restore
             document["locked"] = True
 
     cluster.change(submit)
     if refused:
-        sys.stderr.write(f"ERROR: {refused}\nFatal Error: {refused}\n")
-        return 1
-    while "w" in options or "waitfordone" in options:  # without an agent this has no end
+        return fatal(refused)
+    while "wait" in options:  # without an agent this has no end
         now = cluster.read()["document"]["restores"][tag]
-        if now["id"] != restore["id"] or now["state"] != "queued":
-            break
+        if now["id"] != restore["id"] or now["state"] == "aborted":
+            return fatal(2301)
+        if now["state"] == "completed":
+            return out(f"Restored to version {1}")
         time.sleep(0.5)
-    sys.stdout.write("Restored to version 1\n")
     return 0
 
 
