@@ -36,6 +36,7 @@ STATUS = {
     "RPC::Timeout": 2005,
     "RPC::SendFailed": 2007,
     "RPC::SocketError": 2010,
+    "RPC::RequestRefused": 2012,
     "RPC::SocketClosed": 2013,
     "RPC::ConnectFailed": 2014,
     "Meta::NotFound": 3000,
@@ -51,10 +52,16 @@ STATUS = {
     "MgmtdClient::PrimaryMgmtdNotFound": 6000,
     "MgmtdClient::MetaServiceNotAvailable": 6002,
     "MgmtdClient::RoutingInfoNotReady": 6004,
+    "StorageClient::CommError": 7006,
+    "StorageClient::Timeout": 7008,
 }
-# What passes by itself: no primary yet, routing not ready, a connection that breaks.
+# What passes by itself: no primary yet, routing not ready, a connection that breaks, a service with more requests than it takes.
 _TRANSIENT = {
-    *(code for name, code in STATUS.items() if name.startswith(("Transaction::", "RPC::", "MgmtdClient::"))),
+    *(
+        code
+        for name, code in STATUS.items()
+        if name.startswith(("Transaction::", "RPC::", "MgmtdClient::", "StorageClient::"))
+    ),
     STATUS["Mgmtd::NotPrimary"],
 }
 _TOKEN = re.compile(r"[A-Za-z0-9+/]{24}")

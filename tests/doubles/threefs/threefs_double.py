@@ -22,7 +22,7 @@ imitates with their traps:
 - An upload of the same chain table keeps the version, another list makes the next one.
 
 A file named by THREEFS_DOUBLE_TRAPS (default /var/lib/3fs-double/traps.json) provokes errors of admin_cli:
-``[{"command": "create-target", "after": 3, "times": 1, "error": "7006(StorageClient::CommError)"}]``.
+``[{"command": "create-target", "after": 3, "times": 1, "error": "2007(RPC::SendFailed)"}]``.
 """
 
 from __future__ import annotations
@@ -951,7 +951,7 @@ class Admin:
     def at_storage(self, node_id: int, **request: object) -> dict:
         answer = ask(self.at(self.routing(), node_id), request)
         if answer is None:
-            raise Status(7006, "StorageClient::CommError", f"node {node_id} does not answer")
+            raise Status(2007, "RPC::SendFailed", f"node {node_id} does not answer")
         if "error" in answer:
             raise Status(*answer["error"])
         return answer

@@ -106,8 +106,18 @@ def test_an_error_text_with_exit_code_0_is_an_error_and_the_next_run_goes_on(lab
     assert converge(lab, tables=[table(FIRST)]) == []
 
 
-def test_what_passes_by_itself_is_tried_again(lab: Lab) -> None:
-    lab.trap("list-chains", error="6004(MgmtdClient::RoutingInfoNotReady)")
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        ("list-chains", "6004(MgmtdClient::RoutingInfoNotReady)"),
+        ("create-target", "2007(RPC::SendFailed)"),
+        ("create-target", "2012(RPC::RequestRefused)"),
+        ("create-target", "7006(StorageClient::CommError)"),
+        ("create-target", "7008(StorageClient::Timeout)"),
+    ],
+)
+def test_what_passes_by_itself_is_tried_again(lab: Lab, command: str, error: str) -> None:
+    lab.trap(command, error=error)
     assert converge(lab, tables=[table(FIRST)]) == ["create", "upload", "upload"]
 
 
