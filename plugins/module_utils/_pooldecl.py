@@ -134,8 +134,9 @@ def _sizes(option: str, pool: t.Mapping[str, t.Any], read: t.Callable[[str], str
     per_token = 0
     if pool.get("model"):
         model = _kvsize.load(f"{option}.model", pool["model"], read)
-        form = _kvsize.dtype(f"{option}.dtype", pool.get("dtype") or "bf16")
+        scale = (pool.get("group_size"), pool.get("scale_dtype") or "fp16", bool(pool.get("zero_point")))
         try:
+            form = _kvsize.dtype("dtype", pool.get("dtype") or "bf16", *scale)
             size = _kvsize.size(model, form, gpus)
         except Refused as refusal:
             raise Refused(f"{option}.{refusal.option}", refusal.value, refusal.problem, refusal.remedy) from refusal

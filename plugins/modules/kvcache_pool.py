@@ -61,6 +61,20 @@ options:
         type: str
         choices: [fp32, bf16, fp16, fp8, int8, int4, fp4, fp8_ds_mla]
         default: bf16
+      group_size:
+        description:
+          - Elements that share a scale; 0 is one scale for a whole tensor, which costs nothing for a token.
+          - Left out it is 32 for 4-bit formats and 0 for the others.
+        type: int
+      scale_dtype:
+        description: Format of a scale.
+        type: str
+        choices: [fp32, bf16, fp16, fp8]
+        default: fp16
+      zero_point:
+        description: Whether each group has a zero point beside its scale.
+        type: bool
+        default: false
       bytes_per_token:
         description: Bytes of one token as they are stored, instead of O(pools[].model).
         type: int
@@ -381,6 +395,9 @@ POOL = {
         "choices": ["fp32", "bf16", "fp16", "fp8", "int8", "int4", "fp4", "fp8_ds_mla"],
         "default": "bf16",
     },
+    "group_size": {"type": "int"},
+    "scale_dtype": {"type": "str", "choices": ["fp32", "bf16", "fp16", "fp8"], "default": "fp16"},
+    "zero_point": {"type": "bool", "default": False},
     "bytes_per_token": {"type": "int", "no_log": False},  # of a language model
     "page_tokens": {"type": "int", "default": 64, "no_log": False},
     "tensor_parallel": {"type": "int", "default": 1},

@@ -220,3 +220,18 @@ def test_arguments_are_one_on_a_line() -> None:
     words = [shlex.split(line) for line in lines]
     assert all(len(word) == 1 for word in words)
     assert [word[0].partition("=")[0] for word in words] == ["--kv-transfer-config", "--block-size"]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"dtype": "int4"},
+        {"dtype": "int4", "group_size": 64, "scale_dtype": "fp32", "zero_point": True},
+        {"dtype": "fp8", "group_size": 128},
+    ],
+)
+def test_a_pool_has_the_size_that_the_sizing_filters_tell(form: dict[str, t.Any]) -> None:
+    pool = declare("filesystem", model="Qwen3-8B", tensor_parallel=1, page_tokens=64, **form)
+    told = FilterModule().filters()["kv_size"]("Qwen3-8B", **form)["stored_bytes_per_token"]
+    assert (pool["bytes_per_token"], pool["block_bytes"]) == (told, told * 64)
