@@ -267,3 +267,18 @@ def test_the_double_refuses_what_the_programs_do_not_take(double: t.Any, capsys:
         with pytest.raises(SystemExit) as left:
             program(arguments)
         assert left.value.code == 1 and capsys.readouterr().err.startswith("ERROR: ")
+
+
+def test_the_doubles_fdbmonitor_starts_what_our_configuration_lists(
+    double: t.Any, host: t.Any, tmp_path: t.Any
+) -> None:
+    conf = tmp_path / "foundationdb.conf"
+    conf.write_text(Servers(host, WISH)._files()["/etc/foundationdb/foundationdb.conf"])
+    started = double._conf(str(conf))
+    assert list(started) == ["fdbserver.4500", "fdbserver.4501", "backup_agent.1"]
+    for section, (command, *arguments) in started.items():
+        options, rest = double.options_of(section.partition(".")[0], arguments)
+        assert command.startswith(f"{RELEASE}/bin/") and rest == [] and options["cluster"]
+    options, _rest = double.options_of("fdbserver", started["fdbserver.4501"][1:])
+    assert options["address"] == "10.0.0.1:4501" and options["locality-machineid"] == "10.0.0.1"
+    assert options["memory"] == "8GiB" and options["data"].endswith("/data/4501")
