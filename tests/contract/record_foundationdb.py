@@ -220,7 +220,9 @@ def main(place: str) -> None:
     tokens = block(api, "std::map<std::string, std::string> configForToken(")
     errors = (tree / "flow/include/flow/error_definitions.h").read_text(encoding="utf-8")
     record = {
-        "version": re.search(r"VERSION (\d+\.\d+\.\d+)", (tree / "CMakeLists.txt").read_text(encoding="utf-8"))[1],  # type: ignore[index]
+        "version": re.search(
+            r"project\(foundationdb\s+VERSION (\d+\.\d+\.\d+)", (tree / "CMakeLists.txt").read_text(encoding="utf-8")
+        )[1],  # type: ignore[index]
         "commit": subprocess.check_output(["git", "-C", place, "rev-parse", "HEAD"], text=True).strip(),
         "options": {
             program: {verb: options(tree, file, table) for verb, table in tables.items()}

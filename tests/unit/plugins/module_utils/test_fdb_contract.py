@@ -217,6 +217,9 @@ def test_the_double_says_what_the_programs_say(double: t.Any) -> None:
 
 
 def test_the_double_takes_what_the_programs_take(double: t.Any) -> None:
+    assert f"FoundationDB {'.'.join(RECORD['version'].split('.')[:2])}." in SOURCE.read_text(), (
+        "the release that it says it is"
+    )
     for kind, tables in (("values", double.VALUES), ("flags", double.FLAGS)):
         for name, given in tables.items():
             program, _space, verb = name.partition(" ")
