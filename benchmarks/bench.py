@@ -81,6 +81,11 @@ class Bench:
         print(f"   {seconds:.0f} s", file=sys.stderr, flush=True)
         return seconds
 
+    def prepare(self, **variables: t.Any) -> None:
+        """Have the guests' images. No guest runs meanwhile: libvirt tries KVM when it starts, which emulation may not survive."""
+        self.play("guest/down.yml")
+        self.play("guest/setup.yml", **variables)
+
     def fetched(self, name: str) -> t.Any:
         """What a playbook wrote to ``bench_dir``."""
         return json.loads((self.build / f"{name}.json").read_text())
