@@ -111,7 +111,9 @@ class Bench:
             "date": ", ".join(f"{part} {when}" for part, when in times.items()),
             "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}",
             "host": f"{host['id']} {host['version_id']}, kernel {host['release']}, {host['cpus']} CPUs, "
-            f"{mib(host['memory_bytes'])} MiB, KVM {'usable' if host['kvm'] else 'missing'}, inventory {self.arguments.inventory}",
+            f"guests on {'CPU ' + host['guest_cpus'] if host['guest_cpus'] else 'all of them'}, "
+            f"{mib(host['memory_bytes'])} MiB, KVM {'usable' if host['kvm'] else 'missing'}, "
+            f"inventory {self.arguments.inventory}",
             "versions": ", ".join([*versions(), f"QEMU {host['qemu']}", f"libvirt {host['libvirt']}"]),
             **more,
         }
