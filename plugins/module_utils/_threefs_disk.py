@@ -134,8 +134,9 @@ class Disks:
         writes = [step for step in found if step.verb == "write"]
         mounts = [step for step in found if step.verb == "mount"]
         steps = [step for step in found if step not in writes + mounts] + arrange(writes, mounts, mount_unit)
+        covered = {f"{step.object}/3fs" for step in mounts}  # what was seen there lies below what is mounted now
         for path, there in observed["directories"].items():
-            if not there:
+            if not there or path in covered:
                 steps.append(Step("create", path, after="directory"))
         return steps
 

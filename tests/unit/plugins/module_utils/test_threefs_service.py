@@ -193,6 +193,7 @@ def test_a_replaced_disk_is_unmounted_when_that_is_said(fake_host: t.Any) -> Non
     with pytest.raises(Refused):
         unasked.plan(unasked.observe())
     resource = disks(fake_host, (2, "", ""), old, replaced=["/storage/data-1"])
+    fake_host.files({"/storage/data-1/3fs": None})  # the old disk's
     assert [step.verb for step in resource.plan(resource.observe())] == [
         "unmount",
         "format",
