@@ -73,6 +73,7 @@ sysctl net.ipv4.ip_forward net.ipv6.conf.all.forwarding
 EXEC = "/usr/local/lib/agentfleet/microvm-exec"
 NOT_REACHED = 253
 READY_SECONDS = 600
+FURTHER_SECONDS = 120  # for each microVM more: after a power cut an emulated host starts them one by one
 
 
 @dataclass
@@ -280,7 +281,7 @@ class MicroVms:
         self, what: str, *names: str, so: t.Callable[[dict[str, t.Any]], bool] = lambda one: bool(one["ready"])
     ) -> dict[str, dict[str, t.Any]]:
         """Look, within bounds, until it is so of each; by default until each answers."""
-        end = time.monotonic() + READY_SECONDS
+        end = time.monotonic() + READY_SECONDS + FURTHER_SECONDS * len(names[1:])
         while True:
             seen = self.look(*names)
             if all(so(one) for one in seen.values()):
