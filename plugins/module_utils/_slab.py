@@ -10,12 +10,13 @@ memory. Names, page sizes and requests are those of the versions that tests/cont
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
 import typing as t
-import urllib.error
-import urllib.request
+import urllib.parse
+from contextlib import closing
 from dataclasses import dataclass
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
@@ -89,26 +90,28 @@ class PageMap:
         self.patience = time.monotonic() + _BEGIN_SECONDS
 
     def _post(self, path: str, **content: t.Any) -> dict[str, t.Any]:
-        request = urllib.request.Request(
-            f"{self.url}/{path}", json.dumps(content).encode(), {"Content-Type": "application/json"}
-        )
         try:
-            with self._open(request) as answer:
-                return t.cast("dict[str, t.Any]", json.loads(answer.read() or b"{}"))
-        except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")
-            if "not initialized" in said:
-                raise NotInitialized(said) from error
-            raise HostError(f"{self.url}/{path}: {error.code} {said[-200:]}") from error
-        except (OSError, ValueError) as error:
-            raise HostError(f"{self.url} does not answer: {getattr(error, 'reason', error)}") from error
+            status, said = self._ask(f"/{path}", json.dumps(content))
+            if status < 300:
+                return t.cast("dict[str, t.Any]", json.loads(said or b"{}"))
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise HostError(f"{self.url} does not answer: {error}") from error
+        text = said.decode(errors="replace")
+        if "not initialized" in text:
+            raise NotInitialized(text)
+        raise HostError(f"{self.url}/{path}: {status} {text[-200:]}")
 
-    def _open(self, request: urllib.request.Request) -> t.Any:
+    def _ask(self, path: str, body: str) -> tuple[int, bytes]:
+        address = urllib.parse.urlsplit(self.url)
         while True:
+            connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=_SECONDS)
             try:
-                return urllib.request.urlopen(request, timeout=_SECONDS)
-            except urllib.error.URLError as error:
-                if not isinstance(error.reason, ConnectionRefusedError) or time.monotonic() >= self.patience:
+                with closing(connection):
+                    connection.request("POST", address.path + path, body, {"Content-Type": "application/json"})
+                    answer = connection.getresponse()
+                    return answer.status, answer.read()
+            except ConnectionRefusedError:
+                if time.monotonic() >= self.patience:
                     raise
             time.sleep(1)
 
