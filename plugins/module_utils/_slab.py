@@ -10,6 +10,7 @@ memory. Names, page sizes and requests are those of the versions that tests/cont
 
 from __future__ import annotations
 
+import abc
 import http.client
 import json
 import os
@@ -77,7 +78,7 @@ def make(path: str, size: int) -> None:
         os.close(handle)
 
 
-class PageMap:
+class PageMap(abc.ABC):
     """An engine's metadata service, asked as the engine asks it.
 
     :param url: where it listens
@@ -115,17 +116,17 @@ class PageMap:
                     raise
             time.sleep(1)
 
+    @abc.abstractmethod
     def take(self, slab: Slab, key: str) -> int:
         """A page for a key that nobody else gets."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def find(self, slab: Slab, key: str, page: int) -> int | None:
         """Confirm that the page was written, and look the key up as a reader does."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def give_back(self, slab: Slab, key: str, page: int) -> None:
         """Let the page go."""
-        raise NotImplementedError
 
 
 class NotInitialized(Exception):

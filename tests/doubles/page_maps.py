@@ -14,6 +14,7 @@ Imitated with their traps:
 
 from __future__ import annotations
 
+import abc
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,7 +24,7 @@ class Refusal(Exception):
     """An HTTP error: code, detail."""
 
 
-class Service:
+class Service(abc.ABC):
     """A service on a free port of this host."""
 
     def __init__(self) -> None:
@@ -68,8 +69,9 @@ class Service:
     def release(self, rank: int, pages: list[int]) -> None:
         self.free[rank] += [page for page in pages if page not in self.free[rank]]
 
+    @abc.abstractmethod
     def answer(self, path: list[str], content: dict) -> dict | None:
-        raise NotImplementedError
+        """What the service says to a request."""
 
 
 class Sglang(Service):
