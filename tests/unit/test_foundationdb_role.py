@@ -5,31 +5,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import typing as t
-from pathlib import Path
 
-import ansible_collections.agentfleet.metal as collection
+from ansible_collections.agentfleet.metal.tests.unit.role_lab import rendered
 
-HERE = Path(next(iter(collection.__path__)))
 RENDER = """
-import json, sys
-from ansible.plugins.loader import init_plugin_loader
-from ansible.parsing.dataloader import DataLoader
-from ansible.template import Templar
-
-init_plugin_loader([])
-role, names, cases = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-loader = DataLoader()
-load = lambda path: loader.load_from_file(f"{role}/{path}", trusted_as_template=True)
-found = []
-for given in cases:
-    variables = {**load("defaults/main.yml"), **given, **load("vars/main.yml")}
-    found.append([Templar(loader, variables=variables).template(variables[name]) for name in names])
-json.dump(found, sys.stdout)
+for case in given["cases"]:
+    variables = {**load("defaults/main.yml"), **case, **load("vars/main.yml")}
+    found.append([Templar(loader, variables=variables).template(variables[name]) for name in given["names"]])
 """
 
 
@@ -42,23 +25,7 @@ def render(names: list[str], *cases: dict[str, t.Any]) -> list[list[t.Any]]:
         "inventory_hostname": "f1",
         "foundationdb_address": "10.0.0.1",
     }
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            RENDER,
-            str(HERE / "roles/foundationdb"),
-            json.dumps(names),
-            json.dumps([{**house, **case} for case in cases]),
-        ],
-        env={**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(HERE.parents[2])},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return list(json.loads(done.stdout))
+    return rendered("foundationdb", RENDER, names=names, cases=[{**house, **case} for case in cases])
 
 
 def test_where_backups_and_drills_are_made() -> None:

@@ -5,10 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import typing as t
 from pathlib import Path
 
@@ -16,38 +12,24 @@ import pytest
 
 pytest.importorskip("tomllib", reason="the doubles read TOML as only Python 3.11 and newer can")
 
-import ansible_collections.agentfleet.metal as collection
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._placement_table import ChainTable
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import apply_all
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_directory import Directories
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_target import Targets
+from ansible_collections.agentfleet.metal.tests.unit.role_lab import HERE, rendered
 from ansible_collections.agentfleet.metal.tests.unit.threefs_lab import Lab
 
-HERE = Path(next(iter(collection.__path__)))
 # The tasks of a file of the role with their options, as Ansible renders them for the host that administrates.
 RENDER = """
-import json, sys
-from ansible.plugins.loader import init_plugin_loader
-from ansible.parsing.dataloader import DataLoader
-from ansible.template import Templar
-
-init_plugin_loader([])
-role, name, given = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-loader = DataLoader()
-load = lambda path: loader.load_from_file(f"{role}/{path}", trusted_as_template=True)
-variables = {**load("defaults/main.yml"), **given, **load("vars/main.yml"), "ansible_playbook_python": sys.executable}
+variables = {**load("defaults/main.yml"), **given["variables"], **load("vars/main.yml"), "ansible_playbook_python": sys.executable}
 variables["threefs_cluster_layout"] = Templar(loader, variables=variables).template(variables["threefs__layout"])
-found = []
-for task in load(f"tasks/{name}.yml"):
+for task in load(f"tasks/{given['name']}.yml"):
     items = Templar(loader, variables=variables).template(task["loop"]) if "loop" in task else [None]
     options = next((value for key, value in task.items() if key.startswith("agentfleet.metal.")), None)
     items = items if options else []
     found += [Templar(loader, variables={**variables, "item": item}).template(options) for item in items]
-json.dump(found, sys.stdout)
 """
-
-
 CONFIGURE = {"threefs__publish_wait_seconds": 0}
 
 
@@ -73,16 +55,7 @@ def render(name: str, **variables: t.Any) -> list[dict[str, t.Any]]:
         "hostvars": {member["inventory_hostname"]: member for member in members},
         **variables,
     }
-    done = subprocess.run(
-        [sys.executable, "-c", RENDER, str(HERE / "roles/threefs"), name, json.dumps(given)],
-        env={**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(HERE.parents[2])},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return list(json.loads(done.stdout))
+    return rendered("threefs", RENDER, name=name, variables=given)
 
 
 def test_services_that_a_host_no_longer_has_are_removed_but_never_all() -> None:
