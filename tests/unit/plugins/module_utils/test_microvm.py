@@ -82,10 +82,11 @@ class Systemd:
         return [w.partition("@")[2].partition(".")[0] for w in self.host.calls[-1].split() if "microvm@" in w]
 
     def show(self, _host: t.Any) -> str:
+        """Asked by pattern, it tells of what runs; a stopped unit is not in its memory."""
+        assert self._names() == ["*"]
         return "\n\n".join(
-            f"Id=agentfleet-microvm@{name}.service\nActiveState={'active' if name in self.active else 'inactive'}\n"
-            f"Result=success\nMainPID={self.active.get(name, 0)}\nNRestarts=0"
-            for name in self._names()
+            f"Id=agentfleet-microvm@{name}.service\nActiveState=active\nResult=success\nMainPID={pid}\nNRestarts=0"
+            for name, pid in self.active.items()
         )
 
     def start(self, host: t.Any) -> str:
