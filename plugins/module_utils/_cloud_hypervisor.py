@@ -84,6 +84,7 @@ REFUSALS = (
     ),
 )  # fmt: skip
 RECOMMENDED = "53.0"
+CLONE_POWER_OFF = "o"
 
 
 def parse_version(text: str) -> tuple[int, ...]:
@@ -460,6 +461,10 @@ class CloudHypervisorMachine:
 
     def __exit__(self, *_exception: object) -> None:
         """Each request has a connection of its own."""
+
+    def version(self) -> str:
+        """As the program tells it."""
+        return str(self._api.get("vmm.ping")["build_version"])
 
     def state(self) -> str:
         """``running``, ``paused``, or Cloud Hypervisor's own word."""

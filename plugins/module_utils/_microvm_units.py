@@ -139,10 +139,9 @@ done <"{RUN}/$name.devices"
 
 END = f"""\
 #!/bin/sh
-# Written by agentfleet.metal. After a microVM has ended, or did not start: nothing of it stays.
+# Written by agentfleet.metal. After a microVM has ended, or did not start: nothing stays that it had while it ran.
 set -u
 rm -f "{SLOTS}/$1" "{RUN}/$1.spec.json"
-[ ! -d "{VOLUMES}/$1" ] || rmdir --ignore-fail-on-non-empty "{VOLUMES}/$1"
 [ ! -e "{RUN}/$1.taps" ] || {LIBRARY}/microvm-taps down "$1"
 if [ -e "{RUN}/$1.devices" ]; then
     while read -r address; do

@@ -52,6 +52,11 @@ PERIPHERAL = "/machine/peripheral"  # where devices with an id are
 IGNORE_SHARED = [{"capability": "x-ignore-shared", "state": True}]
 
 
+# QEMU saves nothing of virtio-pmem, so that a restored guest waits for ever for the flush of an orderly power-off; it has
+# synced before, and -no-reboot makes a reset an end.
+CLONE_POWER_OFF = "b"
+
+
 def program(_host: Host, _before: str) -> str:
     """The distribution's QEMU; there is only one."""
     return PROGRAM
@@ -461,6 +466,12 @@ class QemuMachine:
 
     def __exit__(self, *exception: object) -> None:
         self.qmp.__exit__(*exception)
+
+    def version(self) -> str:
+        """As the program tells it."""
+        told = self.qmp.ask("query-version")
+        numbers = ".".join(str(told["qemu"][part]) for part in ("major", "minor", "micro"))
+        return f"{numbers} ({told['package']})" if told["package"] else numbers
 
     def state(self) -> str:
         """``running``, ``paused``, or QEMU's own word."""

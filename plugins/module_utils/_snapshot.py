@@ -117,16 +117,18 @@ def users(specs: t.Mapping[str, _vmm.Spec], name: str) -> list[str]:
 # -- on which hosts a snapshot is valid -----------------------------------------
 
 
-def key_of(host: Host, spec: _vmm.Spec) -> dict[str, str]:
+def key_of(host: Host, spec: _vmm.Spec, version: str = "") -> dict[str, str]:
     """What must be the same where a snapshot of this microVM starts.
 
     The VMM's state has no promise across its versions. A guest that runs on KVM has seen the host's CPU; its features
     include what the host's kernel and microcode let through, so the kernel's version is not asked besides. Emulation
     does not depend on the host's CPU.
+
+    :param version: of the VMM if one runs that was asked; to ask its program takes a while
     """
     key = {
         "driver": spec["driver"],
-        "version": _vmm.driver(spec["driver"]).version(host, spec["program"]),
+        "version": version or _vmm.driver(spec["driver"]).version(host, spec["program"]),
         "accelerator": spec["accelerator"],
         "cpu": "emulated",
         "cpu_features": "emulated",
@@ -139,14 +141,15 @@ def key_of(host: Host, spec: _vmm.Spec) -> dict[str, str]:
     return key
 
 
-def problem(host: Host, name: str, manifest: t.Mapping[str, t.Any], thorough: bool = False) -> str:
+def problem(host: Host, name: str, manifest: t.Mapping[str, t.Any], thorough: bool = False, version: str = "") -> str:
     """Why no microVM can start from a snapshot on this host; empty when one can.
 
     :param thorough: also read files that nobody has touched since they were written
+    :param version: see :func:`key_of`
     """
     if manifest.get("format") != FORMAT:
         return "its manifest is missing or damaged"
-    key = key_of(host, manifest["spec"])
+    key = key_of(host, manifest["spec"], version)
     for part, made_with in manifest["key"].items():
         if key[part] != made_with:
             return f"it was made with {part.replace('_', ' ')} {made_with!r}, and this host has {key[part]!r}"
@@ -610,6 +613,7 @@ def identity(host: Host, spec: _vmm.Spec, parent: _vmm.Spec) -> dict[str, t.Any]
         "environment": spec["environment"],
         "entropy": os.urandom(64).hex(),
         "time": time.time(),
+        "power_off": _vmm.driver(spec["driver"]).CLONE_POWER_OFF,
     }
 
 
@@ -618,15 +622,15 @@ def resume(host: Host, name: str) -> None:
     spec = json.loads(host.read(f"{home(name)}/spec.json"))
     snapshot = name_of(spec)
     manifest = stored(host).get(snapshot, {})
-    why = problem(host, snapshot, manifest)
-    if why:
-        raise HostError(f"microVM {name} cannot start from snapshot {snapshot}: {why}. Make the snapshot anew")
     driver = _vmm.driver(spec["driver"])
-    for network in spec["networks"]:
-        host.run(["ip", "link", "set", network["tap"], "down"])
     end = time.monotonic() + IDENTITY_SECONDS
     with contextlib.ExitStack() as stack:
         machine = _connected(lambda: stack.enter_context(driver.machine(host, spec)), end)
+        why = problem(host, snapshot, manifest, version=machine.version())
+        if why:
+            raise HostError(f"microVM {name} cannot start from snapshot {snapshot}: {why}. Make the snapshot anew")
+        for network in spec["networks"]:
+            host.run(["ip", "link", "set", network["tap"], "down"])
         machine.load(spec["restore_from"])
         machine.resume()
     told: dict[str, t.Any] = {}

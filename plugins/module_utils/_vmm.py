@@ -271,6 +271,9 @@ class Machine(t.Protocol):
     def __exit__(self, *exception: object) -> None:
         """Disconnect."""
 
+    def version(self) -> str:
+        """Exact version of the VMM that runs; what :meth:`Driver.version` tells of its program."""
+
     def state(self) -> str:
         """``running``, ``paused``, or the VMM's own word."""
 
@@ -307,6 +310,9 @@ class Machine(t.Protocol):
 
 class Driver(t.Protocol):
     """A virtual machine monitor."""
+
+    CLONE_POWER_OFF: str
+    """The kernel's SysRq key with which a guest that was restored from a snapshot ends its machine."""
 
     def program(self, host: Host, before: str, /) -> str:
         """Path of the VMM for a microVM.

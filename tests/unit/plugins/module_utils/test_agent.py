@@ -161,7 +161,7 @@ def test_identity_starts_with_randomness_and_ends_with_the_hooks(
     hook.chmod(0o755)
     wish = {
         "hostname": "worker", "machine_id": "ab" * 16, "networks": [["m1 10.0.0.2/24", "m2 10.0.0.3/24"]],
-        "environment": {"ROLE": "reviewer"}, "entropy": "00ff" * 32, "time": 1700000000.5,
+        "environment": {"ROLE": "reviewer"}, "entropy": "00ff" * 32, "time": 1700000000.5, "power_off": "b",
     }  # fmt: skip
     agent.become(wish)
     assert order == ["0x40085203", "0x5207", "clock 1700000000.5", "hostname worker", "m1 -> m2"]
@@ -173,6 +173,11 @@ def test_identity_starts_with_randomness_and_ends_with_the_hooks(
     with pytest.raises(OSError, match="10-keys ended with 3: no key"):
         agent.become(wish)
     os.environ.pop("ROLE")
+    trigger: list[tuple[str, str]] = []
+    monkeypatch.setattr(agent.os, "sync", lambda: trigger.append(("sync", "")))
+    monkeypatch.setattr(agent, "write", lambda path, text: trigger.append((path, text)))
+    agent.power_off()
+    assert trigger == [("sync", ""), ("/proc/sysrq-trigger", "b")]
 
 
 @pytest.mark.skipif(

@@ -328,6 +328,8 @@ def machine(spec: t.Any) -> t.Iterator[tuple[driver.CloudHypervisorMachine, Serv
 def test_life_cycle_requests(machine: t.Any) -> None:
     found, server, _host = machine
     assert found.state() == "running"
+    server.answers["vmm.ping"] = 200, '{"build_version": "v53.0", "version": "53.0", "pid": 1}'
+    assert found.version() == "v53.0"
     found.resume()
     found.pause()
     server.answers["vm.info"] = 200, '{"state": "Paused"}'

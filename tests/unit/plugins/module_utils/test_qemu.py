@@ -54,6 +54,18 @@ def machine(spec: t.Any, **table: t.Any) -> tuple[_qemu.QemuMachine, Qmp]:
     return running, qmp
 
 
+@pytest.mark.parametrize(
+    ("package", "told"), [("Debian 1:10.0.2+ds-2", "10.0.2 (Debian 1:10.0.2+ds-2)"), ("", "10.0.2")]
+)
+def test_a_running_qemu_tells_the_version_of_its_program(
+    microvm_spec: t.Any, fake_host: t.Any, package: str, told: str
+) -> None:
+    numbers = {"major": 10, "minor": 0, "micro": 2}
+    running, _qmp = machine(microvm_spec, query_version={"qemu": numbers, "package": package})
+    fake_host.answers["/usr/bin/qemu-system-x86_64 --version"] = f"QEMU emulator version {told}\nCopyright"
+    assert running.version() == told == _qemu.version(fake_host, _qemu.PROGRAM)
+
+
 def test_a_disk_comes_to_the_first_free_port_with_its_limits(microvm_spec: t.Any) -> None:
     running, qmp = machine({**microvm_spec, "rate_limits": LIMITS})
     running.change(Change("volumes", "more", None, {**VOLUME, "name": "more"}), microvm_spec)

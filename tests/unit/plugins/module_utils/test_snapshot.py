@@ -52,6 +52,9 @@ class Machine:
         self.connected = False
         self.log.append("disconnect")
 
+    def version(self) -> str:
+        return str(self.host.version)
+
     def state(self) -> str:
         return str(self.host.machine_state)
 
@@ -96,6 +99,8 @@ def metal(fake_host: t.Any, monkeypatch: t.Any) -> t.Any:
     fake_host.answers["systemctl restart"] = ""
 
     class Driver:
+        CLONE_POWER_OFF = "b"
+
         @staticmethod
         def version(host: t.Any, _program: str) -> str:
             return str(host.version)
@@ -473,6 +478,7 @@ def test_a_clone_is_itself_before_its_network_is_up(cloned: t.Any) -> None:
     load = "load /run/agentfleet/snapshots/warm"
     assert cloned.log == ["tap down", load, "resume", "disconnect", "tell", "tap up"]
     (message,) = told
+    assert message["power_off"] == "b"
     assert message["hostname"] == "worker"
     assert message["networks"] == [
         ["02:00:00:00:00:01 10.88.0.2/24 10.88.0.1", "02:00:00:00:00:02 10.88.0.3/24 10.88.0.1"]
@@ -504,4 +510,4 @@ def test_on_another_host_it_does_not_even_load(cloned: t.Any) -> None:
     cloned.version = "11.0.0"
     with pytest.raises(HostError, match="cannot start from snapshot warm: it was made with version '10.0.2'"):
         _snapshot.resume(cloned, "worker")
-    assert cloned.log == []
+    assert cloned.log == ["disconnect"]
