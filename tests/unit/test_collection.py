@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import typing as t
 from pathlib import Path
 
@@ -140,6 +141,17 @@ def test_microvm_playbook_installs_cloud_hypervisor_where_a_driver_asks_for_it(
     instances = [{"name": "x", **({"driver": driver} if driver else {})} for driver in drivers]
     templar = Templar(loader=DataLoader(), variables={"microvm_instances": instances})
     assert templar.evaluate_conditional(trust_as_template(condition)) is wanted
+
+
+def test_how_to_reach_a_lab_host_can_be_read_through_hostvars() -> None:
+    """As the connection to its microVMs does; a variable that is read so cannot use hostvars itself."""
+    words = ["adhoc", "localhost", "-i", str(ROOT / "inventories/lab"), "-m", "ansible.builtin.debug"]
+    words += ["-a", "msg={{ hostvars.metal1.ansible_ssh_common_args }}", "-e", "lab_dir=/elsewhere"]
+    for arguments, directory in ((words[:-2], ROOT / "build/lab"), (words, "/elsewhere")):
+        done = subprocess.run(
+            [sys.executable, "-m", "ansible", *arguments], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert f"UserKnownHostsFile={directory}/metal1/known_hosts" in done.stdout, done.stdout + done.stderr
 
 
 def test_no_file_names_a_registry_or_a_place_of_one_machine() -> None:
