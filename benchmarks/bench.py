@@ -64,7 +64,7 @@ class Bench:
         given = {"bench_dir": str(self.build), "bench_guest": str(HERE / "guest"), **variables}
         command = ["ansible-playbook", "-i", self.arguments.inventory, *self.rest, str(HERE / book)]
         command += ["-e", json.dumps(given)]
-        print(f"-- {book} {json.dumps(variables)}", file=sys.stderr, flush=True)
+        print(f"-- {book} {json.dumps(variables)[:120]}", file=sys.stderr, flush=True)
         start = time.monotonic()
         done = subprocess.run(
             command,
