@@ -432,7 +432,7 @@ def _capacity(pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.Any]) -> 
 
 def slabs(pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.Any]) -> list[_slab.Slab]:
     """The large files of a connector, one for each rank; none where its engine keeps a file for each page."""
-    if connector["backend"] != "hf3fs":
+    if not _slab.names(pool, connector):
         return []
     return _slab.slabs(pool, connector, _directory(pool, connector), _capacity(pool, connector))
 
@@ -441,8 +441,7 @@ def _file_size(pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.Any]) ->
     """Bytes of each rank's file: whole pages where the model is known."""
     for slab in slabs(pool, connector):
         return slab.file_bytes
-    shared = pool["latent"] and connector["engine"] == "sglang"
-    return _capacity(pool, connector) // (1 if shared else int(connector["tensor_parallel"]))
+    return _capacity(pool, connector) // len(_slab.names(pool, connector))
 
 
 def url(connector: t.Mapping[str, t.Any]) -> str:

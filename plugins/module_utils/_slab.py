@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 
 _SECONDS = 10.0
+_NAMES = {"sglang": "hicache.{}.bin", "vllm": "hf3fs_vllm_data_file_{}"}
 _BEGIN_SECONDS = 60.0  # a service that was just started imports its engine before it listens
 
 
@@ -51,21 +52,25 @@ def page_bytes(pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.Any]) ->
     return share // 2 if connector["engine"] == "sglang" else share
 
 
+def names(pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.Any]) -> list[str]:
+    """The files of a connector, one for each rank; none where its engine keeps a file for each page."""
+    form = _NAMES.get(connector["engine"]) if connector["backend"] == "hf3fs" else None
+    if form is None:
+        return []
+    shared = pool["latent"] and connector["engine"] == "sglang"  # by all ranks
+    return [form.format(rank) for rank in range(1 if shared else int(connector["tensor_parallel"]))]
+
+
 def slabs(pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.Any], directory: str, capacity: int) -> list[Slab]:
     """The files that a connector's engine opens, with as many whole pages as fit.
 
     :param capacity: bytes that the connector may fill
     """
-    size = page_bytes(pool, connector)
-    if connector["backend"] != "hf3fs" or connector["engine"] not in _MAPS or not size:
+    size, files = page_bytes(pool, connector), names(pool, connector)
+    if not size or not files:
         return []
-    if connector["engine"] == "sglang":  # all ranks share the file of a latent cache
-        ranks = 1 if pool["latent"] else int(connector["tensor_parallel"])
-        names = [f"hicache.{rank}.bin" for rank in range(ranks)]
-    else:
-        names = [f"hf3fs_vllm_data_file_{rank}" for rank in range(int(connector["tensor_parallel"]))]
-    pages = capacity // len(names) // size
-    return [Slab(f"{directory}/{name}", rank, pages, size) for rank, name in enumerate(names)]
+    pages = capacity // len(files) // size
+    return [Slab(f"{directory}/{name}", rank, pages, size) for rank, name in enumerate(files)]
 
 
 def make(path: str, size: int) -> None:
