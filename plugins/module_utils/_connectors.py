@@ -14,7 +14,7 @@ import shlex
 import typing as t
 from dataclasses import dataclass, field
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _slab
+from ansible_collections.agentfleet.metal.plugins.module_utils import _kvsize, _slab
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size
 
@@ -117,6 +117,15 @@ def check(option: str, pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.
     }
     if gpus < 1:
         raise Refused(f"{option}.tensor_parallel", gpus, "not a number of GPUs", "Use 1 or more")
+    _kvsize.check_heads(f"{option}.tensor_parallel", gpus, pool["kv_heads"])
+    size = _slab.page_bytes(pool, made)
+    if pool["bytes_per_token"] and not size and _slab.names(pool, made):
+        raise Refused(
+            f"{option}.tensor_parallel",
+            gpus,
+            f"bytes_per_token is of {pool['tensor_parallel']} GPUs, and does not tell the page size of others",
+            "Give the pool its model, or a tensor_parallel that fits",
+        )
     tenants = [tenant["name"] for tenant in pool.get("tenants", [])]
     if made["tenant"] and made["tenant"] not in tenants:
         raise Refused(
@@ -138,8 +147,7 @@ def check(option: str, pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.
         if made["metadata_address"] not in _OWN_HOST:
             remedy = "Leave it out, and let port 18000 of each engine's host lead to one service"
             raise Refused(f"{option}.metadata_address", made["metadata_address"], fixed, remedy)
-    if backend == "hf3fs" and _slab.page_bytes(pool, made) and any(slab.pages < 2 for slab in slabs(pool, made)):
-        size = _slab.page_bytes(pool, made)
+    if any(slab.pages < 2 for slab in slabs(pool, made)):
         raise Refused(
             f"{option}.backend",
             backend,

@@ -75,16 +75,11 @@ class Group:
     dims: tuple[int, ...]
     window: int = 0
 
-    def heads_per_gpu(self, tensor_parallel: int) -> int:
-        """KV heads of one GPU: never less than one."""
-        return max(1, self.heads // tensor_parallel)
-
-    def layer_bytes(self, dtype: Dtype, tensor_parallel: int = 1) -> int:
-        """Bytes of one token in one layer on one GPU."""
+    def layer_bytes(self, dtype: Dtype) -> int:
+        """Bytes of one token in one layer."""
         if not self.heads and dtype.name == FP8_DS_MLA:
             return 512 + 4 * SCALES["fp32"] + 64 * 2 + sum(132 for _index in self.dims[1:])
-        heads = self.heads_per_gpu(tensor_parallel) if self.heads else 1
-        return heads * sum(dtype.row_bytes(dim) for dim in self.dims)
+        return max(1, self.heads) * sum(dtype.row_bytes(dim) for dim in self.dims)
 
 
 @dataclass(frozen=True)
@@ -327,16 +322,9 @@ def size(model: Model, form: Dtype, tensor_parallel: int = 1) -> dict[str, t.Any
         raise Refused("tensor_parallel", tensor_parallel, "not a number of GPUs", "Use 1 or more")
     if form.name == FP8_DS_MLA and (not model.latent or any(group.dims[0] != 576 for group in model.groups)):
         raise Refused("dtype", form.name, f"{model.name} has no latent of 512 + 64", "Use fp8")
-    for group in model.groups:
-        if group.heads and max(group.heads, tensor_parallel) % min(group.heads, tensor_parallel):
-            raise Refused(
-                "tensor_parallel",
-                tensor_parallel,
-                f"{group.heads} KV heads cannot be shared evenly",
-                f"Use a divisor or a multiple of {group.heads}",
-            )
+    check_heads("tensor_parallel", tensor_parallel, heads(model, form))
     total = sum(group.layers * group.layer_bytes(form) for group in model.groups)
-    gpu = sum(group.layers * group.layer_bytes(form, tensor_parallel) for group in model.groups)
+    gpu = gpu_bytes(heads(model, form), tensor_parallel)
     lines = [
         f"{model.name}: {model.attention()}, dtype {form.text()} (source: {model.source})",
     ]
@@ -364,6 +352,28 @@ def size(model: Model, form: Dtype, tensor_parallel: int = 1) -> dict[str, t.Any
         "growing_bytes_per_token": sum(g.layers * g.layer_bytes(form) for g in model.groups if not g.window),
         "explanation": lines,
     }
+
+
+def heads(model: Model, form: Dtype) -> list[list[int]]:
+    """For each group its KV heads and a token's bytes in one of them, in all its layers; 0 heads of a latent."""
+    return [[g.heads, g.layers * g.layer_bytes(form) // max(1, g.heads)] for g in model.groups]
+
+
+def check_heads(option: str, tensor_parallel: int, heads_: t.Iterable[t.Sequence[int]]) -> None:
+    """Refuse GPUs that no engine could share these heads among."""
+    for number, _bytes in heads_:
+        if number and max(number, tensor_parallel) % min(number, tensor_parallel):
+            raise Refused(
+                option,
+                tensor_parallel,
+                f"{number} KV heads cannot be shared evenly",
+                f"Use a divisor or a multiple of {number}",
+            )
+
+
+def gpu_bytes(heads_: t.Iterable[t.Sequence[int]], tensor_parallel: int) -> int:
+    """Bytes of a token on one GPU, which has at least one KV head of each group, and all of a latent."""
+    return sum(max(1, number // tensor_parallel) * size_ for number, size_ in heads_)
 
 
 def sequence(model: Model, form: Dtype, tokens: int) -> int:

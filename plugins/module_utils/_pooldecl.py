@@ -128,7 +128,13 @@ def _sizes(option: str, pool: t.Mapping[str, t.Any], read: t.Callable[[str], str
     if tokens < 1 or tokens & (tokens - 1):
         raise Refused(f"{option}.page_tokens", tokens, "not a power of two", "Use such as 16, 32 or 64")
     gpus = int(pool.get("tensor_parallel") or 1)
-    found: dict[str, t.Any] = {"page_tokens": tokens, "tensor_parallel": gpus, "model": "", "latent": False}
+    found: dict[str, t.Any] = {
+        "page_tokens": tokens,
+        "tensor_parallel": gpus,
+        "model": "",
+        "latent": False,
+        "kv_heads": [],  # as _kvsize.heads has them, for connectors with other GPUs
+    }
     if pool.get("model") and pool.get("bytes_per_token"):
         raise Refused(f"{option}.bytes_per_token", pool["bytes_per_token"], "the model says it", "Give one of them")
     per_token = 0
@@ -141,7 +147,7 @@ def _sizes(option: str, pool: t.Mapping[str, t.Any], read: t.Callable[[str], str
         except Refused as refusal:
             raise Refused(f"{option}.{refusal.option}", refusal.value, refusal.problem, refusal.remedy) from refusal
         per_token = size["stored_bytes_per_token"]
-        found.update(model=model.name, latent=model.latent)
+        found.update(model=model.name, latent=model.latent, kv_heads=_kvsize.heads(model, form))
     elif pool.get("bytes_per_token"):
         per_token = _kvsize.positive(f"{option}.bytes_per_token", pool["bytes_per_token"])
     # What a rank stores at a time is its own share of a block; a latent is stored whole, by one rank.

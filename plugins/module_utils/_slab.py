@@ -20,6 +20,7 @@ import urllib.parse
 from contextlib import closing
 from dataclasses import dataclass
 
+from ansible_collections.agentfleet.metal.plugins.module_utils import _kvsize
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 
 _SECONDS = 10.0
@@ -43,11 +44,16 @@ class Slab:
 
 
 def page_bytes(pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.Any]) -> int:
-    """What a rank writes at a time; 0 where nothing was said of the model."""
-    whole = int(pool["bytes_per_token"]) * int(pool["page_tokens"])
+    """What a rank writes at a time; 0 where nothing was said of the model, or not enough for this connector's GPUs."""
+    gpus, whole = int(connector["tensor_parallel"]), int(pool["bytes_per_token"]) * int(pool["page_tokens"])
     if pool["latent"]:
         return whole
-    share = whole // int(connector["tensor_parallel"])
+    if pool.get("kv_heads"):
+        share = _kvsize.gpu_bytes(pool["kv_heads"], gpus) * int(pool["page_tokens"])
+    elif gpus == pool["tensor_parallel"]:
+        share = whole // gpus
+    else:  # bytes as they are stored by other GPUs do not tell how many heads these replicate
+        return 0
     # With the layout page_first, in which we configure it, SGLang keeps keys and values as two pages.
     return share // 2 if connector["engine"] == "sglang" else share
 

@@ -248,7 +248,9 @@ options:
             description: Tenant for whom the connector is.
             type: str
           tensor_parallel:
-            description: GPUs of this engine, if other than the pool's.
+            description:
+              - GPUs of this engine, if other than the pool's. A V(hf3fs) connector of SGLang or vLLM can have others only with
+                O(pools[].model), which tells the size of their pages.
             type: int
           host_memory:
             description: Host memory that the engine takes for its own first tier or for staging.

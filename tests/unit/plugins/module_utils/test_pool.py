@@ -456,10 +456,9 @@ def test_the_large_files_of_a_3fs_pool(machine: Machine, tenants: list[dict[str,
     machine.host.files({"/proc/self/mounts": "hf3fs.s /3fs/s fuse.hf3fs rw 0 0\n"})
     machine.host.answers["chown"] = ""
     tier = {"medium": "threefs", "size": "64MiB", "path": "/3fs/s/kv", "mount_point": "/3fs/s"}
-    connector = {"engine": "sglang", "backend": "hf3fs", "tensor_parallel": 2, "tenant": "red" if tenants else None}
-    pools: list[dict[str, t.Any]] = [
-        {"name": "f", "engine": "threefs", "bytes_per_token": 3000, "tiers": [tier], "tenants": tenants}
-    ]
+    connector = {"engine": "sglang", "backend": "hf3fs", "tenant": "red" if tenants else None}
+    pools: list[dict[str, t.Any]] = [{"name": "f", "engine": "threefs", "tiers": [tier], "tenants": tenants}]
+    pools[0].update(bytes_per_token=3000, tensor_parallel=2)
     pools[0]["connectors"] = [connector]
     path = "/3fs/s/kv/red" if tenants else "/3fs/s/kv"
     files = [f"{path}/hicache.{rank}.bin" for rank in (0, 1)]

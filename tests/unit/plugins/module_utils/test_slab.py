@@ -88,6 +88,42 @@ def test_files_are_those_that_the_configuration_names(name: str, model: str, fil
         assert config["hf3fs_file_size"] == slabs[0].file_bytes
 
 
+@pytest.mark.parametrize("pool_gpus", [1, 8, 16])
+@pytest.mark.parametrize(
+    ("model", "gpus", "rank"),  # a rank's bytes of a token, as the heads that it has make them
+    [
+        ("Qwen2.5-7B", 1, 57344),
+        ("Qwen2.5-7B", 2, 57344 // 2),
+        ("Qwen2.5-7B", 8, 57344 // 4),  # 4 heads: each is on two GPUs
+        ("Llama-3.1-70B", 4, 327680 // 4),
+        ("Llama-3.1-70B", 16, 327680 // 8),
+        ("DeepSeek-V3", 2, 70272),
+    ],
+)
+def test_pages_are_those_of_the_engines_gpus_whatever_the_pools(
+    engine: str, pool_gpus: int, model: str, gpus: int, rank: int
+) -> None:
+    wish = {"engine": engine, "backend": "hf3fs", "tensor_parallel": gpus}
+    pool, connector = declared(engine, model, tensor_parallel=pool_gpus, connectors=[wish])
+    split = 2 if engine == "sglang" and model != "DeepSeek-V3" else 1
+    assert {slab.page_bytes for slab in _connectors.slabs(pool, connector)} == {rank * 64 // split}
+    assert json.loads(json.dumps(pool)) == pool, "what is recorded is what is compared with it"
+
+
+def test_pages_are_not_guessed_for_other_gpus(engine: str) -> None:
+    own: dict[str, t.Any] = {"bytes_per_token": 57344, "tensor_parallel": 2}
+    pool, connector = declared(engine, "", **own)
+    assert {slab.page_bytes for slab in _connectors.slabs(pool, connector)} <= {57344 * 64 // 2, 57344 * 64 // 4}
+    wish = {"engine": engine, "backend": "hf3fs", "tensor_parallel": 8}
+    with pytest.raises(Refused, match="bytes_per_token is of 2 GPUs") as refused:
+        declared(engine, "", **own, connectors=[wish])
+    assert refused.value.option == "pools[0].connectors[0].tensor_parallel"
+    # A pool that was declared before heads were recorded: its probe must not write into pages of another size.
+    old = {key: value for key, value in pool.items() if key != "kv_heads"}
+    assert _connectors.slabs(old, connector) == _connectors.slabs(pool, connector)
+    assert _connectors.slabs(old, {**connector, "tensor_parallel": 8}) == []
+
+
 def test_vllm_is_told_what_it_asks_anyway() -> None:
     fixed = RECORD["vllm"]["reads"]["hf3fs_fixed_url"]
     _pool, connector = declared("vllm", "DeepSeek-V3")
@@ -222,9 +258,10 @@ def test_health_is_about_whole_pages_of_every_rank(
     engine: str, service: t.Any, fake_host: t.Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tier = {"medium": "threefs", "size": "32MiB", "path": "/3fs/s/kv", "mount_point": "/3fs/s"}
-    wish = {"engine": engine, "backend": "hf3fs", "tensor_parallel": 2}
+    wish = {"engine": engine, "backend": "hf3fs"}
     options = {
         "name": "p",
+        "tensor_parallel": 2,
         "engine": "threefs",
         "bytes_per_token": 8192,
         "page_tokens": 16,
