@@ -63,7 +63,9 @@ class ChainTable:
         self._check_places()
         self._check_numbers()
         self.chunk_sizes = [chunk_size(f"chunk_sizes[{n}]", value) for n, value in enumerate(params["chunk_sizes"])]
-        self.cluster = _cluster(params, self.replicas, self.erasure) if params["nodes"] or not self.only_check else None
+        self.cluster = (
+            cluster_of(params, self.replicas, self.erasure) if params["nodes"] or not self.only_check else None
+        )
         if self.cluster:
             self._check_ids(self.cluster)
             self._check_stripe(self.cluster.slots if self.erasure else self.cluster.slots // self.replicas)
@@ -334,8 +336,11 @@ def _shown(text: str | None) -> t.Any:
     return {"lines": text.count("\n")}
 
 
-def _cluster(params: t.Mapping[str, t.Any], replicas: int, erasure: bool) -> Cluster:
-    """The nodes, checked one by one and then together."""
+def cluster_of(params: t.Mapping[str, t.Any], replicas: int, erasure: bool) -> Cluster:
+    """The nodes, checked one by one and then together.
+
+    :param params: ``nodes`` and ``targets_per_disk`` of the module ``threefs_chain_table``
+    """
     targets = int(params["targets_per_disk"])
     if not 1 <= targets < INDICES:
         raise Refused("targets_per_disk", targets, "out of range", "A target's id leaves room for 1 to 99 on a disk")
@@ -353,7 +358,7 @@ def _cluster(params: t.Mapping[str, t.Any], replicas: int, erasure: bool) -> Clu
                 f"{option}.disks", item["disks"], "out of range", "A target's id leaves room for 1 to 999 disks"
             )
         nodes.append(
-            Node(item["id"], item["disks"], _weighted(f"{option}.weight", targets, item), item["domain"] or "")
+            Node(item["id"], item["disks"], _weighted(f"{option}.weight", targets, item), item.get("domain") or "")
         )
     if not nodes:
         raise Refused("nodes", [], "no storage node", "Name all storage nodes with id and disks")
@@ -367,9 +372,14 @@ def _cluster(params: t.Mapping[str, t.Any], replicas: int, erasure: bool) -> Clu
     return cluster
 
 
+def _weight(item: t.Mapping[str, t.Any]) -> float:
+    weight = item.get("weight")
+    return 1.0 if weight is None else float(weight)
+
+
 def _weighted(option: str, targets: int, item: t.Mapping[str, t.Any]) -> int:
     """Targets on each disk of a node with this weight."""
-    weight = 1.0 if item["weight"] is None else float(item["weight"])
+    weight = _weight(item)
     count = targets * weight
     if not math.isfinite(count) or count <= 0 or count >= INDICES:
         raise Refused(option, weight, f"a disk would have {count:g} targets", "1 to 99 are possible")
@@ -387,9 +397,9 @@ def _weighted(option: str, targets: int, item: t.Mapping[str, t.Any]) -> int:
 def _check_room(cluster: Cluster, targets: int, params: t.Mapping[str, t.Any], erasure: bool) -> None:
     """Whether chains of different nodes and domains can use all targets."""
     word = "targets of an EC group" if erasure else "replicas"
-    domains: dict[str, list[Node]] = {}
+    domains: dict[str | int, list[Node]] = {}
     for node in cluster.nodes:
-        domains.setdefault(node.domain or f"node {node.id}", []).append(node)
+        domains.setdefault(node.domain or node.id, []).append(node)
     kind = "failure domains" if cluster.nodes[0].domain else "storage nodes"
     if len(domains) < cluster.replicas:
         raise Refused(
@@ -422,7 +432,7 @@ def _check_room(cluster: Cluster, targets: int, params: t.Mapping[str, t.Any], e
 
 
 def _fits(nodes: t.Sequence[t.Mapping[str, t.Any]], targets: int, replicas: int) -> bool:
-    counts = [(targets * (1.0 if item["weight"] is None else float(item["weight"])), item["disks"]) for item in nodes]
+    counts = [(targets * _weight(item), item["disks"]) for item in nodes]
     if any(abs(count - round(count)) > 1e-6 or not 1 <= round(count) < INDICES for count, _disks in counts):
         return False
     return not sum(round(count) * disks for count, disks in counts) % replicas

@@ -128,8 +128,14 @@ class Disks:
     def plan(self, observed: t.Mapping[str, t.Any]) -> list[Step]:
         """Format what is empty, write mount units, mount."""
         found: list[Step] = []
+        devices: dict[str, str] = {}
         for index, disk in enumerate(self.disks):
             now = observed["disks"][disk["device"]]
+            other = devices.setdefault(now["name"] if now else disk["device"], disk["device"])
+            if other != disk["device"]:
+                raise Refused(
+                    f"disks[{index}].device", disk["device"], f"the same disk as {other}", "Name each disk once"
+                )
             found += self._disk_steps(f"disks[{index}]", disk, now, observed["mounts"])
         writes = [step for step in found if step.verb == "write"]
         mounts = [step for step in found if step.verb == "mount"]

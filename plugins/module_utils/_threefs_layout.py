@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import re
 import typing as t
 
+from ansible_collections.agentfleet.metal.plugins.module_utils._placement_table import cluster_of
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import chunk_size
 
@@ -26,14 +28,19 @@ def nodes(hosts: Hosts, table: t.Mapping[str, t.Any], leaving: t.Collection[str]
     :param leaving: hosts that shall lose their targets
     """
     found = []
-    for name in table.get("hosts") or having(hosts, "storage"):
-        if name in leaving:
-            continue
+    for name in _holders(hosts, table, leaving):
         host = hosts[name]
         node: dict[str, t.Any] = {"id": host["node"] + 10000, "disks": host["disks"]}
-        node.update({key: host[key] for key in ("weight", "domain") if host.get(key)})
+        for key, kind in (("weight", float), ("domain", str)):
+            if host.get(key) is not None:
+                node[key] = kind(host[key])
         found.append(node)
     return found
+
+
+def _holders(hosts: Hosts, table: t.Mapping[str, t.Any], leaving: t.Collection[str]) -> list[str]:
+    """The hosts on which a table has targets."""
+    return [name for name in table.get("hosts") or having(hosts, "storage") if name not in leaving]
 
 
 def stripes(wish: t.Mapping[str, t.Any], table: t.Mapping[str, t.Any]) -> dict[str, int]:
@@ -54,9 +61,14 @@ def chunks(wish: t.Mapping[str, t.Any], table: t.Mapping[str, t.Any]) -> dict[st
     return found
 
 
+def _of(table: t.Mapping[str, t.Any], wish: t.Mapping[str, t.Any], key: str) -> int:
+    """A number of a table, or the cluster's where it has none."""
+    return int(wish[key] if table.get(key) is None else table[key])
+
+
 def group(wish: t.Mapping[str, t.Any], table: t.Mapping[str, t.Any]) -> tuple[bool, int]:
     """Whether a table is for erasure coding, and how many targets of different hosts belong together."""
-    return table.get("type") == "EC", int(table.get("replicas") or wish["replicas"])
+    return table.get("type") == "EC", _of(table, wish, "replicas")
 
 
 def replicas(wish: t.Mapping[str, t.Any]) -> dict[str, int]:
@@ -75,6 +87,7 @@ def check(hosts: Hosts, wish: t.Mapping[str, t.Any], leaving: t.Collection[str] 
     :param wish: the role's variables without their prefix
     """
     _check_hosts(hosts)
+    _check_once("threefs_mounts", wish["mounts"])
     for name in leaving:
         if name not in having(hosts, "storage"):
             raise Refused(
@@ -165,6 +178,13 @@ def _check_hosts(hosts: Hosts) -> None:
                     f"threefs_mounts has {host['disks']} mount points",
                     "Name one device for each, in the same order on all hosts",
                 )
+            _check_once(f"{name}.threefs_devices", host["devices"])
+
+
+def _check_once(option: str, names: t.Sequence[str]) -> None:
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise Refused(f"{option}[{index}]", name, "another disk of the list has it", "Name each once")
 
 
 def _check_table(
@@ -181,17 +201,7 @@ def _check_table(
     if not low <= size <= high:
         what = "targets of an EC group, data and parity" if erasure else "replicas of a chain"
         raise Refused(f"{option}.replicas", size, f"not a number of {what}", f"{low} to {high}")
-    stay = nodes(hosts, table, leaving)
-    if len(stay) < size:
-        what = "targets of an EC group apart" if erasure else "replicas of a chain"
-        left = " when the drained ones are gone" if leaving else ""
-        raise Refused(
-            f"{option}.replicas",
-            size,
-            f"{len(stay)} storage hosts cannot hold {size} {what}{left}",
-            f"Add storage hosts, or {'smaller groups' if erasure else 'keep fewer replicas'}",
-        )
-    targets = sum(node["disks"] for node in stay) * int(table.get("targets_per_disk") or wish["targets_per_disk"])
+    targets = _targets(hosts, wish, option, table, leaving)
     chains = targets if erasure else targets // size
     sizes = [chunk_size(f"{option}.chunk_sizes[{n}]", value) for n, value in enumerate(table.get("chunk_sizes") or [])]
     for name, chunk in chunks(wish, table).items():
@@ -217,6 +227,26 @@ def _check_table(
                 f"table {table['id']} will have {chains} chains only",
                 f"At most {chains}, or more targets_per_disk",
             )
+
+
+def _targets(
+    hosts: Hosts, wish: t.Mapping[str, t.Any], option: str, table: t.Mapping[str, t.Any], leaving: t.Collection[str]
+) -> int:
+    """The number of a table's targets; the generator itself says what it could not place."""
+    names, stay = _holders(hosts, table, leaving), nodes(hosts, table, leaving)
+    erasure, size = group(wish, table)
+    try:
+        per_disk = _of(table, wish, "targets_per_disk")
+        return cluster_of({"nodes": stay, "targets_per_disk": per_disk}, size, erasure).slots
+    except Refused as refusal:
+        named, value = f"{option}.{refusal.option.replace('nodes', 'hosts')}", refusal.value
+        node = re.fullmatch(r"nodes\[(\d+)\]\.(\w+)", refusal.option)
+        if node:
+            named = "threefs_mounts" if node[2] == "disks" else f"{names[int(node[1])]}.threefs_{node[2]}"
+        elif refusal.option == "nodes":
+            value = {known["id"]: name for known, name in zip(stay, names)}.get(value, value)
+        problem = refusal.problem + (" when the drained ones are gone" if leaving else "")
+        raise Refused(named, value, problem, refusal.remedy) from None
 
 
 def _check_directory(option: str, directory: t.Mapping[str, t.Any]) -> None:

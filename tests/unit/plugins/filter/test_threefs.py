@@ -60,18 +60,18 @@ def test_users_get_the_token_before_for_a_rotation() -> None:
 
 def test_the_cluster_of_an_inventory() -> None:
     members = [
-        member(1, threefs_domain="r1"),
-        member(2, threefs_weight=2),
-        member(3),
+        member(1, threefs_domain=1),
+        member(2, threefs_domain=2),
+        member(3, threefs_domain=0, threefs_weight=1),
         member(4, threefs_services=["fuse", "monitor"]),
     ]
     layout = FILTERS["threefs_layout"](members, WISH)
     assert layout["admin"] == "h1" and layout["mgmtd"] == ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
     assert layout["monitor"] == "10.0.0.4" and layout["expect"] == {"mgmtd": 3, "meta": 3, "storage": 3}
     assert layout["tables"][0]["nodes"] == [
-        {"id": 10001, "disks": 1, "domain": "r1"},
-        {"id": 10002, "disks": 1, "weight": 2},
-        {"id": 10003, "disks": 1},
+        {"id": 10001, "disks": 1, "domain": "1"},
+        {"id": 10002, "disks": 1, "domain": "2"},
+        {"id": 10003, "disks": 1, "domain": "0", "weight": 1.0},
     ]
     assert [table["disjoint_from"] for table in layout["tables"]] == [[], [1], [1]]
     assert layout["replicas"] == {"1": 3, "2": 2, "3": 1}
@@ -88,7 +88,7 @@ def test_a_table_is_ordered_for_the_widest_stripe_of_its_directories() -> None:
 
 
 def test_two_storage_hosts_for_three_replicas() -> None:
-    with pytest.raises(AnsibleFilterError, match="2 storage hosts cannot hold 3 replicas"):
+    with pytest.raises(AnsibleFilterError, match="2 storage nodes cannot hold 3 replicas apart"):
         FILTERS["threefs_layout"]([member(1), member(2)], {**WISH, "tables": [{"id": 1}]})
 
 
@@ -119,7 +119,7 @@ def test_a_table_of_ec_groups_and_a_directory_on_it() -> None:
     ("table", "directory", "said"),
     [
         ({"id": 1, "type": "EC"}, {}, r"threefs_tables\[0\].type.*root directory.*no parity"),
-        ({**CODED, "replicas": 4}, {}, "3 storage hosts cannot hold 4 targets of an EC group apart"),
+        ({**CODED, "replicas": 4}, {}, "3 storage nodes cannot hold 4 targets of an EC group apart"),
         ({**CODED, "replicas": 1}, {}, r"threefs_tables\[1\].replicas.*data and parity"),
         ({"id": 4, "replicas": 6}, {}, r"threefs_tables\[1\].replicas.*not a number of replicas.*1 to 5"),
         (

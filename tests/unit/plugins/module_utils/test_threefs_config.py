@@ -358,6 +358,7 @@ HOSTS: dict[str, dict[str, t.Any]] = {
     for n in (1, 2, 3)
 }
 WISH: dict[str, t.Any] = {
+    "mounts": ["/storage/data1", "/storage/data2"],
     "tables": [{"id": 1}],
     "replicas": 3,
     "targets_per_disk": 6,
@@ -370,6 +371,11 @@ WISH: dict[str, t.Any] = {
 }
 
 
+def with_(**more: t.Any) -> dict[str, dict[str, t.Any]]:
+    """The hosts, the second of them with these variables."""
+    return {**HOSTS, "h2": {**HOSTS["h2"], **more}}
+
+
 def refusal(hosts: t.Any = None, leaving: t.Sequence[str] = (), **wish: t.Any) -> Refused:
     """Why a cluster is refused."""
     with pytest.raises(Refused) as refused:
@@ -379,6 +385,10 @@ def refusal(hosts: t.Any = None, leaving: t.Sequence[str] = (), **wish: t.Any) -
 
 def test_a_cluster_that_can_work() -> None:
     _threefs_layout.check(HOSTS, WISH)
+    _threefs_layout.check({**with_(weight=0.5), "h4": {**HOSTS["h1"], "node": 4}}, WISH)
+    assert _threefs_layout.nodes(with_(weight=0), {"id": 1, "hosts": ["h2"]}) == [
+        {"id": 10002, "disks": 2, "weight": 0}
+    ], "refused, and not the usual weight"
     assert _threefs_layout.nodes(HOSTS, {"id": 1}, ["h2"]) == [{"id": 10001, "disks": 2}, {"id": 10003, "disks": 2}]
 
 
@@ -388,9 +398,28 @@ def test_a_cluster_that_can_work() -> None:
         (
             {"hosts": {name: HOSTS[name] for name in ("h1", "h2")}},
             "threefs_tables[0].replicas",
-            "2 storage hosts cannot hold 3",
+            "2 storage nodes cannot hold 3 replicas apart",
         ),
         ({"leaving": ["h3"]}, "threefs_tables[0].replicas", "when the drained ones are gone"),
+        (
+            {"hosts": {f"h{n}": {**HOSTS["h1"], "node": n} for n in range(1, 6)}, "targets_per_disk": 2},
+            "threefs_tables[0].targets_per_disk",
+            "the 20 targets of all disks do not divide into chains of 3",
+        ),
+        (
+            {"hosts": {name: {**host, "domain": f"r{host['node'] % 2}"} for name, host in HOSTS.items()}},
+            "threefs_tables[0].replicas",
+            "2 failure domains cannot hold 3",
+        ),
+        ({"hosts": with_(domain="r1")}, "threefs_tables[0].hosts", "this node has no domain, and others have"),
+        ({"hosts": with_(weight=0.7)}, "h2.threefs_weight", "is 4.2, not a whole number"),
+        ({"hosts": with_(weight=0)}, "h2.threefs_weight", "a disk would have 0 targets"),
+        ({"hosts": with_(disks=5)}, "threefs_tables[0].hosts", "it has 30 of 54 targets"),
+        ({"hosts": with_(disks=1000)}, "threefs_mounts", "out of range"),
+        ({"tables": [{"id": 1, "targets_per_disk": 0}]}, "threefs_tables[0].targets_per_disk", "out of range"),
+        ({"tables": [{"id": 1, "replicas": 0}]}, "threefs_tables[0].replicas", "not a number of replicas"),
+        ({"hosts": with_(devices=["nvme-A", "nvme-A"])}, "h2.threefs_devices[1]", "another disk of the list has it"),
+        ({"mounts": ["/a", "/a"]}, "threefs_mounts[1]", "another disk of the list has it"),
         ({"leaving": ["h9"]}, "threefs_drain_hosts", "no storage host"),
         ({"stripe": 13}, "threefs_stripe", "will have 12 chains only"),
         ({"tables": [{"id": 42}]}, "threefs_tables[0].id", "out of range"),
@@ -428,3 +457,5 @@ def test_a_cluster_that_can_work() -> None:
 def test_a_cluster_that_cannot_work(change: dict[str, t.Any], option: str, problem: str) -> None:
     refused = refusal(**change)
     assert refused.option == option and problem in refused.problem and refused.remedy
+    if option == "threefs_tables[0].hosts" and change.get("hosts"):
+        assert refused.value in change["hosts"], "a host is called by its name"
