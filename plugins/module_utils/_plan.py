@@ -154,6 +154,14 @@ def _apply_audited(module: t.Any, resource: Resource, steps: t.Sequence[Step]) -
                 module.warn(f"{_audit.LOG}: {error.strerror}. What was done is not in the audit log")
 
 
+def unlogged(kind: t.Any) -> t.Any:
+    """AnsibleModule, but with no values of parameters in the host's log, for modules with secrets inside of other options.
+
+    Ansible logs an option as its repr, where a secret with a newline or a backslash is not found and so not masked.
+    """
+    return type("Unlogged", (kind,), {"_log_invocation": lambda module: module.log("Invoked")})
+
+
 def converge(module: t.Any, build: t.Callable[[], Resource]) -> None:
     """Run one resource under an AnsibleModule (duck-typed, so nothing of Ansible is imported).
 

@@ -349,7 +349,7 @@ import typing as t
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge, unlogged
 from ansible_collections.agentfleet.metal.plugins.module_utils._pool import Pools
 
 MASTER = {
@@ -432,7 +432,7 @@ def build(params: t.Mapping[str, t.Any], host: Host) -> Pools:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(
+    module = unlogged(AnsibleModule)(
         argument_spec={"pools": {"type": "list", "elements": "dict", "required": True, "options": POOL}},
         supports_check_mode=True,
     )

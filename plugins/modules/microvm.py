@@ -544,7 +544,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm import MicroVms
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge, unlogged
 
 ARGUMENTS = {
     "state": {
@@ -717,7 +717,7 @@ def build(params: dict, host: Host) -> MicroVms:
 
 def main() -> None:
     """Run the module."""
-    module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
+    module = unlogged(AnsibleModule)(argument_spec=ARGUMENTS, supports_check_mode=True)
     converge(module, lambda: build(module.params, Host()))
 
 

@@ -252,7 +252,7 @@ import typing as t
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge, unlogged
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_config import Config
 
 
@@ -263,7 +263,7 @@ def build(params: t.Mapping[str, t.Any], host: Host) -> Config:
 
 def main() -> None:
     """Entry point."""
-    module = AnsibleModule(
+    module = unlogged(AnsibleModule)(
         argument_spec={
             "cluster": {"type": "str", "required": True},
             "release": {"type": "path", "required": True},

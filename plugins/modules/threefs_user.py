@@ -100,7 +100,7 @@ import typing as t
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge, unlogged
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_user import Users
 
 
@@ -111,7 +111,7 @@ def build(params: t.Mapping[str, t.Any], host: Host) -> Users:
 
 def main() -> None:
     """Entry point."""
-    module = AnsibleModule(
+    module = unlogged(AnsibleModule)(
         argument_spec={
             "cluster": {"type": "str", "required": True},
             "users": {
