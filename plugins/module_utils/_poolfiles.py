@@ -30,6 +30,11 @@ class File:
         return "(hidden: it is as secret as the tenant's token)" if self.secret else self.text
 
 
+def tenants_path(name: str) -> str:
+    """Where a pool's tenants' secret names are, which the engine's program reads."""
+    return f"{POOLS}/{name}.tenants"
+
+
 def metadata_units(pool: t.Mapping[str, t.Any]) -> dict[str, str]:
     """Unit -> text, of the metadata services that this host runs for the pool's 3FS connectors, one for each of them."""
     found = {}
@@ -85,7 +90,7 @@ def expected(
         return {}
     found = {f"{UNITS}/{unit}": File(text) for unit, text in metadata_units(pool).items()}
     if pool["engine"] == "mooncake" and pool["tenants"]:
-        found[f"{POOLS}/{pool['name']}.tenants"] = File(json.dumps(ids, sort_keys=True) + "\n", 0o600, True)
+        found[tenants_path(pool["name"])] = File(json.dumps(ids, sort_keys=True) + "\n", 0o600, True)
     tiers = [{**tier, "devdax": devdax.get(tier["name"], "")} for tier in pool["tiers"]]
     for connector in pool["connectors"]:
         tenant_id = ids.get(connector["tenant"], "") if pool["engine"] == "mooncake" else ""
@@ -99,7 +104,7 @@ def expected(
 def on_host(host: Host, name: str) -> dict[str, tuple[str, int]]:
     """Path -> text and mode, of what a pool of this name has there."""
     paths = [
-        *host.glob(f"{POOLS}/{name}.tenants"),
+        *host.glob(tenants_path(name)),
         *host.glob(f"{UNITS}/agentfleet-kv-metadata-{name}-*.service"),
         *host.glob(f"{_connectors.DIRECTORY}/{name}/*/*"),
     ]

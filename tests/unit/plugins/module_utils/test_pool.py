@@ -34,7 +34,8 @@ class Machine:
     """A host with systemd as far as pools use it, and Mooncake answering what its stores have.
 
     ``used`` is in bytes by tier; the stores of other hosts have ``elsewhere`` bytes free. As the engine does, it says 0 of
-    a store that is not ``OK`` by ``status``.
+    a store that is not ``OK`` by ``status``. ``quotas`` are the master's, by tenants' secret names; our program answers by
+    the names that the host's file of tenants has at that moment.
     """
 
     def __init__(self, host: t.Any) -> None:
@@ -75,10 +76,15 @@ class Machine:
         if words[0] == "drain":
             for tier in words[2].split(","):
                 self.used[tier], self.status[tier] = 0, "DRAINED"
+        if not words[0].endswith("quotas"):
+            return ""
+        ids = json.loads(host.read(f"/etc/agentfleet/pools/{words[1]}.tenants"))
         if words[0] == "set-quotas":
             pool = json.loads(host.read(f"/etc/agentfleet/pools/{words[1]}.json"))
-            self.quotas = {x["name"]: {"quota_bytes": x["quota_bytes"], "used_bytes": 0} for x in pool["tenants"]}
-        return json.dumps(self.quotas) if words[0] == "quotas" else ""
+            self.quotas = {ids[x["name"]]: {"quota_bytes": x["quota_bytes"], "used_bytes": 0} for x in pool["tenants"]}
+            return ""
+        names = {secret: name for name, secret in ids.items()}
+        return json.dumps({names.get(secret, "(undeclared)"): state for secret, state in self.quotas.items()})
 
     def systemctl(self, host: t.Any) -> t.Any:
         words = [word for word in host.calls[-1].split()[1:] if not word.startswith("--")]
@@ -371,7 +377,7 @@ def test_tenants_get_quotas_and_secret_names(machine: Machine) -> None:
 
     more = [{**TENANTS[0], "quota": "3MiB"}, TENANTS[1]]
     assert machine.run(wish(tenants=more)) == ["declare /etc/agentfleet/pools/a.json", "set tenants' quotas of pool a"]
-    assert machine.quotas["red"]["quota_bytes"] == 3 << 20
+    assert machine.quotas[ids["red"]]["quota_bytes"] == 3 << 20
 
 
 def test_nothing_secret_is_in_a_plan_or_a_command(machine: Machine) -> None:
@@ -390,17 +396,25 @@ def test_nothing_secret_is_in_a_plan_or_a_command(machine: Machine) -> None:
     assert secret not in json.dumps(resource.result(resource.observe()))
 
 
-def test_a_token_that_changes_rewrites_what_depends_on_it(machine: Machine) -> None:
+@pytest.mark.parametrize("done", range(4))
+def test_a_token_that_changes_is_told_to_all_in_one_run(machine: Machine, done: int) -> None:
     connectors = [{"engine": "sglang", "backend": "mooncake", "tenant": "red"}]
     machine.run(wish(tenants=TENANTS, connectors=connectors))
-    other = [{**TENANTS[0], "token": "fedcba9876543210"}, TENANTS[1]]
-    machine.quotas = {**machine.quotas, "(undeclared)": machine.quotas.pop("red")}  # what the master then answers
-
-    assert machine.run(wish(tenants=other, connectors=connectors)) == [
+    old = set(machine.quotas)
+    other = wish(tenants=[{**TENANTS[0], "token": "fedcba9876543210"}, TENANTS[1]], connectors=connectors)
+    resource = _pool.Pools(machine.host, other)
+    steps = resource.plan(resource.observe())
+    assert [f"{step.verb} {step.object}" for step in steps] == [
         "write /etc/agentfleet/connectors/a/sglang-mooncake-red/mooncake.json",
         "write /etc/agentfleet/pools/a.tenants",
         "set tenants' quotas of pool a",
     ]
+    for step in steps[:done]:  # an interrupted run is finished by the next one
+        resource.apply(step)
+
+    assert bool(machine.run(other)) == (done < 3)
+    assert set(machine.quotas) == set(resource.ids["a"].values()) and resource.ids["a"]["red"] not in old
+    assert machine.run(other) == []
 
 
 def test_a_connector_that_is_taken_off_the_list_leaves_no_file(machine: Machine) -> None:
