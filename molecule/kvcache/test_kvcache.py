@@ -128,10 +128,10 @@ def test_pools_of_1_tib_are_planned_explained_and_rendered_for_all_connectors(la
     played = lab.play("kvcache_plan", f"--extra-vars=@{HERE}/vars/plans.yml")
     assert played.rc == 0, played.failures()
     explained, shown = (task.result["results"] for task in played.tasks)
-    said = {result["item"]["name"]: "\n".join(result["msg"]) for result in explained}
+    said = {result["item"]: "\n".join(result["msg"]) for result in explained}
     assert "= 3,187,648 tokens" in said["llama"] and "= 14,864,128 tokens" in said["deepseek"]
     for model in ("llama", "deepseek"):
-        files = [result["msg"] for result in shown if result["item"]["name"].startswith(model)]
+        files = [result["msg"] for result in shown if result["item"].startswith(model)]
         assert {name for one in files for name in one} == CONNECTORS
         assert all(any(text.strip() for text in made.values()) for one in files for made in one.values())
 
