@@ -20,8 +20,6 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refu
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size
 
 NODES = "/sys/devices/system/node"
-# What a kernel that needs no initramfs mounts itself.
-ROOT = ["root=/dev/pmem0", "rootfstype=erofs", "rootflags=dax=always", "ro"]
 
 Item = t.Mapping[str, t.Any]
 
@@ -191,27 +189,36 @@ class Resolver:
 
     def _kernel(self, item: Item, digest: str) -> dict[str, t.Any]:
         """Kernel and initramfs: the image's own, another image's, or a file that needs no initramfs."""
-        words = item["kernel_arguments"]
-        if item["kernel"].startswith("/"):
-            option = f"{item['option']}.kernel"
-            if not self.host.exists(item["kernel"]):
-                self._lacking(option, item["kernel"], "no such file on the host", "Bring the kernel there first")
-            return {"kernel": item["kernel"], "initrd": "", "kernel_arguments": [*ROOT, *words]}
-        if item["kernel"]:
-            digest = self._digest(f"{item['option']}.kernel", item["kernel"])
-        manifest = self.observed["images"].get(digest) or {"files": {"initrd": {}}}
-        if manifest.get("definition", {}).get("data"):
-            key = "kernel" if item["kernel"] else "image"
-            raise Refused(
-                f"{item['option']}.{key}", item[key], "an image of data, which has no kernel",
-                "Name it in data_images, beside the image of a root",
-            )  # fmt: skip
-        has_initrd = "initrd" in manifest["files"]
-        own = manifest.get("kernel_arguments", [] if has_initrd else ROOT)
+        option, wish, images = f"{item['option']}.kernel", item["kernel"], self.observed["images"]
+        path = wish if wish.startswith("/") else ""
+        if path and not self.host.exists(path):
+            self._lacking(option, path, "no such file on the host", "Bring the kernel there first")
+        holder = self._digest(option, wish) if wish and not path else digest
+        for key, one in (("image", digest), ("kernel", holder)):
+            if images.get(one, {}).get("definition", {}).get("data"):
+                raise Refused(
+                    f"{item['option']}.{key}", item[key], "an image of data, which has no kernel",
+                    "Name it in data_images, beside the image of a root",
+                )  # fmt: skip
+        initrd = "" if path or not _has_initrd(images.get(holder)) else _store.image_path(holder, _store.INITRD)
+        own: list[str] = []
+        if digest in images:
+            # An initramfs has in itself how to mount its image; a kernel without one is told by the image that it mounts.
+            own = [] if initrd else images[digest].get("kernel_arguments", [])
+            if wish and not initrd and not own:
+                raise Refused(
+                    option, wish, f"has no initramfs, and image {item['image']} does not start without one",
+                    "Build the image with kernel_source, or name an image whose kernel has an initramfs",
+                )  # fmt: skip
+            if wish and initrd and _mounted(images[digest]) != _mounted(images.get(holder, images[digest])):
+                raise Refused(
+                    option, wish, f"its initramfs mounts {wish}, in another way than {item['image']} is mounted",
+                    "Name an image with the same filesystem and dax, and without verity, or one built with kernel_source",
+                )  # fmt: skip
         return {
-            "kernel": _store.image_path(digest, "kernel"),
-            "initrd": _store.image_path(digest, "initrd") if has_initrd else "",
-            "kernel_arguments": [*own, *words],
+            "kernel": path or _store.image_path(holder, _store.KERNEL),
+            "initrd": initrd,
+            "kernel_arguments": [*own, *item["kernel_arguments"]],
         }
 
     # -- what the host must have -------------------------------------------------
@@ -321,6 +328,17 @@ def _of(kind: t.Any) -> str:
     if not kind:
         return ""
     return f" on NUMA node {kind[1]}" if kind[0] == "node" else f" in huge pages of {format_size(kind[1])}"
+
+
+def _has_initrd(manifest: Item | None) -> bool:
+    """Whether an image's kernel has an initramfs; it is taken for one that has where the image is not there yet."""
+    return manifest is None or _store.INITRD in manifest["files"]
+
+
+def _mounted(manifest: Item) -> tuple[str, str, str]:
+    """How an image is mounted: its file system, the options, and the device-mapper table of its verity."""
+    content = manifest.get("definition", {})
+    return content.get("filesystem", "erofs"), _store.mount_options(content), manifest.get("verity", "")
 
 
 def size_of(host: Host, path: str) -> int | None:

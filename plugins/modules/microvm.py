@@ -86,6 +86,8 @@ options:
         description:
           - Kernel instead of the image's own. The name or digest of another image of the store, whose kernel and initramfs are
             used, or the path of a kernel on the host that has everything built in and needs no initramfs.
+          - A kernel without an initramfs starts images that were built with O(agentfleet.metal.rootfs_image#module:images[].kernel_source).
+            An initramfs mounts what is like the image that it was built for, in C(filesystem) and C(dax), and without C(verity).
         type: str
         default: ""
       snapshots:

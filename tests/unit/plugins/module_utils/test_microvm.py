@@ -482,6 +482,7 @@ def test_an_image_that_cannot_be_what_is_wished(models: t.Any) -> None:
             "not in the host's image store",
         ),
         ({"image": "model"}, "image", "an image of data, which has no kernel"),
+        ({"kernel": "model"}, "kernel", "an image of data, which has no kernel"),
     ):
         resource = MicroVms(models, call({"name": "a1", **instance}))
         with pytest.raises(Refused, match=problem) as refused:
@@ -491,6 +492,86 @@ def test_an_image_that_cannot_be_what_is_wished(models: t.Any) -> None:
     resource = MicroVms(models, call({"name": "a1", "data_images": twice[:1]}))
     with pytest.raises(Refused, match="missing or damaged"):
         resource.plan(resource.observe())
+
+
+ARGUMENTS_OF = {
+    "own": ["root=/dev/pmem0", "rootfstype=erofs", "init=/usr/lib/agentfleet/early-init"],
+    "plain": ["root=/dev/pmem0", "rootfstype=ext4", "init=/usr/lib/agentfleet/early-init"],
+}
+
+
+@pytest.fixture
+def kernels(metal: t.Any) -> t.Any:
+    """The host, with a kernel of its own and images: ``own`` and ``plain`` (ext4, no DAX) need no initramfs."""
+    for number, (name, definition, verity) in enumerate(
+        (
+            ("own", {"filesystem": "erofs", "dax": True}, ""),
+            ("plain", {"filesystem": "ext4", "dax": False}, ""),
+            ("packaged", {"filesystem": "erofs", "dax": True}, ""),
+            ("packaged2", {"filesystem": "erofs", "dax": True}, ""),
+            ("nodax", {"filesystem": "erofs", "dax": False}, ""),
+            ("verified", {"filesystem": "erofs", "dax": False}, "0 8 verity ..."),
+        )
+    ):
+        digest = f"{number + 10:x}" * 64
+        files = {"rootfs.erofs": {"size_bytes": 2 << 20}, **({} if name in ARGUMENTS_OF else {"initrd": {}})}
+        manifest = {"files": files, "definition": definition, "verity": verity}
+        manifest["kernel_arguments"] = ARGUMENTS_OF.get(name, [])
+        directory = "/var/lib/agentfleet/images"
+        metal.files(
+            {f"{directory}/{digest}/manifest.json": json.dumps(manifest), f"{directory}/{digest}/rootfs.erofs": ""}
+        )
+        metal.files({f"{directory}/names/{name}": f"-> ../{digest}"})
+        os.truncate(metal.path(f"{directory}/{digest}/rootfs.erofs"), 2 << 20)
+    return metal.files({"/boot/vmlinux": ""})
+
+
+@pytest.mark.parametrize(
+    ("image", "kernel", "initrd", "arguments"),
+    [
+        ("own", "", False, "own"),
+        ("own", "/boot/vmlinux", False, "own"),
+        ("plain", "/boot/vmlinux", False, "plain"),
+        ("plain", "own", False, "plain"),  # the kernel mounts the image's file system, not that of its own image
+        ("packaged", "", True, ""),
+        ("packaged", "packaged2", True, ""),
+        ("own", "packaged", True, ""),
+    ],
+)
+def test_a_kernel_starts_the_image_that_it_is_given_to(
+    kernels: t.Any, image: str, kernel: str, initrd: bool, arguments: str
+) -> None:
+    run(kernels, call({"name": "a1", "image": image, "kernel": kernel, "kernel_arguments": ["quiet"]}))
+    spec = json.loads(kernels.read("/var/lib/agentfleet/microvms/a1/spec.json"))
+    of = kernels.link_name(f"/var/lib/agentfleet/images/names/{kernel or image}")
+    if kernel.startswith("/"):
+        assert spec["kernel"] == kernel
+    else:
+        assert spec["kernel"] == f"/var/lib/agentfleet/images/{of}/kernel"
+    assert spec["initrd"] == (f"/var/lib/agentfleet/images/{of}/initrd" if initrd else "")
+    assert spec["kernel_arguments"] == [*ARGUMENTS_OF.get(arguments, []), "quiet"]
+
+
+@pytest.mark.parametrize(
+    ("image", "kernel", "problem"),
+    [
+        ("packaged", "/boot/vmlinux", "does not start without one. Build the image with kernel_source"),
+        ("packaged", "own", "does not start without one. Build the image with kernel_source"),
+        ("packaged", "nodax", "its initramfs mounts nodax, in another way"),
+        ("packaged", "verified", "its initramfs mounts verified, in another way"),
+        ("nodax", "packaged", "its initramfs mounts packaged, in another way"),
+        ("nodax", "verified", "its initramfs mounts verified, in another way"),
+        ("verified", "nodax", "its initramfs mounts nodax, in another way"),
+        ("plain", "packaged", "its initramfs mounts packaged, in another way"),
+    ],
+)
+def test_a_kernel_that_could_not_start_the_image_is_refused(
+    kernels: t.Any, image: str, kernel: str, problem: str
+) -> None:
+    resource = MicroVms(kernels, call({"name": "a1", "image": image, "kernel": kernel}))
+    with pytest.raises(Refused, match=problem) as refused:
+        resource.plan(resource.observe())
+    assert (refused.value.option, refused.value.value) == ("instances[0].kernel", kernel)
 
 
 def test_a_share_that_comes_is_mounted_and_one_that_goes_is_unmounted_before(
