@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _boot, _connectors, _pooldecl, _poolfiles, _slab
@@ -33,6 +34,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._units import for
 UNITS = _poolfiles.UNITS
 SYSUSERS = "/etc/sysusers.d/60-agentfleet-kv.conf"
 DRAIN_SECONDS = 600
+_OWN_MODE, _OWN_SECONDS = 0o700, 600  # of a directory with an owner; to make him the owner of what is in it
 _SERVICE = f"""\
 Environment=PYTHONPATH={_boot.LIBRARY} PYTHONDONTWRITEBYTECODE=1
 User={USER}
@@ -186,7 +188,11 @@ class Pools:
             "listening": listening(self.host),
             "free": {node["id"]: node["free_bytes"] for node in observe_numa(self.host)["nodes"] if node["size_bytes"]},
             "mounts": {line.split()[1]: line.split()[2] for line in self.host.read("/proc/self/mounts").splitlines()},
-            "users": {line.split(":")[0] for line in self.host.read("/etc/passwd").splitlines()},
+            "users": {
+                words[0]: int(words[2])
+                for words in (line.split(":") for line in self.host.read("/etc/passwd").splitlines())
+                if words[2:] and words[2].isdigit()
+            },
             "rdma": self.host.names("/sys/class/infiniband"),
             "clients": {},
             "nodes": {},
@@ -232,16 +238,18 @@ class Pools:
             observed["quotas"][name] = json.loads(done.stdout) if done.rc == 0 else None
 
     def _space(self, path: str) -> dict[str, t.Any]:
-        """What a directory tier can have: its own size so far plus what its file system has free."""
+        """Whose a directory is, and what a tier in it can have: its size so far plus what its file system has free."""
         place = path
         while not self.host.exists(place):
             place = os.path.dirname(place)
         real = self.host.path(place)
         directory = os.path.isdir(real)
-        space = os.statvfs(real)
+        space, state = os.statvfs(real), os.stat(real)
         return {
             "exists": place == path,
             "directory": directory,
+            "uid": state.st_uid,
+            "mode": stat.S_IMODE(state.st_mode),
             "free": space.f_bavail * space.f_frsize,
             "used": sum(os.path.getsize(os.path.join(top, name)) for top, _d, names in os.walk(real) for name in names)
             if place == path and directory
@@ -394,8 +402,14 @@ class Pools:
             return steps
         for tier in pool["tiers"]:
             for path, _size, owner in _directories(pool, tier) if tier.get("path") else ():
-                if not observed["paths"][path]["exists"]:
+                there, uid = observed["paths"][path], observed["users"].get(owner)
+                if not there["exists"]:
                     steps.append(Step("create", path, after=f"directory of {owner or 'root'}", data=owner))
+                elif owner and (there["uid"], there["mode"]) != (uid, _OWN_MODE):
+                    names = [name for name, number in observed["users"].items() if number == there["uid"]]
+                    had = f"of {', '.join(names) or there['uid']}, mode {there['mode']:04o}"
+                    now = f"of {owner}, mode {_OWN_MODE:04o}, with all that is in it"
+                    steps.append(Step("own", path, before=had, after=now, data=owner, disruptive=True))
         owners = {
             path: owner for tier in pool["tiers"] if tier.get("path") for path, _size, owner in _directories(pool, tier)
         }
@@ -519,8 +533,9 @@ class Pools:
         observed: t.Mapping[str, t.Any],
     ) -> None:
         space = observed["paths"][tier["path"]]
-        if not space["directory"]:
-            raise Refused(f"{where}.path", tier["path"], "a file is in its place", "Name a directory")
+        for path in (tier["path"], *(path for path, _size, _owner in _directories(pool, tier))):
+            if not observed["paths"][path]["directory"]:
+                raise Refused(f"{where}.path", path, "a file is in its place", "Name a directory")
         if tier["medium"] == "threefs" and not self.predicting:
             kind = observed["mounts"].get(tier["mount"], "")
             if not kind.startswith("fuse"):
@@ -567,9 +582,15 @@ class Pools:
         elif step.verb == "disable":
             self.host.run(["systemctl", "disable", "--quiet", *step.data])
         elif step.verb == "create":
-            os.makedirs(self.host.path(step.object), mode=0o700 if step.data else 0o750)
+            os.makedirs(self.host.path(step.object), mode=_OWN_MODE if step.data else 0o750)
             if step.data:
                 self.host.run(["chown", f"{step.data}:", self.host.path(step.object)])
+        elif step.verb == "own":
+            # Closed until all is the owner's, so that who had it sees nothing new, and the next run an interrupted one.
+            real = os.path.realpath(self.host.path(step.object))
+            os.chmod(real, 0)
+            self.host.run(["chown", "--recursive", f"{step.data}:", real], timeout_seconds=_OWN_SECONDS)
+            os.chmod(real, _OWN_MODE)
         elif step.verb == "lay out":
             _slab.make(self.host.path(step.object), step.after)
             if step.data and step.before is None:

@@ -225,7 +225,9 @@ options:
                 has the tenant's connector finds its objects. Another token is an empty tenant.
             type: str
           owner:
-            description: User who owns the tenant's directory, with the other engines.
+            description:
+              - User who owns the tenant's directory, with the other engines. Nobody else can open it (mode 0700).
+              - Another owner gets the directory with all that is in it. Left out, a directory that is there stays as it is.
             type: str
       connectors:
         description: Configurations of inference engines to write.

@@ -50,6 +50,7 @@ class Machine:
             {
                 "/sys/devices/system/node/node0/meminfo": "Node 0 MemTotal: 65536 kB\nNode 0 MemFree: 32768 kB\n",
                 "/opt/agentfleet/mooncake": "-> mooncake-0.3.13.post1",
+                "/etc/passwd": f"agentfleet-kv:x:{os.getuid()}:1::/:/bin/sh\n",
             }
         )
         host.answers = {
@@ -466,7 +467,7 @@ def test_a_write_policy_is_followed_by_the_disk_or_by_the_engine(machine: Machin
 
 @pytest.mark.parametrize("tenants", [[], [{"name": "red", "quota": "32MiB", "owner": "svc"}]])
 def test_the_large_files_of_a_3fs_pool(machine: Machine, tenants: list[dict[str, str]]) -> None:
-    machine.host.files({"/etc/passwd": "svc:x:1:1::/:/bin/sh\n", "/3fs/s": None})
+    machine.host.files({"/etc/passwd": f"svc:x:{os.getuid()}:1::/:/bin/sh\n", "/3fs/s": None})
     machine.host.files({"/proc/self/mounts": "hf3fs.s /3fs/s fuse.hf3fs rw 0 0\n"})
     machine.host.answers["chown"] = ""
     tier = {"medium": "threefs", "size": "64MiB", "path": "/3fs/s/kv", "mount_point": "/3fs/s"}
@@ -490,6 +491,42 @@ def test_the_large_files_of_a_3fs_pool(machine: Machine, tenants: list[dict[str,
     with pytest.raises(Refused, match="a new map of its pages begins"):
         machine.run(other)
     assert machine.run([{**other[0], "lose_data": True}])[:2] == [f"lay out {file}" for file in files]
+
+
+def test_a_tenants_directory_gets_the_owner_and_mode_that_are_declared(machine: Machine) -> None:
+    def users(**uids: int) -> None:
+        machine.host.files({"/etc/passwd": "".join(f"{name}:x:{uid}:1::/:/bin/sh\n" for name, uid in uids.items())})
+
+    def pools(owner: str | None) -> list[dict[str, t.Any]]:
+        tier = {"medium": "ssd", "size": "4MiB", "path": "/srv/f"}
+        tenants = [{"name": "red", "quota": "1MiB", "owner": owner}]
+        return [{"name": "f", "engine": "filesystem", "tiers": [tier], "tenants": tenants}]
+
+    own, declare, real = "own /srv/f/red", "declare /etc/agentfleet/pools/f.json", machine.host.path("/srv/f/red")
+    me = os.getuid()
+    users(alice=me, bob=me + 1)
+    assert machine.run(pools("alice")) == ["create /srv/f/red", declare]
+    os.chmod(real, 0o777)
+    assert machine.run(pools("alice")) == [own] and os.stat(real).st_mode & 0o777 == 0o700
+    assert machine.run(pools("alice")) == []
+
+    resource = _pool.Pools(machine.host, pools("bob"))
+    step = resource.plan(resource.observe())[0]
+    assert (step.before, step.after) == (
+        "of alice, mode 0700",
+        "of bob, mode 0700, with all that is in it",
+    )
+    machine.host.answers["chown"] = (1, "", "interrupted")
+    with pytest.raises(HostError, match="interrupted"):
+        machine.run(pools("bob"))
+    assert os.stat(real).st_mode & 0o777 == 0, "closed to who had it, and not taken for done"
+    users(alice=me + 1, bob=me)  # as if chown had begun with the directory itself
+    machine.host.answers["chown"] = ""
+    assert machine.run(pools("bob")) == [own, declare]
+    assert machine.host.calls[-1] == f"chown --recursive bob: {real}"
+    assert machine.run(pools("bob")) == []
+    os.chmod(real, 0o750)
+    assert machine.run(pools(None)) == [declare], "without an owner it stays as somebody made it"
 
 
 def test_each_pool_of_a_host_has_a_map_of_its_own(machine: Machine) -> None:
