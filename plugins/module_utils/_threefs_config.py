@@ -97,11 +97,7 @@ class Config:
             raise Refused(
                 "fuse_token", "(hidden)", "fuse cannot start without a token", "Give the token of the mount's user"
             )
-        self.clickhouse = dict(params.get("clickhouse") or {})
-        if "monitor" in self.services and not self.clickhouse.get("host"):
-            raise Refused(
-                "clickhouse.host", None, "the monitor collector has nowhere to write", "Name the ClickHouse server"
-            )
+        self.clickhouse = self._clickhouse(params.get("clickhouse") or {})
         self.devices = [str(name) for name in params.get("rdma_devices") or []]
         self.skip_checks = list(params.get("skip_checks") or [])
         for index, name in enumerate(self.skip_checks):
@@ -167,22 +163,39 @@ class Config:
                 taken[port] = f"{kind} of {service}"
         return ports
 
+    def _clickhouse(self, given: t.Mapping[str, t.Any]) -> dict[str, str]:
+        house = {"db": "3fs", "port": "9000", "user": "default", "password": ""}
+        house.update({key: str(value) for key, value in given.items() if value is not None})
+        if "monitor" in self.services and not house.get("host"):
+            raise Refused(
+                "clickhouse.host", None, "the monitor collector has nowhere to write", "Name the ClickHouse server"
+            )
+        if not re.fullmatch(r"[0-9]{1,5}", house["port"]) or not 0 < int(house["port"]) < 65536:
+            raise Refused("clickhouse.port", house["port"], "not a port", "1 to 65535; without it 9000")
+        if not re.fullmatch(r"[A-Za-z0-9_]+", house["db"]):
+            raise Refused("clickhouse.db", house["db"], "not a name for a database", "Use letters, digits and _")
+        return house
+
+    def _ip(self, name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+        """An address, or that of a name; OSError where the name has none."""
+        try:
+            return ipaddress.ip_address(name)
+        except ValueError:
+            return ipaddress.ip_address(self._resolve(name))
+
     def _address(self, option: str, value: str, service: str) -> str:
         """HOST or HOST:PORT as IP:PORT, since upstream's services know no names."""
         name, _colon, port = str(value).partition(":")
         try:
-            address = str(ipaddress.ip_address(name))
-        except ValueError:
-            try:
-                address = self._resolve(name)
-            except OSError:
-                raise Refused(
-                    option,
-                    value,
-                    "the name cannot be resolved on this host",
-                    "Give an address, or put it into DNS or /etc/hosts",
-                ) from None
-        if ipaddress.ip_address(address).is_loopback:
+            address = self._ip(name)
+        except OSError:
+            raise Refused(
+                option,
+                value,
+                "the name cannot be resolved on this host",
+                "Give an address, or put it into DNS or /etc/hosts",
+            ) from None
+        if address.is_loopback:
             raise Refused(option, value, f"{address} is this host only", "Give an address that the other hosts reach")
         both = self.ports[service]
         return f"{address}:{port or both.get('rdma', both['tcp'])}"
@@ -257,10 +270,9 @@ class Config:
             }
             return {**values, "user_info.token": self.token} if self.token else values
         if service == "monitor":
-            house = {"db": "3fs", "port": "9000", "user": "default", "password": "", **_given(self.clickhouse)}
             prefix = "server.monitor_collector.reporter.clickhouse"
-            values = {f"{prefix}.{key}": str(house[key]) for key in ("db", "host", "port", "user")}
-            values[f"{prefix}.passwd"] = str(house["password"])
+            values = {f"{prefix}.{key}": self.clickhouse[key] for key in ("db", "host", "port", "user")}
+            values[f"{prefix}.passwd"] = self.clickhouse["password"]
             values["?common.cluster_id"] = self.cluster
             values["server.base.groups[0].listener.listen_port"] = self.ports["monitor"]["tcp"]
             return values
@@ -343,7 +355,7 @@ class Config:
         return next((place for place in places if self.host.exists(f"{place}/admin_cli")), places[0])
 
     def _others(self) -> dict[int, str]:
-        """Ports that other things on this host have: other clusters and FoundationDB."""
+        """Ports that other things on this host have: other clusters, FoundationDB and ClickHouse."""
         taken: dict[int, str] = {}
         for path in self.host.glob(f"{ETC}/*/cluster.json"):
             other = json.loads(self.host.read(path))
@@ -354,9 +366,25 @@ class Config:
         for path in self.host.glob("/etc/foundationdb*/foundationdb.conf"):
             for port in re.findall(r"^\[fdbserver\.(\d+)\]", self.host.read(path), re.MULTILINE):
                 taken[int(port)] = "FoundationDB"
-        if self.clickhouse.get("host") in ("localhost", "127.0.0.1") and self.clickhouse.get("port"):
+        if self._has_clickhouse():
             taken[int(self.clickhouse["port"])] = "ClickHouse"
         return taken
+
+    def _has_clickhouse(self) -> bool:
+        """Whether ClickHouse runs on this host. A loopback address is the monitor's host, whoever is told of it."""
+        if not self.clickhouse.get("host"):
+            return False
+        try:
+            address = self._ip(self.clickhouse["host"])
+        except OSError:  # the monitor cannot reach it, but that is no matter of ports
+            return False
+        if address.is_loopback:
+            return "monitor" in self.services
+        own = re.findall(r"\|-- (\S+)(?:\s+/\d+ \w+ \w+)*?\s+/32 host LOCAL", self.host.read("/proc/net/fib_trie"))
+        if address.version == 6:
+            lines = self.host.read("/proc/net/if_inet6").splitlines()
+            own = [str(ipaddress.IPv6Address(int(line.split()[0], 16))) for line in lines]
+        return str(address) in own
 
     # -- plan ------------------------------------------------------------------------------------
 
@@ -466,7 +494,7 @@ class Config:
             found[f"{self.directory}/{name}.toml"] = (self._render(name, shipped), mode)
         if "fuse" in self.services:
             found[f"{self.directory}/fuse.token"] = (self.fuse_token + "\n", 0o600)
-        if self.clickhouse.get("host") and "monitor" in self.services:
+        if "monitor" in self.services:
             found[self._clickhouse_path()] = (self._clickhouse_client(), 0o600)
         if self.fdb:
             found[self._fdb_path()] = (self.fdb + "\n", 0o644)
@@ -481,9 +509,8 @@ class Config:
         return f"{self.directory}/clickhouse-client.xml"
 
     def _clickhouse_client(self) -> str:
-        house = {"port": "9000", "user": "default", "password": "", **_given(self.clickhouse)}
         lines = "".join(
-            f"  <{key}>{str(house[key]).replace('&', '&amp;').replace('<', '&lt;')}</{key}>\n"
+            f"  <{key}>{self.clickhouse[key].replace('&', '&amp;').replace('<', '&lt;')}</{key}>\n"
             for key in ("host", "port", "user", "password")
         )
         return f"<config>\n{lines}</config>\n"
@@ -546,6 +573,7 @@ class Config:
             "target_paths": self.target_paths,
             "mountpoint": self.mountpoint,
             "fdb_cluster_file": self._fdb_path(),
+            **({"clickhouse_db": self.clickhouse["db"]} if "monitor" in self.services else {}),
         }
 
     # -- apply -------------------------------------------------------------------------------------
@@ -571,10 +599,6 @@ class Config:
         kept = state.get("kept") or {}
         told = bool(kept) and all(kept[MANAGED[name]] == text for name, text in self._mains(observed).items())
         return {"description": self.description(), "published": told, "restarts": self.restarts, "warnings": missing}
-
-
-def _given(values: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def _stems() -> list[str]:

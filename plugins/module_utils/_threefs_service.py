@@ -35,7 +35,6 @@ _FILES = {
 }
 _STOP_SECONDS = 330
 _STEADY_LOOKS = 3
-_ASK_TABLE = "EXISTS TABLE 3fs.distributions"
 _VARIABLE = "AGENTFLEET_3FS_CONFIG"
 
 
@@ -88,7 +87,8 @@ class Services:
         """Whether the monitor collector's tables are there, if they are ours to make."""
         if not self.schema or "monitor" not in self.given or "monitor" not in described["services"]:
             return True
-        done = self.host.run([*self._clickhouse(described), "--query", _ASK_TABLE], check=False)
+        ask = f"EXISTS TABLE `{_database(described)}`.distributions"
+        done = self.host.run([*self._clickhouse(described), "--query", ask], check=False)
         return done.rc == 0 and done.stdout.strip() == "1"
 
     def _running_digest(self, pid: str) -> str:
@@ -228,6 +228,7 @@ class Services:
             raise HostError(
                 f"none of {', '.join(places)} is there. Make the tables yourself and say clickhouse_schema: false"
             )
+        sql = re.sub(r"`?\b3fs\b`?", f"`{_database(described)}`", sql)  # the file knows one database for all clusters
         done = self.host.run([*self._clickhouse(described), "-n"], stdin=sql + "\n", check=False)
         if done.rc != 0:
             raise HostError(f"clickhouse-client: {done.text}. Is ClickHouse up, and are host, user and password right?")
@@ -279,3 +280,8 @@ class Services:
                 f"{unit} runs with another configuration; playbook threefs_rolling restarts it" for unit in outdated
             ],
         }
+
+
+def _database(described: t.Mapping[str, t.Any]) -> str:
+    """The monitor collector's database in ClickHouse."""
+    return str(described.get("clickhouse_db", "3fs"))

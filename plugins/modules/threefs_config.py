@@ -133,13 +133,13 @@ options:
     default: {}
     suboptions:
       host:
-        description: Its address.
+        description: Its address or name.
         type: str
       port:
-        description: Its native port.
+        description: Its native port; 9000, if left out, which is also that of mgmtd on TCP.
         type: str
       db:
-        description: Database.
+        description: Database of this cluster; V(3fs), if left out. Clusters with the same ClickHouse need one each.
         type: str
       user:
         description: User.

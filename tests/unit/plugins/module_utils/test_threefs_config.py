@@ -86,6 +86,61 @@ def test_a_host_without_fuse_keeps_no_token_of_its_mount(host: t.Any) -> None:
     assert not host.exists(f"{ETC}/fuse.token") and resource.plan(resource.observe()) == []
 
 
+ADDRESSES = """Local:
+  +-- 10.0.0.0/24 2 0 2
+     |-- 10.0.0.1
+        /32 link UNICAST
+        /32 host LOCAL
+     |-- 10.0.0.255
+        /32 link BROADCAST
+"""
+
+
+@pytest.mark.parametrize(
+    ("house", "services", "refused"),
+    [
+        ({"host": "127.0.0.1"}, ["mgmtd", "monitor"], True),
+        ({"host": "127.0.0.1"}, ["mgmtd"], False),
+        ({"host": "::1", "port": "9000"}, ["mgmtd", "monitor"], True),
+        ({"host": "10.0.0.1"}, ["mgmtd"], True),
+        ({"host": "mgmtd1"}, ["mgmtd", "monitor"], True),
+        ({"host": "fd00::1"}, ["mgmtd", "monitor"], True),
+        ({"host": "fd00::2"}, ["mgmtd", "monitor"], False),
+        ({"host": "10.0.0.255"}, ["mgmtd", "monitor"], False),
+        ({"host": "10.0.0.1", "port": "8999"}, ["mgmtd", "monitor"], False),
+        ({"host": "10.0.0.1"}, ["meta", "monitor"], False),
+        ({}, ["mgmtd"], False),
+    ],
+)
+def test_clickhouse_on_this_host_keeps_its_port(
+    host: t.Any, house: dict[str, str], services: list[str], refused: bool
+) -> None:
+    six = "fd000000000000000000000000000001 02 40 00 80     eth0\n"
+    host.files({"/proc/net/fib_trie": ADDRESSES, "/proc/net/if_inet6": six})
+    resource = config(host, clickhouse=house, services=services, publish=False)
+    if refused:
+        with pytest.raises(Refused, match=r"ports.mgmtd.tcp: 9000: ClickHouse has it on this host"):
+            resource.plan(resource.observe())
+    else:
+        assert resource.plan(resource.observe())
+
+
+def test_clickhouse_whose_name_is_unknown_here_is_elsewhere(host: t.Any) -> None:
+    def unknown(_name: str) -> str:
+        raise OSError("no such name")
+
+    resource = Config(host, {**BASE, "clickhouse": {"host": "house"}, "mgmtd": ["10.0.0.1"], "publish": False}, unknown)
+    assert resource.observe()["others"] == {}
+
+
+def test_the_database_of_the_monitor_is_told_to_what_makes_its_tables(host: t.Any) -> None:
+    house = {**BASE["clickhouse"], "db": "stage"}
+    collector = written(host, "monitor_collector_main", clickhouse=house)["server"]["monitor_collector"]
+    assert collector["reporter"]["clickhouse"]["db"] == "stage"
+    assert json.loads(host.read(f"{ETC}/cluster.json"))["clickhouse_db"] == "stage"
+    assert "clickhouse_db" not in config(host, services=["meta"], publish=False).description()
+
+
 # -- the files that really ship, without what they say ---------------------------------
 
 RECORD = json.loads((Path(__file__).resolve().parents[3] / "contract/threefs.json").read_text())["configs"]

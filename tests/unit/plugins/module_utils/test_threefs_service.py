@@ -132,6 +132,24 @@ def test_tables_of_the_monitor_are_made_when_they_are_missing(host: t.Any) -> No
     assert host.calls[-1].endswith("clickhouse-client.xml -n")
 
 
+@pytest.mark.parametrize(("more", "name"), [({}, "3fs"), ({"clickhouse_db": "stage"}, "stage")])
+def test_tables_are_made_in_the_database_that_the_monitor_writes_to(
+    host: t.Any, monkeypatch: pytest.MonkeyPatch, more: dict[str, str], name: str
+) -> None:
+    sql = "CREATE DATABASE IF NOT EXISTS 3fs;\nCREATE TABLE IF NOT EXISTS 3fs.counters (a DateTime);\n"
+    host.files(
+        {"/etc/3fs/stage/cluster.json": json.dumps({**DESCRIBED, **more}), "/opt/3fs/1/sql/3fs-monitor.sql": sql}
+    )
+    host.answers["clickhouse-client"] = "0\n"
+    given: list[str] = []
+    run = host.run
+    monkeypatch.setattr(host, "run", lambda argv, **how: (given.append(how.get("stdin", "")), run(argv, **how))[1])
+    converge(host, services=["monitor"])
+    asked = [call for call in host.calls if "EXISTS" in call]
+    assert asked[0].endswith(f"--query EXISTS TABLE `{name}`.distributions")
+    assert f"DATABASE IF NOT EXISTS `{name}`;\nCREATE TABLE IF NOT EXISTS `{name}`.counters (" in "".join(given)
+
+
 def test_stopping_and_removing(host: t.Any) -> None:
     converge(host)
     assert converge(host, services=["storage"], state="stopped") == [("stop", "storage")]
