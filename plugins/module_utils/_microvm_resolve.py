@@ -97,7 +97,7 @@ class Resolver:
 
     def _spec(self, item: Item, interfaces: list[_network.Interface]) -> _vmm.Spec:
         option = item["option"]
-        digest = "" if item["from_snapshot"] else self._digest(f"{option}.image", item["image"])
+        digest = self._digest(f"{option}.image", item["image"]) if item["image"] else ""
         manifest = self.observed["images"].get(digest)
         before = self.observed["specs"].get(item["name"], {})
         kept = before.get("program", "") if before.get("driver") == item["driver"] else ""

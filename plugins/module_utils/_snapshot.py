@@ -69,6 +69,16 @@ INHERITED = (
     "initrd", "kernel_arguments", "vcpus", "vcpus_max", "memory_bytes", "memory_max_bytes", "memory_zones", "hugepage_bytes",
     "thp", "balloon_bytes", "free_page_reporting", "hotplug_slots", "volumes", "shares", "devices", "rate_limits",
 )  # fmt: skip
+# Options of an instance that say something of it: keys in the spec, and what the module makes of one that is left out.
+PARENTS: dict[str, tuple[tuple[str, ...], t.Any]] = {
+    "driver": (("driver",), "qemu"), "image": (("image_digest",), ""), "data_images": (("data_images",), []),
+    "kernel": (("kernel",), ""), "kernel_arguments": (("kernel_arguments",), []), "vcpus": (("vcpus",), 1),
+    "vcpus_max": (("vcpus_max",), None), "memory": (("memory_bytes",), None), "memory_max": (("memory_max_bytes",), None),
+    "memory_zones": (("memory_bytes", "memory_zones"), []), "numa_node": (("memory_zones",), None),
+    "hugepages": (("hugepage_bytes",), None), "thp": (("thp",), False), "balloon": (("balloon_bytes",), None),
+    "hotplug_slots": (("hotplug_slots",), 0), "volumes": (("volumes",), []), "shares": (("shares",), []),
+    "devices": (("devices",), []), "rate_limits": (("rate_limits",), None),
+}  # fmt: skip
 
 
 def stored_at(name: str) -> str:
@@ -212,7 +222,8 @@ def wish(option: str, item: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
             f"{option}.snapshots", True, "it starts from a snapshot itself, whose pages it shares",
             "Leave out one of snapshots and from_snapshot",
         )  # fmt: skip
-    return {"snapshots": item["snapshots"], "from_snapshot": name}
+    declared = {option: item[option] for option, (_keys, default) in PARENTS.items() if item[option] != default}
+    return {"snapshots": item["snapshots"], "from_snapshot": name, "declared": declared}
 
 
 class Sources:
@@ -233,7 +244,7 @@ class Sources:
             spec["memory_file"], spec["free_page_reporting"] = memory_file(spec["name"]), False
             self._check_ram(item["option"], spec)
         if item["from_snapshot"]:
-            self._inherit(f"{item['option']}.from_snapshot", item["from_snapshot"], spec)
+            self._inherit(item, spec)
 
     def _check_ram(self, option: str, spec: _vmm.Spec) -> None:
         """A guest whose RAM does not fit into its file system is killed when it touches too much of it."""
@@ -254,7 +265,8 @@ class Sources:
                 "Make /run larger (mount -o remount,size=50% /run, and so in /etc/fstab), or give it less memory",
             )  # fmt: skip
 
-    def _inherit(self, option: str, name: str, spec: _vmm.Spec) -> None:
+    def _inherit(self, item: t.Mapping[str, t.Any], spec: _vmm.Spec) -> None:
+        option, name = f"{item['option']}.from_snapshot", item["from_snapshot"]
         if self._manifests is None:
             self._manifests = stored(self.host)
         manifest = self._manifests.get(name)
@@ -270,19 +282,37 @@ class Sources:
                 self._problems[name] = problem(self.host, name, manifest)
             if self._problems[name]:
                 raise Refused(option, name, self._problems[name], ANEW)
-            self._take(option, name, manifest["spec"], spec)
+            self._take(item, manifest["spec"], spec)
         spec["restore_from"], spec["memory_file"] = seen_at(name), f"{seen_at(name)}/{RAM}"
 
     @staticmethod
-    def _take(option: str, name: str, parent: _vmm.Spec, spec: _vmm.Spec) -> None:
-        for what, need, have in (
-            ("networks", len(parent["networks"]), len(spec["networks"])),
-            ("disks of first-boot data", int(bool(parent["data"])), int(bool(spec["data"]))),
-        ):
-            if have != need:
+    def _take(item: t.Mapping[str, t.Any], parent: _vmm.Spec, spec: _vmm.Spec) -> None:
+        option, name, declared = item["option"], item["from_snapshot"], item["declared"]
+        need, have = len(parent["networks"]), len(spec["networks"])
+        if have != need:
+            raise Refused(
+                f"{option}.from_snapshot", name, f"the snapshot's machine has {need} networks and this one {have}",
+                f"Declare as many as microVM {parent['name']} had",
+            )  # fmt: skip
+        if spec["data"] != parent["data"]:
+            # The guest read its parent's when it booted, and boots no more; only a digest of it may be shown.
+            raise Refused(
+                f"{option}.user_data", spec["data"] or None,
+                f"a clone goes on with what microVM {parent['name']} had, which is {parent['data'] or 'none'}, "
+                "and does not boot, which would apply it",
+                f"Declare {'the same user_data as that had' if parent['data'] else 'none'}; what a clone has of its own "
+                "comes by environment and by executables of the image in /etc/agentfleet/identity.d/",
+            )  # fmt: skip
+        words, its = spec["kernel_arguments"], parent.get("kernel_arguments", [])
+        if its[len(its) - len(words) :] == words:  # an image's own words come before these
+            spec["kernel_arguments"] = its
+        for change in _vmm.changes(parent, spec):
+            said = [one for one in declared if change.key in PARENTS[one][0]]
+            if said:
                 raise Refused(
-                    option, name, f"the snapshot's machine has {need} {what} and this one {have}",
-                    f"Declare as many as microVM {parent['name']} had",
+                    f"{option}.{said[0]}", change.item or declared[said[0]],
+                    f"a clone goes on with what microVM {parent['name']} had, and this differs from it ({change})",
+                    "Leave it out, or start this one from its image instead of the snapshot",
                 )  # fmt: skip
         machine = t.cast("dict[str, t.Any]", parent)
         t.cast("dict[str, t.Any]", spec).update({key: machine[key] for key in INHERITED if key in machine})

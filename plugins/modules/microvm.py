@@ -101,6 +101,9 @@ options:
             (driver, image, CPUs, memory) comes from the snapshot. Its pages are in the host's memory once for all clones.
           - Name, addresses, MACs, machine-id, entropy, clock and O(instances[].environment) are its own before it counts as
             started. It has as many O(instances[].networks) as the microVM that the snapshot is of.
+          - All else goes on as it was in that microVM. O(instances[].user_data) must be the same, since a clone does not boot;
+            of what a machine is made of (CPUs, memory, image, kernel, volumes, shares, devices, limits of rates) leave out what
+            you like, and what you give must be what that microVM had. Otherwise it is refused.
         type: str
         default: ""
       vcpus:

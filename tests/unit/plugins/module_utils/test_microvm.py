@@ -178,6 +178,73 @@ def test_check_mode_plans_like_the_real_run_where_nothing_is_there_yet(fake_host
     ]
 
 
+PARENT = {
+    "name": "parent", "snapshots": True, "memory": "512MiB", "vcpus": 2, "kernel_arguments": ["mitigations=off"], "numa_node": 0,
+    "volumes": [{"name": "data", "size": "1MiB", "template": "/srv/data", "readonly": True, "mount": "/data"}],
+    "user_data": {"files": [{"path": "/etc/token", "content": "PARENT"}]},
+}  # fmt: skip
+CLONE = {"name": "clone", "image": "", "from_snapshot": "warm", "user_data": PARENT["user_data"]}
+
+
+@pytest.fixture
+def warm(metal: t.Any) -> t.Any:
+    """A host with a snapshot of a microVM."""
+    metal.files({"/srv/data": "1", "/sys/devices/system/node/node0/meminfo": "Node 0 MemTotal: 4194304 kB\n"})
+    metal.answers["/usr/bin/qemu-system-x86_64 --version"] = "QEMU emulator version 10.0.2 (Debian)"
+    run(metal, call(PARENT))
+    spec = json.loads(metal.read("/var/lib/agentfleet/microvms/parent/spec.json"))
+    manifest = {"format": 1, "spec": spec, "key": {}, "files": {}}
+    metal.files({"/var/lib/agentfleet/snapshots/warm/manifest.json": json.dumps(manifest)})
+    return metal
+
+
+def test_a_clone_has_what_its_parent_had_whether_it_says_so_or_not(warm: t.Any) -> None:
+    said = {key: value for key, value in PARENT.items() if key not in ("name", "snapshots")}
+    given = [CLONE, {**CLONE, **said, "name": "other", "image": DIGEST}]
+    run(warm, call(*given))
+    specs = [json.loads(warm.read(f"/var/lib/agentfleet/microvms/{name}/spec.json")) for name in ("clone", "other")]
+    for spec in specs:
+        assert (spec["vcpus"], spec["memory_bytes"], spec["image_digest"]) == (2, 512 << 20, DIGEST)
+        assert spec["kernel_arguments"][-1] == "mitigations=off"
+        assert [volume["name"] for volume in spec["volumes"]] == ["data"]
+    assert run(warm, call(*given)) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "differs"),
+    [
+        ({"vcpus": 4}, "vcpus 2 -> 4"),
+        ({"vcpus_max": 4}, "vcpus_max 2 -> 4"),
+        ({"memory": "1GiB"}, "memory_bytes 536870912 -> 1073741824"),
+        ({"memory_zones": [{"size": "1GiB", "numa_node": 0}]}, "memory_bytes 536870912 -> 1073741824"),
+        ({"kernel_arguments": ["nosmt"]}, "-> ['nosmt']"),
+        ({"hotplug_slots": 3}, "hotplug_slots 0 -> 3"),
+        ({"thp": True}, "thp False -> True"),
+        ({"driver": "cloud_hypervisor"}, "driver 'qemu' -> 'cloud_hypervisor'"),
+        ({"volumes": [{"name": "other", "size": "1GiB"}]}, "volumes data removed"),
+        ({"shares": [{"tag": "m", "source": "/srv"}]}, "shares m added"),
+        ({"devices": ["0000:01:00.0"]}, "devices 0000:01:00.0 added"),
+        ({"rate_limits": {"disk_operations_per_second": 9}}, "'disk_operations_per_second': 9"),
+    ],
+)
+def test_a_clone_that_declares_something_else_is_refused(warm: t.Any, said: dict[str, t.Any], differs: str) -> None:
+    with pytest.raises(Refused) as refused:
+        run(warm, call({**CLONE, **said}))
+    assert refused.value.option == f"instances[0].{next(iter(said))}"
+    assert refused.value.problem.startswith("a clone goes on with what microVM parent had")
+    assert differs in refused.value.problem
+
+
+def test_first_boot_data_of_a_clones_own_is_refused_and_never_shown(warm: t.Any) -> None:
+    own = {"files": [{"path": "/etc/token", "content": "WORKER"}]}
+    for user_data, value in ((own, "data-"), (None, "None")):
+        with pytest.raises(Refused) as refused:
+            run(warm, call({**CLONE, "user_data": user_data}))
+        assert refused.value.option == "instances[0].user_data"
+        assert str(refused.value.value).startswith(value) and "WORKER" not in str(refused.value)
+        assert "the same user_data" in refused.value.remedy and "identity.d" in refused.value.remedy
+
+
 def test_what_is_derived_is_stable_and_distinct(metal: t.Any) -> None:
     resource = MicroVms(
         metal, call(*({"name": f"a{n}", "networks": ATTACHED} for n in range(200)), memory_overcommit=99)

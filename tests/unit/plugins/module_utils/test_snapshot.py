@@ -332,7 +332,7 @@ def test_setting_back_restarts_the_unit(metal: t.Any) -> None:
 
 
 def item(**changes: t.Any) -> dict[str, t.Any]:
-    return {"option": "instances[0]", "snapshots": False, "from_snapshot": "warm", **changes}
+    return {"option": "instances[0]", "snapshots": False, "from_snapshot": "warm", "declared": {}, **changes}
 
 
 def test_a_clone_is_made_of_what_its_snapshot_is_made_of(metal: t.Any) -> None:
@@ -397,8 +397,6 @@ def test_clones_of_another_shape_are_refused(metal: t.Any) -> None:
     run(metal, call(WARM))
     with pytest.raises(Refused, match="the snapshot's machine has 1 networks and this one 0"):
         Sources(metal, False, []).settle(item(), t.cast(_vmm.Spec, clone(networks=[])))
-    with pytest.raises(Refused, match="has 0 disks of first-boot data and this one 1"):
-        Sources(metal, False, []).settle(item(), t.cast(_vmm.Spec, clone(data="data-1")))
 
 
 def test_a_snapshot_that_an_earlier_task_makes_is_predicted(metal: t.Any) -> None:
