@@ -14,6 +14,7 @@ import re
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_data, _network, _snapshot, _store, _vmm
+from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_state as state_of
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import volume_path
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
@@ -47,7 +48,7 @@ class Resolver:
 
     :param params: ``accelerator`` and ``memory_overcommit``
     :param wanted: name -> validated wish
-    :param observed: what :func:`observe` returned, with ``specs`` of all declared microVMs
+    :param observed: what :func:`observe` returned, with ``specs``, ``units`` and ``enabled`` of all declared microVMs
     :param predicting: what is missing is expected to be made by an earlier task
     :param warnings: takes what this means
     """
@@ -291,7 +292,8 @@ class Resolver:
         room: dict[t.Any, int] = {"": int(self.observed["memory_bytes"] * self.params["memory_overcommit"])}
         used: dict[t.Any, int] = {}
         for name, spec in self.others.items():
-            if name in self.observed["enabled"]:
+            runs = state_of.public_state(self.observed["units"].get(name)) not in ("stopped", "failed")
+            if runs or name in self.observed["enabled"]:
                 for kind, size in _demands(spec):
                     used[kind] = used.get(kind, 0) + size
         for name, spec in found.items():

@@ -427,7 +427,9 @@ options:
     type: bool
     default: false
   memory_overcommit:
-    description: Share of the host's memory that all microVMs together may have; a call that exceeds it is refused.
+    description:
+      - Share of the host's memory that all microVMs together may have; a call that exceeds it is refused. Besides those of the
+        call, those that run or start at boot count.
     type: float
     default: 1.0
   parallel:

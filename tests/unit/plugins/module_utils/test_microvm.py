@@ -302,6 +302,22 @@ def test_only_those_that_shall_are_started_at_boot(metal: t.Any) -> None:
     assert metal.names(wants) == [] and "a1" in metal.systemd.active
 
 
+@pytest.mark.parametrize("said", [{}, {"hugepages": "2MiB"}, {"numa_node": 0}])
+def test_memory_of_what_runs_counts_however_it_was_started(metal: t.Any, said: dict[str, t.Any]) -> None:
+    metal.files(
+        {
+            "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages": "2048",
+            "/sys/devices/system/node/node0/meminfo": "Node 0 MemTotal: 4194304 kB\n",
+        }
+    )
+    first, second = ({"name": name, "memory": "3GiB", "autostart": False, **said} for name in ("a1", "a2"))
+    run(metal, call(first))
+    with pytest.raises(Refused, match="does not fit: the microVMs up to a2 take 6144 MiB of 4096 MiB"):
+        run(metal, call(second, memory_overcommit=9 if "numa_node" in said else 1))
+    run(metal, call(first, state="stopped"))
+    assert "start microVMs" in words(run(metal, call(second)))
+
+
 def test_absent_leaves_nothing(metal: t.Any) -> None:
     metal.files({"/srv/models": None})
     run(
