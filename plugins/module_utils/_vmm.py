@@ -156,7 +156,7 @@ def changes(before: Spec, after: Spec) -> list[Change]:
     found = []
     for key in Spec.__annotations__:
         old, new = before.get(key), after.get(key)
-        if old == new or key in _OUTSIDE or (key == "memory_zones" and _nodes(before) == _nodes(after)):
+        if old == new or key in _OUTSIDE or (key == "memory_zones" and _zones(before) == _zones(after)):
             continue
         if key in _NAMED or key == "devices":
             olds, news = ({_item(key, one): one for one in t.cast("list[t.Any]", side) or ()} for side in (old, new))
@@ -218,9 +218,10 @@ def _item(key: str, item: t.Any) -> str:
     return str(item[_NAMED[key]]) if key in _NAMED else str(item)
 
 
-def _nodes(spec: Spec) -> list[int | None]:
-    """Where the zones are; their sizes follow memory_bytes."""
-    return [zone["numa_node"] for zone in spec.get("memory_zones", [])]
+def _zones(spec: Spec) -> list[t.Any]:
+    """Where the zones are, and how large each of several is; the size of one follows memory_bytes."""
+    zones = spec.get("memory_zones", [])
+    return [(zone["numa_node"], zone["size_bytes"] if zones[1:] else None) for zone in zones]
 
 
 @dataclass(frozen=True)

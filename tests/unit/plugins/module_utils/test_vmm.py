@@ -56,6 +56,20 @@ def test_a_zone_is_compared_by_its_node(microvm_spec: t.Any) -> None:
     assert [change.key for change in _vmm.changes(microvm_spec, moved)] == ["memory_zones"]
 
 
+@pytest.mark.parametrize("name", _vmm.DRIVERS)
+def test_memory_that_moves_between_zones_is_a_change_that_needs_a_restart(name: str, microvm_spec: t.Any) -> None:
+    sides = [
+        {
+            **microvm_spec, "driver": name, "memory_bytes": 3 << 30, "memory_max_bytes": 3 << 30,
+            "memory_zones": [{"size_bytes": gib << 30, "numa_node": node} for gib, node in zip(sizes, (0, 2))],
+        }
+        for sizes in ((1, 2), (2, 1))
+    ]  # fmt: skip
+    (change,) = _vmm.changes(*sides)
+    assert change.key == "memory_zones" and _vmm.driver(name).restart_reason(change, sides[0])
+    assert _vmm.changes(sides[0], dict(sides[0])) == []
+
+
 def test_disks_in_their_order(microvm_spec: t.Any) -> None:
     spec = {**microvm_spec, "data": "data-1", "volumes": [VOLUME]}
     assert _vmm.disks(spec, "/c") == [
