@@ -12,6 +12,8 @@ import typing as t
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 
+from ansible_collections.agentfleet.metal.plugins.module_utils._artifact import shown
+
 
 class ActionModule(ActionBase):
     """Asks the host first, so that a host that has the release gets no file."""
@@ -59,7 +61,7 @@ class ActionModule(ActionBase):
                     digest.update(block)
         except OSError as error:
             raise AnsibleActionFail(
-                f"{option}.src: '{path}': {error.strerror} on the controller. Correct the path"
+                f"{option}.src: '{shown(path)}': {error.strerror} on the controller. Correct the path"
             ) from error
         if digest.hexdigest() != str(source["sha256"]).lower():
             raise AnsibleActionFail(

@@ -16,6 +16,7 @@ import re
 import shutil
 import tempfile
 import typing as t
+from urllib.parse import unquote
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
@@ -24,12 +25,25 @@ RECORD = ".agentfleet.json"
 # Opens a URL, with a bound in seconds: Ansible's own open_url, which this file must not import.
 Fetch = t.Callable[[str, int], t.Any]
 _URL = re.compile(r"^(https?|file)://")
+_LOGIN = re.compile(r"^(\w[\w+.-]*://)([^/?#]*)@")
 _KINDS = {
     "archive": (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst"),
     "package": (".deb", ".rpm"),
 }
 _HIERARCHY = {"bin", "sbin", "usr", "opt", "lib", "lib64", "etc", "configs", "var"}
 _BLOCK = 1 << 20
+
+
+def shown(src: str) -> str:
+    """A source as it may be seen: without the user and password that a URL may have."""
+    return _LOGIN.sub(r"\1", src)
+
+
+def secrets(src: str) -> set[str]:
+    """What of a source nobody may see, as it is written and as it is sent."""
+    login = _LOGIN.match(src)
+    words = {login[2], login[2].partition(":")[2]} - {""} if login else set()
+    return words | {unquote(word) for word in words}
 
 
 def release_path(directory: str, sources: t.Sequence[t.Mapping[str, t.Any]]) -> str:
@@ -76,14 +90,19 @@ class Artifact:
         source["sha256"] = digest
         src = str(source["src"])
         if not _URL.match(src) and not src.startswith("/"):
-            raise Refused(f"{option}.src", src, "neither an absolute path nor a URL", "Write /path or https://...")
+            raise Refused(
+                f"{option}.src", shown(src), "neither an absolute path nor a URL", "Write /path or https://..."
+            )
         kind = source.get("kind")
         if not kind:
             found = [kind for kind, ends in _KINDS.items() if src.endswith(ends)]
             if not found:
                 known = ", ".join(end for ends in _KINDS.values() for end in ends)
                 raise Refused(
-                    f"{option}.src", src, "the name does not tell what it is", f"Known endings: {known}; or set kind"
+                    f"{option}.src",
+                    shown(src),
+                    "the name does not tell what it is",
+                    f"Known endings: {known}; or set kind",
                 )
             source["kind"] = found[0]
 
@@ -124,8 +143,10 @@ class Artifact:
                     f"checksum mismatch: {source['src']} has {digest}",
                     "Fetch the file again, or give the digest of this one if you trust it",
                 )
-        what = [{"src": source["src"], "sha256": source["sha256"]} for source in self.sources]
-        return [Step("build and install" if self.build else "install", self.path, after=what)]
+        return [Step("build and install" if self.build else "install", self.path, after=self._made_of())]
+
+    def _made_of(self) -> list[dict[str, str]]:
+        return [{"src": shown(source["src"]), "sha256": source["sha256"]} for source in self.sources]
 
     # -- apply -----------------------------------------------------------------------
 
@@ -145,11 +166,11 @@ class Artifact:
             missing = [name for name in self.provides if not os.path.lexists(os.path.join(top, name))]
             if missing:
                 raise HostError(
-                    f"{', '.join(source['src'] for source in self.sources)} has no {', '.join(missing)} "
+                    f"{', '.join(source['src'] for source in self._made_of())} has no {', '.join(missing)} "
                     f"below {self.subdirectory or 'its top'}. Set subdirectory to where they are"
                 )
             with open(os.path.join(top, RECORD), "w", encoding="utf-8") as record:
-                json.dump([{"src": source["src"], "sha256": source["sha256"]} for source in self.sources], record)
+                json.dump(self._made_of(), record)
             os.chmod(top, 0o755)
             shutil.rmtree(self.host.path(self.path), ignore_errors=True)
             os.rename(top, self.host.path(self.path))
@@ -170,13 +191,13 @@ class Artifact:
                     shutil.copyfileobj(answer, file, _BLOCK)
             except OSError as error:  # URLError is one
                 raise HostError(
-                    f"{src} cannot be fetched: {error}. Check the URL, or bring the file to the host"
+                    f"{shown(src)} cannot be fetched: {error}. Check the URL, or bring the file to the host"
                 ) from error
             with open(target, "rb") as file:
                 found = _sha256(file)
         if found != source["sha256"]:
             raise HostError(
-                f"checksum mismatch: {src} has {found} instead of {source['sha256']}. Nothing was installed"
+                f"checksum mismatch: {shown(src)} has {found} instead of {source['sha256']}. Nothing was installed"
             )
         return target
 
@@ -200,7 +221,7 @@ class Artifact:
         """The directory that becomes the release; one directory alone at the top of an archive is stepped into."""
         top = os.path.join(tree, self.subdirectory)
         if not os.path.isdir(top):
-            raise HostError(f"no directory {self.subdirectory} in {self.sources[0]['src']}")
+            raise HostError(f"no directory {self.subdirectory} in {shown(self.sources[0]['src'])}")
         names = os.listdir(top)
         if (
             self.subdirectory

@@ -26,7 +26,8 @@ options:
     required: true
     suboptions:
       src:
-        description: Absolute path, or URL.
+        description:
+          - Absolute path, or URL. User and password in a URL are used to fetch it and are neither shown nor kept.
         type: str
         required: true
       sha256:
@@ -101,9 +102,9 @@ import typing as t
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import open_url
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._artifact import Artifact
+from ansible_collections.agentfleet.metal.plugins.module_utils._artifact import Artifact, secrets
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge, unlogged
 
 
 def build(params: t.Mapping[str, t.Any], host: Host) -> Artifact:
@@ -113,7 +114,7 @@ def build(params: t.Mapping[str, t.Any], host: Host) -> Artifact:
 
 def main() -> None:
     """Entry point."""
-    module = AnsibleModule(
+    module = unlogged(AnsibleModule)(
         argument_spec={
             "sources": {
                 "type": "list",
@@ -134,6 +135,8 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
+    for source in module.params["sources"]:
+        module.no_log_values |= secrets(source["src"])
     converge(module, lambda: build(module.params, Host()))
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._artifact import Artifact
+from ansible_collections.agentfleet.metal.plugins.module_utils._artifact import RECORD, Artifact, secrets
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, apply_all
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, apply_all
 
 
 def opened(url: str, seconds: int) -> t.Any:
@@ -85,6 +85,41 @@ def test_what_came_over_the_network_is_checked_before_it_is_unpacked(host: Host,
         install(host, {**url, "sha256": "0" * 64})
     assert host.names("/opt/3fs") == []
     assert host.read(f"{install(host, url)}/bin/admin_cli") == "1"
+
+
+def test_the_password_of_a_url_is_used_and_not_seen(host: Host, tmp_path: Path) -> None:
+    source = pack(tmp_path / "a.tar", {"x/bin/admin_cli": b"1"})
+    src = "https://ci:S3CRET%40PW@store.example/@3fs/a.tar"
+    asked: list[str] = []
+
+    def fetch(url: str, seconds: int) -> t.Any:
+        asked.append(url)
+        if len(asked) == 1:
+            raise OSError("timed out")
+        return opened((tmp_path / "a.tar").as_uri(), seconds)
+
+    wish = {"sources": [{**source, "src": src}], "directory": "/opt/3fs"}
+    artifact = Artifact(host, wish, fetch)
+    steps = artifact.plan(artifact.observe())
+    assert steps[0].after[0]["src"] == "https://store.example/@3fs/a.tar"
+    with pytest.raises(HostError, match=r" https://store\.example/@3fs/a\.tar cannot be fetched: timed out"):
+        apply_all(artifact, steps)
+    apply_all(artifact, steps)
+    assert asked == [src, src] and "https://store.example/@3fs" in host.read(f"{artifact.path}/{RECORD}")
+    wrong = Artifact(host, {**wish, "sources": [{"src": src, "sha256": "0" * 64}]}, fetch)
+    said = []
+    for broken in (wrong, Artifact(host, {**wish, "directory": "/opt/b", "subdirectory": "no"}, fetch)):
+        with pytest.raises(HostError) as failed:
+            apply_all(broken, broken.plan(broken.observe()))
+        said.append(str(failed.value))
+    assert "checksum mismatch: https://store.example" in said[0] and "no directory no in https://store" in said[1]
+    for bad in ("ftp://ci:S3CRET%40PW@store.example/a.tar", "https://ci:S3CRET%40PW@store.example/a.bin"):
+        with pytest.raises(Refused) as refused:
+            Artifact(host, {**wish, "sources": [{**source, "src": bad}]})
+        said.append(str(refused.value))
+    assert not [text for text in said if "ci:" in text or "S3CRET" in text]
+    assert secrets(src) == {"ci:S3CRET%40PW", "ci:S3CRET@PW", "S3CRET%40PW", "S3CRET@PW"}
+    assert secrets("https://token@store.example/a.tar") == {"token"} and secrets("https://x/@b") == set()
 
 
 def test_the_layers_of_an_image_in_order(host: Host, tmp_path: Path) -> None:
