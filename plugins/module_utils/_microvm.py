@@ -108,6 +108,7 @@ class MicroVms:
         self.warnings: list[str] = []
         self.specs: dict[str, _vmm.Spec] = {}
         self.errors: dict[str, str] = {}
+        self.made: set[str] = set()  # volumes of this call
 
     def _unique(self, key: str, values: t.Callable[[t.Mapping[str, t.Any]], list[t.Any]], remedy: str) -> None:
         seen: dict[t.Any, str] = {}
@@ -283,17 +284,20 @@ class MicroVms:
         common = [path for path in units.common([]) if self.host.exists(path)] if last else []
         steps = []
         if gone or common:
-            left = {observed["specs"][name]["tenant"] for name in observed["specs"] if name not in gone}
-            tenants = {observed["specs"][name]["tenant"] for name in gone if name in observed["specs"]} - left
-            slices = [f"agentfleet-{tenant}.slice" for tenant in sorted(tenants)] + (
-                ["agentfleet.slice", "agentfleet-microvms.target"] if last else []
-            )
+            slices = self._slices(observed["specs"], gone) + (["agentfleet-microvms.target"] if last else [])
             before = {name: observed["specs"].get(name) for name in gone}
             steps.append(Step("remove", "microVMs", before, disruptive=True, data=(gone, slices, common)))
         lost = {name: found for name, found in observed["volumes"].items() if found}
         if lost and self.params["delete_volumes"]:
             steps.append(Step("delete", "volumes of microVMs", lost, disruptive=True, data=list(lost)))
         return steps
+
+    @staticmethod
+    def _slices(specs: t.Mapping[str, _vmm.Spec], gone: t.Collection[str]) -> list[str]:
+        """What is empty when some microVMs have gone: slices of their tenants, and with the last the one above."""
+        left = {spec["tenant"] for name, spec in specs.items() if name not in gone}
+        tenants = {spec["tenant"] for name, spec in specs.items() if name in gone} - left
+        return [f"agentfleet-{tenant}.slice" for tenant in sorted(tenants)] + ([] if left else ["agentfleet.slice"])
 
     # -- files ---------------------------------------------------------------
 
@@ -344,6 +348,7 @@ class MicroVms:
 
     def _apply_create(self, data: tuple[str, int, str]) -> None:
         volumes.create(self.host, *data)
+        self.made.add(data[0])
 
     def _apply_grow(self, data: tuple[str, int, str]) -> None:
         volumes.grow(self.host, *data[:2])
@@ -501,8 +506,10 @@ class MicroVms:
         names, fresh = data
         failed = self._start(names)
         new = sorted(fresh & set(failed))
-        if new:  # a start that failed leaves nothing behind
-            self._apply_remove((new, [], []))
+        if new:  # a start that failed leaves nothing behind, and of what was there before takes nothing
+            its = {volume_path(name, volume["name"]) for name in new for volume in self.specs[name]["volumes"]}
+            volumes.undo(self.host, its & self.made)
+            self._apply_remove((new, self._slices(state_of.declared(self.host), new), []))
         self._report(failed)
 
     def _start(self, names: list[str]) -> dict[str, str]:

@@ -19,8 +19,8 @@ description:
     No guest can change the image.
   - systemd supervises them, each as its own unprivileged dynamic user in the slice of its tenant. MicroVMs that run are
     back after a reboot without Ansible.
-  - A microVM counts as started when the agent in it has answered over vsock. A start that fails is undone and reported
-    with the console.
+  - A microVM counts as started when the agent in it has answered over vsock. A first start that fails is undone, with the
+    volumes that were made for it, and reported with the console.
 extends_documentation_fragment: agentfleet.metal.attributes
 options:
   state:

@@ -351,6 +351,39 @@ def test_a_failed_start_is_undone_and_explained(metal: t.Any, monkeypatch: t.Any
         run(metal, call({"name": "a1"}))
     assert metal.systemd.active == {}
     assert metal.names("/var/lib/agentfleet/microvms") == []
+    assert metal.names("/etc/systemd/system/agentfleet-microvms.target.wants") == []
+    stop = [line for line in metal.calls if line.startswith("systemctl stop")][-1]
+    assert stop.endswith("microvm@a1.service agentfleet-default.slice agentfleet.slice")
+
+
+def test_a_failed_start_takes_the_volumes_that_it_made_and_no_others(metal: t.Any, monkeypatch: t.Any) -> None:
+    run(metal, call({"name": "a0"}))
+    metal.files({"/var/lib/agentfleet/volumes/a1/old": "what somebody wrote"})
+    os.truncate(metal.path("/var/lib/agentfleet/volumes/a1/old"), 1 << 20)
+    monkeypatch.setattr(_microvm_state, "ask_agent", lambda host, spec, *_more: None)
+    disks = {name: [{"name": name, "size": "1MiB"}] for name in ("old", "new")}
+    with pytest.raises(HostError, match="microVM a1: no answer.*microVM a2: no answer"):
+        run(
+            metal,
+            call(
+                {"name": "a1", "volumes": disks["old"] + disks["new"]},
+                {"name": "a2", "volumes": disks["new"], "tenant": "other"},
+            ),
+        )
+    assert metal.names("/var/lib/agentfleet/volumes") == ["a1"]
+    assert metal.names("/var/lib/agentfleet/volumes/a1") == ["old"]
+    assert metal.read("/var/lib/agentfleet/volumes/a1/old").startswith("what somebody wrote")
+    stop = [line for line in metal.calls if line.startswith("systemctl stop")][-1]
+    assert stop.endswith("microvm@a1.service agentfleet-microvm@a2.service agentfleet-other.slice")
+
+
+def test_a_failed_restart_keeps_what_the_microvm_has(metal: t.Any, monkeypatch: t.Any) -> None:
+    run(metal, call({"name": "a1"}))
+    monkeypatch.setattr(_microvm_state, "ask_agent", lambda host, spec, *_more: None)
+    with pytest.raises(HostError, match="no answer"):
+        run(metal, call({"name": "a1", "volumes": [{"name": "new", "size": "1MiB"}]}, allow_restart=True))
+    assert metal.names("/var/lib/agentfleet/volumes/a1") == ["new"]
+    assert list(_microvm_state.declared(metal)) == ["a1"]
 
 
 def test_of_many_each_ones_fate_is_told(metal: t.Any, monkeypatch: t.Any) -> None:
