@@ -3,7 +3,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Models whose KV cache is known by name: the keys of their config.json that decide its size, and where they were read.
 
-The keys are those of config.json, so that ``_kvsize`` reads a preset and a model's own file alike.
+The keys are those of config.json, so that ``_kvsize`` reads a preset and a model's own file alike. What such a file
+leaves out is not free to guess, either: the model's class fills it in (``CLASSES``).
 """
 
 from __future__ import annotations
@@ -55,4 +56,53 @@ MODELS: dict[str, dict[str, t.Any]] = {
     "longchat-7b": _preset(_CALCULATOR + "lmsys/longchat-7b-16k", 32, 32, 32, 4096),
     "Qwen-7B": _preset(_CALCULATOR + "Qwen/Qwen-7B", 32, 32, 32, 4096),
     "GPT-3-175B": _preset("Brown et al. 2020, Language Models are Few-Shot Learners, table 2.1", 96, 96, 96, 12288),
+}
+
+
+def _class(heads: int, kv_heads: int, **more: int) -> dict[str, int]:
+    return {"num_attention_heads": heads, "num_key_value_heads": kv_heads, **more}
+
+
+def _qwen2(layers: int) -> dict[str, int]:
+    return {"use_sliding_window": False, "max_window_layers": layers}
+
+
+# model_type -> what its class fills in, as far as it decides the size, in the names that config.json has for it.
+# Read in transformers 5.24.0, models/*/configuration_*.py. A head_dim that is not hidden_size / num_attention_heads first.
+CLASSES: dict[str, dict[str, int]] = {
+    name: {"head_dim": size}
+    for size, names in {
+        64: "muse_spark_text sarvam_moe",
+        128: "afmoe beam cohere2_moe cosmos3_edge_text cwm ernie4_5 flint glm glm4 helium higgs_audio_v2 hrm_text hy_v3"
+        " inkling2_loop_text inkling2_text inkling_text internlm3 iquestcoder kolibri1 laguna lara_mini lfm3 mellum"
+        " minimax_m2 minimax_m3_vl_text molmo2_text muse_glimmer_text nemotron_h paddleocr_vl_text qwen3_vl_text"
+        " seed_oss solar_open step3p5 zaya",
+        256: "dory qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp_text",
+    }.items()
+    for name in names.split()
+} | {
+    "cohere2": {"sliding_window": 4096, "sliding_window_pattern": 4},
+    "exaone4": _class(32, 32, sliding_window=4096, sliding_window_pattern=4),
+    "gemma": _class(16, 16, head_dim=256),
+    "gemma2": _class(8, 4, head_dim=256, sliding_window=4096, sliding_window_pattern=2),
+    "gemma3_text": _class(8, 4, head_dim=256, sliding_window=4096, sliding_window_pattern=6),
+    "gemma3n_text": _class(8, 2, head_dim=256, sliding_window=512, sliding_window_pattern=5, num_kv_shared_layers=15),
+    "gemma4_text": _class(8, 4, head_dim=256, global_head_dim=512, sliding_window=512),
+    "gemma4_unified_text": _class(8, 4, head_dim=256, global_head_dim=512, sliding_window=1024),
+    "gpt_oss": _class(64, 8, head_dim=64, sliding_window=128, sliding_window_pattern=2),
+    "llama4_text": _class(40, 8, head_dim=128, attention_chunk_size=8192, no_rope_layer_interval=4),
+    "mimo_v2_flash": {"head_dim": 192, "v_head_dim": 128, "sliding_window": 129},
+    "ministral": _class(32, 8, sliding_window=4096),
+    "ministral3": _class(32, 8, head_dim=128),
+    "mistral": _class(32, 8, sliding_window=4096),
+    "mixtral": _class(32, 8),
+    "olmo3": {"sliding_window": 4096, "sliding_window_pattern": 4},
+    "qwen2": _qwen2(28),
+    "qwen2_5_vl_text": _class(64, 8, **_qwen2(80)),
+    "qwen2_moe": {"use_sliding_window": False},
+    "qwen2_vl_text": _class(64, 8, **_qwen2(80)),
+    "qwen3": {"head_dim": 128, **_qwen2(28)},
+    "qwen3_moe": _class(32, 4, use_sliding_window=False),
+    "starcoder2": _class(24, 2),
+    "vaultgemma": _class(8, 4, head_dim=256, sliding_window=4096, sliding_window_pattern=2),
 }

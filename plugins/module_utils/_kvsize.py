@@ -16,7 +16,7 @@ import os
 import typing as t
 from dataclasses import dataclass, replace
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._kvpresets import MODELS
+from ansible_collections.agentfleet.metal.plugins.module_utils._kvpresets import CLASSES, MODELS
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
 
 # Bits of one element. A scale, if groups have one, comes on top.
@@ -34,6 +34,8 @@ _HIDDEN = ("hidden_size", "n_embd", "d_model", "model_dim")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num", "kv_n_heads")
 _FULL, _RECURRENT = ("full_attention", "attention"), ("linear_attention", "mamba", "mamba2", "recurrent")
 _WINDOWED = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+# Classes whose layers all have the window that config.json tells, and that know no other kind of layer.
+_ALL_SLIDE = ("ministral", "mistral", "mixtral", "phi3", "phi4_multimodal", "phimoe", "starcoder2")
 # Caches that are not a sum of rows for each token; sized wrongly in silence they would look right.
 _UNKNOWN = ("compress_ratios", "cross_attention_layers", "kv_compression_ratio")
 
@@ -147,8 +149,18 @@ def parse(option: str, config: t.Mapping[str, t.Any], name: str, source: str = "
 
     :raises Refused: naming each key that is missing, or that this code does not know how to size
     """
-    if "text_config" in config and not any(key in config for key in _LAYERS):
-        return parse(f"{option}.text_config", config["text_config"], name, source)
+    inner: t.Any = config.get("text_config")
+    if hasattr(inner, "items") and not any(key in config for key in _LAYERS):
+        return parse(f"{option}.text_config", {"model_type": config.get("model_type"), **inner}, name, source)
+    kind = str(config.get("model_type"))
+    left_out = {
+        key: value
+        for key, value in (CLASSES.get(kind) or CLASSES.get(f"{kind}_text") or {}).items()
+        if key not in config
+    }
+    if left_out:
+        config = {**left_out, **config}
+        source += f", and of the class of {kind}: {', '.join(f'{key} {value}' for key, value in left_out.items())}"
     strange = [key for key in _UNKNOWN if config.get(key)]
     if strange:
         raise Refused(
@@ -177,8 +189,8 @@ def parse(option: str, config: t.Mapping[str, t.Any], name: str, source: str = "
     kinds = _kinds(option, name, config, layers)
     if latent:
         dims = [_number(option, name, config, ("kv_lora_rank",)) + _number(option, name, config, ("qk_rope_head_dim",))]
-        if config.get("index_head_dim"):
-            dims.append(_number(option, name, config, ("index_head_dim",)))
+        if index := _optional(option, name, config, "index_head_dim"):
+            dims.append(index)
         found = [Group(1, 0, tuple(dims), window) for window in kinds if window is not None]
     else:
         found = _attention(option, name, config, kinds)
@@ -199,67 +211,107 @@ def parse(option: str, config: t.Mapping[str, t.Any], name: str, source: str = "
 def _attention(option: str, name: str, config: t.Mapping[str, t.Any], kinds: t.Sequence[int | None]) -> list[Group]:
     """One group for each attention layer with its own cache."""
     heads = _number(option, name, config, _HEADS)
-    head_dim = config.get("head_dim") or _number(option, name, config, _HIDDEN) // heads
-    dims = (int(head_dim), int(config.get("v_head_dim") or head_dim))
-    kv_heads = _first(config, _KV_HEADS)
-    if config.get("multi_query") and not kv_heads:
-        kv_heads = 1
-    per_layer = list(kv_heads) if isinstance(kv_heads, list) else [kv_heads or heads] * len(kinds)
-    if len(per_layer) != len(kinds):
-        raise Refused(
-            option, name, f"{_or(_KV_HEADS)} has {len(per_layer)} entries for {len(kinds)} layers", "Correct the file"
-        )
-    for index, block in enumerate(config.get("block_configs") or []):  # layers whose heads a search has thinned out
-        attention = block.get("attention") or {}
-        share = attention.get("n_heads_in_group")
-        per_layer[index] = heads // share if share else 0
-    shared = int(config.get("num_kv_shared_layers") or 0)  # the last layers read an earlier layer's cache
+    head_dim = _optional(option, name, config, "head_dim")
+    if not head_dim:
+        hidden = _number(option, name, config, _HIDDEN)
+        if hidden % heads:
+            problem = f"it lacks head_dim, and {hidden} elements are no multiple of {heads} heads"
+            raise Refused(option, name, problem, "Give the complete config.json, or bytes_per_token")
+        head_dim = hidden // heads
+    dims = (head_dim, _optional(option, name, config, "v_head_dim") or head_dim)
+    per_layer = _per_layer(option, name, config, len(kinds), heads)
+    shared = _optional(option, name, config, "num_kv_shared_layers")  # the last ones read an earlier layer's cache
+    global_dim = _optional(option, name, config, "global_head_dim")
+    global_heads = _optional(option, name, config, "num_global_key_value_heads")
     found = []
     for index, window in enumerate(kinds):
         if window is None or not per_layer[index] or index >= len(kinds) - shared:
             continue
-        globally = not window and config.get("global_head_dim")
-        own = (int(config["global_head_dim"]),) * 2 if globally else dims
-        number = config.get("num_global_key_value_heads") if not window else None
-        found.append(Group(1, int(number or per_layer[index]), own, window))
+        own = (global_dim, global_dim) if global_dim and not window else dims
+        number = global_heads if global_heads and not window else per_layer[index]
+        found.append(Group(1, number, own, window))
+    return found
+
+
+def _per_layer(option: str, name: str, config: t.Mapping[str, t.Any], layers: int, heads: int) -> list[int]:
+    """The KV heads of each layer; 0 where it caches nothing."""
+    kv_heads = _first(config, _KV_HEADS)
+    blocks = _list(option, name, config, "block_configs")  # layers whose heads a search has thinned out
+    if blocks:
+        found = []
+        for index, block in enumerate(blocks):
+            attention = (block.get("attention") or {}) if hasattr(block, "items") else block
+            if not hasattr(attention, "items"):
+                raise Refused(option, name, f"block_configs[{index}] is {block!r}", "It must tell its attention")
+            share = _optional(option, name, attention, "n_heads_in_group")
+            found.append(heads // share if share else 0)
+    elif isinstance(kv_heads, list):
+        found = [_optional(option, name, {_KV_HEADS[0]: number}, _KV_HEADS[0]) for number in kv_heads]
+    elif kv_heads:
+        found = [_number(option, name, config, _KV_HEADS)] * layers
+    else:
+        found = [1 if config.get("multi_query") else heads] * layers
+    if len(found) != layers:
+        problem = f"{'block_configs' if blocks else _or(_KV_HEADS)} has {len(found)} entries for {layers} layers"
+        raise Refused(option, name, problem, "Correct the file")
     return found
 
 
 def _kinds(option: str, name: str, config: t.Mapping[str, t.Any], layers: int) -> list[int | None]:
     """For each layer its window in tokens, 0 without one, and None where it keeps no cache that grows."""
-    types = config.get("layer_types") or config.get("layers_block_type")
-    window = int(config.get("sliding_window") or 0)
-    if config.get("hybrid_override_pattern"):
-        pattern = str(config["hybrid_override_pattern"])
-        types = ["full_attention" if mark == "*" else "mamba" for mark in pattern]
-    elif not types and config.get("full_attention_interval"):
-        types = _every(layers, int(config["full_attention_interval"]), "linear_attention")
-    elif not types and config.get("attn_layer_period"):
-        period, offset = int(config["attn_layer_period"]), int(config.get("attn_layer_offset") or 0)
-        types = ["full_attention" if index % period == offset else "mamba" for index in range(layers)]
-    elif not types and config.get("sliding_window_pattern") and window:
-        types = _every(layers, int(config["sliding_window_pattern"]), "sliding_attention")
-    elif not types and window and config.get("use_sliding_window", True):
-        # Qwen's: only the layers from max_window_layers on slide. Mistral's: all do.
-        first = int(config.get("max_window_layers") or 0) if "use_sliding_window" in config else 0
-        types = ["full_attention" if index < first else "sliding_attention" for index in range(layers)]
-    types = types or ["full_attention"] * layers
+    types = _layer_types(option, name, config, layers)
     if len(types) != layers:
         raise Refused(option, name, f"layer_types has {len(types)} entries for {layers} layers", "Correct the file")
     kinds: list[int | None] = []
-    for kind in types:
+    for kind in map(str, types):
         if kind in _FULL:
             kinds.append(0)
         elif kind in _RECURRENT:
             kinds.append(None)
         elif kind in _WINDOWED and config.get(_WINDOWED[kind]):
-            kinds.append(int(config[_WINDOWED[kind]]))
+            kinds.append(_number(option, name, config, (_WINDOWED[kind],)))
         elif kind in _WINDOWED:
             raise Refused(option, name, f"its config.json lacks {_WINDOWED[kind]} of {kind}", "Give the complete file")
         else:
             known = ", ".join([*_FULL, *_WINDOWED, *_RECURRENT])
             raise Refused(option, name, f"layer type {kind!r} is not known here", f"Known: {known}")
     return kinds
+
+
+def _layer_types(option: str, name: str, config: t.Mapping[str, t.Any], layers: int) -> list[t.Any]:
+    """The kind of each layer by its name, as written or as the model's class makes it of a pattern."""
+    if config.get("hybrid_override_pattern"):
+        return ["full_attention" if mark == "*" else "mamba" for mark in str(config["hybrid_override_pattern"])]
+    for key in ("layer_types", "layers_block_type"):
+        if types := _list(option, name, config, key):
+            return types
+    if interval := _optional(option, name, config, "full_attention_interval"):
+        return _every(layers, interval, "linear_attention")
+    if period := _optional(option, name, config, "attn_layer_period"):
+        offset = _optional(option, name, config, "attn_layer_offset")
+        return ["full_attention" if index % period == offset else "mamba" for index in range(layers)]
+    window = _optional(option, name, config, "sliding_window") if config.get("use_sliding_window", True) else 0
+    chunk = _optional(option, name, config, "attention_chunk_size")
+    if not window and not chunk:
+        return ["full_attention"] * layers
+    if window:
+        if interval := _optional(option, name, config, "sliding_window_pattern"):
+            return _every(layers, interval, "sliding_attention")
+        if "use_sliding_window" in config and config.get("max_window_layers") is not None:  # Qwen's: those after them
+            first = _optional(option, name, config, "max_window_layers")
+            return ["full_attention" if index < first else "sliding_attention" for index in range(layers)]
+        if config.get("model_type") in _ALL_SLIDE:
+            return ["sliding_attention"] * layers
+    elif flags := _list(option, name, config, "no_rope_layers"):
+        return ["chunked_attention" if flag else "full_attention" for flag in flags]
+    elif interval := _optional(option, name, config, "no_rope_layer_interval"):
+        return _every(layers, interval, "chunked_attention")
+    raise Refused(
+        option,
+        name,
+        f"its config.json has a window of {window or chunk} tokens, and does not tell which layers have it",
+        "Add layer_types as the model's class makes them, or give bytes_per_token",
+    )
 
 
 def _every(layers: int, interval: int, others: str) -> list[str]:
@@ -289,6 +341,18 @@ def _number(option: str, name: str, config: t.Mapping[str, t.Any], keys: t.Itera
     value = _first(config, keys)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise Refused(option, name, f"{_or(keys)} is {value!r}", "It must be a positive whole number")
+    return value
+
+
+def _optional(option: str, name: str, config: t.Mapping[str, t.Any], key: str) -> int:
+    """A number that may be left out: 0 then."""
+    return _number(option, name, config, (key,)) if config.get(key) else 0
+
+
+def _list(option: str, name: str, config: t.Mapping[str, t.Any], key: str) -> list[t.Any]:
+    value = config.get(key) or []
+    if not isinstance(value, list):
+        raise Refused(option, name, f"{key} is {value!r}", "It must be a list with an entry for each layer")
     return value
 
 

@@ -107,12 +107,26 @@ def test_kinds_of_attention(config: dict[str, t.Any], attention: str, per_token:
 @pytest.mark.parametrize(
     ("more", "windows"),
     [
-        ({"sliding_window": 4096}, [4096] * 4),  # Mistral 0.1: all layers
+        ({"sliding_window": 4096, "model_type": "mistral"}, [4096] * 4),  # 0.1: all layers
         ({"sliding_window": None}, [0] * 4),
         ({"sliding_window": 4096, "use_sliding_window": False}, [0] * 4),
         ({"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 3}, [0, 0, 0, 4096]),
         ({"sliding_window": 512, "sliding_window_pattern": 2}, [512, 0, 512, 0]),
         ({"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"] * 2}, [512, 0, 512, 0]),
+        # what the class of a model fills in
+        ({"model_type": "gemma2", "head_dim": 8}, [4096, 0, 4096, 0]),
+        (
+            {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 64, "sliding_window_pattern": 4},
+            [64] * 3 + [0],
+        ),
+        ({"model_type": "gpt_oss", "head_dim": 8}, [128, 0, 128, 0]),
+        ({"model_type": "cohere2", "sliding_window": 64}, [64, 64, 64, 0]),
+        ({"model_type": "olmo3", "layer_types": ["full_attention"] * 4}, [0] * 4),
+        ({"model_type": "llama4_text", "head_dim": 8}, [8192, 8192, 8192, 0]),
+        ({"model_type": "llama4_text", "head_dim": 8, "no_rope_layers": [0, 1, 0, 1]}, [0, 8192, 0, 8192]),
+        ({"model_type": "mistral"}, [4096] * 4),
+        ({"model_type": "mistral", "sliding_window": None}, [0] * 4),
+        ({"model_type": "qwen2", "sliding_window": 64}, [0] * 4),
         ({"attention_chunk_size": 64, "layer_types": ["chunked_attention"] * 3 + ["full_attention"]}, [64, 64, 64, 0]),
     ],
 )
@@ -122,6 +136,35 @@ def test_windows(more: dict[str, t.Any], windows: list[int]) -> None:
     expected = sum(per_layer * (min(10000, window) if window else 10000) for window in windows)
     assert _kvsize.sequence(model, _kvsize.Dtype(), 10000) == expected
     assert size({**SMALL, **more})["growing_bytes_per_token"] == per_layer * windows.count(0)
+
+
+def test_gemma_3_as_google_publishes_it() -> None:
+    """Its config.json has neither head_dim nor a pattern of layers: Gemma3TextConfig fills in 256 and every 6th."""
+    text = {
+        "model_type": "gemma3_text",
+        "hidden_size": 3840,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+        "sliding_window": 1024,
+    }
+    for config in (text, {"model_type": "gemma3", "text_config": text}, {**text, "model_type": "gemma3"}):
+        found = size(config)
+        assert (found["bytes_per_token"], found["growing_bytes_per_token"]) == (393216, 65536)
+        assert _kvsize.sequence(load(config), _kvsize.Dtype(), 131072) == 8 * 8192 * 131072 + 40 * 8192 * 1024
+        assert found["source"].endswith("head_dim 256, sliding_window_pattern 6"), "what was not in the file is told"
+    # That of the 4B model also leaves out its heads, 8 with 4 for K and V.
+    small = {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34, "sliding_window": 1024}
+    assert size({"text_config": small})["bytes_per_token"] == 34 * 2 * 4 * 256 * 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "row"), [("qwen3", 128), ("glm4", 128), ("gemma", 256), ("qwen3_next", 256), ("llama", 64)]
+)
+def test_head_dim_is_that_of_the_class(model_type: str, row: int) -> None:
+    config = {"num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 1, "hidden_size": 1024}
+    assert size({**config, "model_type": model_type})["bytes_per_token"] == 2 * row * 2
+    assert size({**config, "model_type": model_type, "head_dim": 32})["bytes_per_token"] == 2 * 32 * 2
 
 
 @pytest.mark.parametrize(
@@ -225,6 +268,26 @@ def test_reads_a_models_own_file() -> None:
         ({**SMALL, "layer_types": ["mamba"] * 4}, "", "no attention layer"),
         ({**SMALL, "num_key_value_heads": [1, 2]}, "", "2 entries for 4 layers"),
         ({**SMALL, "compress_ratios": [1, 4]}, "", "has compress_ratios"),
+        ({**SMALL, "hidden_size": 60}, "", "60 elements are no multiple of 8 heads"),
+        ({**SMALL, "sliding_window": 4096}, "", "does not tell which layers have it"),
+        ({**SMALL, "sliding_window": 4096, "use_sliding_window": True}, "", "does not tell which layers have it"),
+        ({**SMALL, "attention_chunk_size": 64}, "", "a window of 64 tokens"),
+        ({"text_config": None}, "", "lacks num_hidden_layers"),
+        ({**SMALL, "num_key_value_heads": "x"}, "", "num_key_value_heads or num_kv_heads or n_head_kv"),
+        ({**SMALL, "num_key_value_heads": [1, 2, "x", 2]}, "", "num_key_value_heads is 'x'"),
+        ({**SMALL, "num_key_value_heads": -2}, "", "is -2"),
+        ({**SMALL, "head_dim": "8"}, "", "head_dim is '8'"),
+        ({**SMALL, "v_head_dim": [8]}, "", "v_head_dim is [8]"),
+        ({**SMALL, "sliding_window": 64, "sliding_window_pattern": "LLLG"}, "", "sliding_window_pattern is 'LLLG'"),
+        ({**SMALL, "sliding_window": "64"}, "", "sliding_window is '64'"),
+        ({**SMALL, "layer_types": 4}, "", "layer_types is 4"),
+        ({**SMALL, "layer_types": [{}] * 4}, "", "layer type '{}' is not known"),
+        ({**SMALL, "layer_types": ["chunked_attention"] * 4, "attention_chunk_size": "8"}, "", "size is '8'"),
+        ({**SMALL, "block_configs": [{}]}, "", "block_configs has 1 entries for 4 layers"),
+        ({**SMALL, "block_configs": [1] * 4}, "", "block_configs[0] is 1"),
+        ({**SMALL, "block_configs": [{"attention": {"n_heads_in_group": "x"}}] * 4}, "", "n_heads_in_group is 'x'"),
+        ({**SMALL, "num_kv_shared_layers": "1"}, "", "num_kv_shared_layers is '1'"),
+        ({**SMALL, "full_attention_interval": "4"}, "", "full_attention_interval is '4'"),
     ],
 )
 def test_what_cannot_be_sized_is_refused(model: t.Any, text: str, problem: str) -> None:
