@@ -162,8 +162,7 @@ def check(option: str, pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.
         )
     if made["python"] and not made["python"].startswith("/"):
         raise Refused(f"{option}.python", made["python"], "not an absolute path", f"Name {engine}'s own interpreter")
-    # LMCache keeps its own first tier with every backend.
-    evicts = "lmcache" if "lmcache" in (engine, backend) else "vllm" if backend == "offloading" else ""
+    evicts = evicts_as(engine, backend)
     if evicts and evicts not in _EVICTION[pool["eviction_policy"]]:
         able = [policy for policy, engines in _EVICTION.items() if evicts in engines]
         raise Refused(
@@ -178,6 +177,12 @@ def check(option: str, pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.
         if gpus > 1:
             raise Refused(f"{option}.tensor_parallel", gpus, "LMCache's dax backend serves one GPU", "Use 1, or disk")
     return made
+
+
+def evicts_as(engine: str, backend: str) -> str:
+    """Whose names of the pool's eviction policy a connector takes; empty if it is told none."""
+    # LMCache keeps its own first tier with every backend.
+    return "lmcache" if "lmcache" in (engine, backend) else "vllm" if backend == "offloading" else ""
 
 
 def name_of(connector: t.Mapping[str, t.Any]) -> str:

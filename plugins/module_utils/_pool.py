@@ -153,6 +153,8 @@ class Pools:
             option = f"pools[{index}]"
             name = _pooldecl.checked_name(f"{option}.name", pool["name"], self.wanted)
             absent = pool.get("state", "present") != "present"
+            if name in self.leaving:
+                self._check_drains(option, pool.get("engine") or "mooncake")
             made = None if absent else _pooldecl.declare(option, name, pool, host.read)
             if made:
                 _pooldecl.check_heeded(option, made)
@@ -169,6 +171,12 @@ class Pools:
                     )
                 ports[port] = f"{key} of pool {name}"
         self.options = {name: f"pools[{index}]" for index, name in enumerate(self.wanted)}
+
+    @staticmethod
+    def _check_drains(option: str, engine: str) -> None:
+        if engine != "mooncake":
+            problem = f"a {engine} pool has no stores to drain: its files stay where they are"
+            raise Refused(f"{option}.state", "drained", problem, "Use state: absent")
 
     # -- observe --------------------------------------------------------------
 
@@ -446,9 +454,11 @@ class Pools:
             if _connectors.map_url(connector)
         }
         for name, pool in self.wanted.items():
+            option = self.options[name]
+            if name in self.leaving and name in observed["declared"]:
+                self._check_drains(option, observed["declared"][name]["engine"])
             if pool is None:
                 continue
-            option = self.options[name]
             for index, connector in enumerate(pool["connectors"]):
                 _connectors.check_map(f"{option}.connectors[{index}]", f"pool {name}", connector, maps)
             if pool["engine"] == "mooncake":

@@ -27,6 +27,24 @@ _OF_MEDIUM = {
     "ssd": ("path",),
     "threefs": ("path", "mount_point"),
 }
+_MASTER: dict[str, t.Any] = {
+    "address": "127.0.0.1",
+    "port": 50051,
+    "metrics_address": None,
+    "metrics_port": 9003,
+    "run": True,
+}
+# What a pool of files has no use for, and why; its default says nothing.
+_OF_MOONCAKE: dict[str, tuple[t.Any, str]] = {
+    "capacity": (None, "what its tenants share is the tier of its directory"),
+    "eviction_high_watermark": (None, "engines make room in a directory by themselves"),
+    "listen_all_addresses": (False, "it has no stores that listen"),
+    "protocol": ("tcp", "its data go through files"),
+    "rdma_devices": ([], "its data go through files"),
+    "etcd": ([], "it has no master"),
+}
+# What says how a model's elements are stored.
+_OF_MODEL = {"dtype": "bf16", "group_size": None, "scale_dtype": "fp16", "zero_point": False}
 _NAME = re.compile(r"^[a-z0-9][a-z0-9_]{0,30}$")
 _TOKEN_BYTES = 16
 
@@ -56,19 +74,23 @@ def declare(option: str, name: str, pool: t.Mapping[str, t.Any], read: t.Callabl
     if engine == "mooncake":
         made.update(_mooncake(option, pool))
     else:
+        _files(option, engine, pool)
         made["address"] = pool.get("address") or "127.0.0.1"
-        for key in ("etcd", "rdma_devices"):
-            if pool.get(key):
-                raise Refused(f"{option}.{key}", pool[key], f"a {engine} pool has no master", "Leave it out")
     made["tenants"] = _tenants(option, pool, made)
     made["connectors"] = _made_connectors(option, pool, made)
     return made
 
 
 def check_heeded(option: str, made: t.Mapping[str, t.Any]) -> None:
-    """Refuse a write policy that nothing of the pool would follow."""
-    policy = made["write_policy"]
+    """Refuse policies that nothing of the pool would follow."""
+    policy, eviction = made["write_policy"], made["eviction_policy"]
     offloads = made["engine"] == "mooncake" and any(tier["medium"] == "ssd" for tier in made["tiers"])
+    evicts = offloads or any(_connectors.evicts_as(one["engine"], one["backend"]) for one in made["connectors"])
+    if eviction != "lru" and not evicts:
+        remedy = "Leave it out, or add a connector of lmcache or of vllm's offloading"
+        if made["engine"] == "mooncake":
+            remedy = "Leave it out, or add an ssd tier or a connector of lmcache"
+        raise Refused(f"{option}.eviction_policy", eviction, "nothing of the pool evicts by it", remedy)
     heeded = any(connector["engine"] == "sglang" for connector in made["connectors"])
     if policy != "write_through" and not heeded and not (policy == "write_back" and offloads):
         remedy = "Leave it out, or add an sglang connector"
@@ -138,6 +160,10 @@ def _sizes(option: str, pool: t.Mapping[str, t.Any], read: t.Callable[[str], str
     if pool.get("model") and pool.get("bytes_per_token"):
         raise Refused(f"{option}.bytes_per_token", pool["bytes_per_token"], "the model says it", "Give one of them")
     per_token = 0
+    for key, default in _OF_MODEL.items():
+        if not pool.get("model") and pool.get(key) not in (None, default):
+            remedy = "Name the model, or leave it out: bytes_per_token are those that are stored"
+            raise Refused(f"{option}.{key}", pool[key], "there is no model whose elements it would be about", remedy)
     if pool.get("model"):
         model = _kvsize.load(f"{option}.model", pool["model"], read)
         scale = (pool.get("group_size"), pool.get("scale_dtype") or "fp16", bool(pool.get("zero_point")))
@@ -223,6 +249,11 @@ def _tiers(option: str, engine: str, tiers: t.Sequence[t.Mapping[str, t.Any]]) -
     if engine != "mooncake":
         if not any(tier.get("path") for tier in tiers):
             raise Refused(f"{option}.tiers", "cxl", "the pool has no directory", f"Add a {MEDIA[engine][0]} tier")
+        media = [tier["medium"] for tier in tiers]
+        for index, medium in enumerate(media):
+            if medium in media[:index]:
+                problem = "engines are told of the first one only"
+                raise Refused(f"{option}.tiers[{index}].medium", medium, problem, "Keep one, or make a pool of each")
         return
     if not any(tier["medium"] in MEMORY for tier in tiers):
         raise Refused(f"{option}.tiers", "ssd", "objects are written to memory first", "Add a dram or cxl tier")
@@ -234,18 +265,24 @@ def _tiers(option: str, engine: str, tiers: t.Sequence[t.Mapping[str, t.Any]]) -
             raise Refused(f"{option}.tiers[{index}].medium", "ssd", "slower than the tier after it", "Put it last")
 
 
+def _files(option: str, engine: str, pool: t.Mapping[str, t.Any]) -> None:
+    """Refuse what is for Mooncake alone."""
+    given: dict[str, tuple[t.Any, t.Any, str]] = {key: (pool.get(key), *told) for key, told in _OF_MOONCAKE.items()}
+    for key, value in (pool.get("master") or {}).items():
+        given[f"master.{key}"] = (value, _MASTER.get(key), "it has no master")
+    for key, (value, default, why) in given.items():
+        if value not in (None, default):
+            raise Refused(f"{option}.{key}", value, f"a {engine} pool has no use for it: {why}", "Leave it out")
+
+
 def _mooncake(option: str, pool: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
-    given, address = pool.get("master") or {}, pool.get("address") or "127.0.0.1"
-    master = {
-        "address": given.get("address") or "127.0.0.1",
-        "port": 50051 if given.get("port") is None else given["port"],
-        "metrics_port": 9003 if given.get("metrics_port") is None else given["metrics_port"],
-        "run": True if given.get("run") is None else given["run"],
-    }
+    address = pool.get("address") or "127.0.0.1"
+    given = pool.get("master") or {}
+    master = {key: default if given.get(key) in (None, "") else given[key] for key, default in _MASTER.items()}
     # The port of the metrics also gives tenants' names away, deletes objects and sets quotas.
     # With etcd any host's master may lead, and the others have to reach it.
     open_to = "127.0.0.1" if pool.get("tenants") and not pool.get("etcd") else master["address"]
-    master["metrics_address"] = given.get("metrics_address") or open_to
+    master["metrics_address"] = master["metrics_address"] or open_to
     for key in ("port", "metrics_port"):
         if not 1 <= int(master[key]) <= 65535:
             raise Refused(f"{option}.master.{key}", master[key], "not a TCP port", "Use 1 to 65535")
@@ -287,7 +324,9 @@ def _is_one_address(value: str) -> bool:
 
 
 def _tenants(option: str, pool: t.Mapping[str, t.Any], made: t.Mapping[str, t.Any]) -> list[dict[str, t.Any]]:
-    own = sum(tier["size_bytes"] for tier in made["tiers"] if made["engine"] != "mooncake" or tier["medium"] in MEMORY)
+    # Of a pool of files what tenants fill is its directory, and a devdax beside it is not.
+    shared = [tier for tier in made["tiers"] if (tier["medium"] in MEMORY) == (made["engine"] == "mooncake")]
+    own = sum(tier["size_bytes"] for tier in shared)
     capacity = parse_size(f"{option}.capacity", pool["capacity"]) if pool.get("capacity") else own
     found: dict[str, dict[str, t.Any]] = {}
     for index, tenant in enumerate(pool.get("tenants") or []):
@@ -296,11 +335,12 @@ def _tenants(option: str, pool: t.Mapping[str, t.Any], made: t.Mapping[str, t.An
         quota = parse_size(f"{where}.quota", tenant.get("quota"))
         used = sum(other["quota_bytes"] for other in found.values())
         if used + quota > capacity:
+            several = "; for a pool over several hosts set capacity" if made["engine"] == "mooncake" else ""
             raise Refused(
                 f"{where}.quota",
                 tenant.get("quota"),
                 f"with the tenants before it more than the pool's {format_size(capacity)}",
-                f"At most {format_size(capacity - used)} is left; for a pool over several hosts set capacity",
+                f"At most {format_size(capacity - used)} is left{several}",
             )
         if tenant.get("token") is not None and made["engine"] != "mooncake":
             raise Refused(f"{where}.token", "(hidden)", "a directory knows owners, not tokens", "Set owner")

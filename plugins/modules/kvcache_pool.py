@@ -87,7 +87,7 @@ options:
         type: int
         default: 1
       capacity:
-        description: Size of the pool over all its hosts, which bounds the tenants' quotas. This host's tiers, if left out.
+        description: Size of a Mooncake pool over all its hosts, which bounds the tenants' quotas. This host's tiers, if left out.
         type: str
       replicas:
         description:

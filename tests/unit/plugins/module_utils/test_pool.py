@@ -14,6 +14,7 @@ import pytest
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _mooncake, _pool, _poolprobe
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused
+from ansible_collections.agentfleet.metal.plugins.modules import kvcache_pool
 
 MASTER, DRAM, SECOND = (
     "agentfleet-mooncake-master@a.service",
@@ -463,6 +464,24 @@ def test_a_write_policy_is_followed_by_the_disk_or_by_the_engine(machine: Machin
     machine.run(wish(write_policy="write_through_selective", connectors=connectors))
     arguments = machine.host.read("/etc/agentfleet/connectors/a/sglang-mooncake/arguments")
     assert "--hicache-write-policy=write_through_selective" in arguments
+
+
+def test_what_is_left_out_is_not_refused_and_an_eviction_policy_goes_where_it_is_heeded(machine: Machine) -> None:
+    """Ansible hands a module the defaults of what is left out."""
+    given = {key: option.get("default") for key, option in kvcache_pool.POOL.items()}
+    given["master"] = {key: option.get("default") for key, option in kvcache_pool.MASTER.items()}
+    tier = {"medium": "ssd", "size": "4MiB", "path": "/srv/f"}
+    files = {**given, "name": "f", "engine": "filesystem", "tiers": [tier]}
+    machine.run([files])
+    assert _poolprobe.declared(machine.host)["f"]["eviction_policy"] == "lru"
+
+    connectors = [{"engine": "lmcache", "backend": "disk"}]
+    machine.run([{**files, "eviction_policy": "fifo", "connectors": connectors}])
+    config = json.loads(machine.host.read("/etc/agentfleet/connectors/f/lmcache-disk/lmcache.yaml"))
+    assert config["cache_policy"] == "FIFO"
+    tiers = [*wish()[0]["tiers"], {"medium": "ssd", "size": "48MiB", "path": "/srv/kv"}]
+    machine.run(wish(tiers=tiers, eviction_policy="fifo"))
+    assert _poolprobe.declared(machine.host)["a"]["eviction_policy"] == "fifo"
 
 
 @pytest.mark.parametrize("tenants", [[], [{"name": "red", "quota": "32MiB", "owner": "svc"}]])
