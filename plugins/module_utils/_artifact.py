@@ -46,9 +46,16 @@ def secrets(src: str) -> set[str]:
     return words | {unquote(word) for word in words}
 
 
-def release_path(directory: str, sources: t.Sequence[t.Mapping[str, t.Any]]) -> str:
-    """The directory of a release: known by the digests that it is made of."""
+def release_path(
+    directory: str, sources: t.Sequence[t.Mapping[str, t.Any]], subdirectory: str = "", build: t.Sequence[str] = ()
+) -> str:
+    """The directory of a release: known by the digests that it is made of, and by what is made of them.
+
+    Roles name it in the same way: ``threefs__release`` and ``foundationdb__release``.
+    """
     joined = "".join(str(source["sha256"]).lower() for source in sources)
+    if subdirectory or build:
+        joined += json.dumps([subdirectory, *build])
     return f"{directory}/{hashlib.sha256(joined.encode()).hexdigest()[:16]}"
 
 
@@ -80,7 +87,7 @@ class Artifact:
             )
         self.provides = [str(name).strip("/") for name in params.get("provides") or []]
         self.timeout = int(params.get("build_timeout_seconds") or 14400)
-        self.path = release_path(self.directory, self.sources)
+        self.path = release_path(self.directory, self.sources, self.subdirectory, self.build)
 
     @staticmethod
     def _check(option: str, source: dict[str, t.Any]) -> None:

@@ -12,8 +12,8 @@ short_description: Unpack a release of a program that is pinned by its SHA-256
 version_added: 0.1.0
 author: agentfleet.metal contributors (@agentfleet)
 description:
-  - Unpacks archives, packages or an image into a directory that is named by their digests. Releases stand side by
-    side; which one is used is the user's path, so that an upgrade or a way back is a change of that path.
+  - Unpacks archives, packages or an image into a directory that is named by their digests, O(subdirectory) and O(build).
+    Releases stand side by side; which one is used is the user's path, so that an upgrade or a way back is a change of that path.
   - Packages are unpacked, not installed. No maintainer script runs and the package manager does not know them.
   - What has another digest than the pinned one is refused, or, when it comes from a URL, never unpacked.
 extends_documentation_fragment:

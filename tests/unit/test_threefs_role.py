@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import typing as t
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 pytest.importorskip("tomllib", reason="the doubles read TOML as only Python 3.11 and newer can")
 
+from ansible_collections.agentfleet.metal.plugins.module_utils._artifact import Artifact
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._placement_table import ChainTable
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import apply_all
@@ -135,3 +137,36 @@ def test_declared_ec_groups_and_chunk_sizes_reach_targets_chains_and_directories
     assert sizes == {"1": f"{lab.double.CHUNK_SIZES}\n", "2": "['65536', '4194304']\n"}
     layout = lab.database.read()["document"]["keys"]["fs"]["/coded"]["layout"]
     assert (layout["table"], layout["chunk"], layout["stripe"]) == (2, 4 << 20, 6)
+
+
+RELEASE = """
+for case in given["cases"]:
+    variables = {**load("defaults/main.yml"), **case, **load("vars/main.yml")}
+    found.append(Templar(loader, variables=variables).template(variables["threefs__release"]))
+"""
+
+
+def test_the_role_and_the_module_name_a_release_alike() -> None:
+    plain: dict[str, t.Any] = {"threefs_sources": [{"src": "/a.tar", "sha256": "AB" * 32}]}
+    build = ["cmake -DSHUFFLE_METHOD='g++11' \"é\"", "cmake --build build\nls"]
+    cases = [
+        plain,
+        {**plain, "threefs_subdirectory": "/opt/3fs/"},
+        {**plain, "threefs_build": build},
+        {**plain, "threefs_build": build[:1]},
+        {**plain, "threefs_build": build, "threefs_subdirectory": "opt/3fs"},
+    ]
+    modules = [
+        Artifact(
+            Host(),
+            {
+                "sources": case["threefs_sources"],
+                "directory": "/opt/3fs",
+                "subdirectory": case.get("threefs_subdirectory"),
+                "build": case.get("threefs_build"),
+            },
+        ).path
+        for case in cases
+    ]
+    assert rendered("threefs", RELEASE, cases=cases) == modules and len(set(modules)) == len(cases)
+    assert modules[0] == f"/opt/3fs/{hashlib.sha256(('ab' * 32).encode()).hexdigest()[:16]}", "as it always was"

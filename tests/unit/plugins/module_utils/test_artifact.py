@@ -78,6 +78,21 @@ def test_a_source_tree_is_built(host: Host, tmp_path: Path) -> None:
     assert len(host.names("/opt/3fs")) == 1
 
 
+def test_another_build_or_part_of_the_same_source_is_another_release(host: Host, tmp_path: Path) -> None:
+    source = pack(tmp_path / "src.tar", {"3FS/a/x": b"", "3FS/b/x": b""})
+    wishes: list[dict[str, t.Any]] = [
+        {},
+        {"build": ["echo 1 > made"]},
+        {"build": ["echo 2 > made"]},
+        {"subdirectory": "3FS/a"},
+        {"subdirectory": "3FS/b"},
+        {"subdirectory": "3FS/a", "build": ["echo 1 > made"]},
+    ]
+    paths = [install(host, source, **wish) for wish in wishes]
+    assert len(set(paths)) == len(wishes)
+    assert [host.read(f"{path}/made") for path in paths] == ["", "1", "2", "", "", "1"]
+
+
 def test_what_came_over_the_network_is_checked_before_it_is_unpacked(host: Host, tmp_path: Path) -> None:
     source = pack(tmp_path / "a.tar", {"bin/admin_cli": b"1"})
     url = {**source, "src": (tmp_path / "a.tar").as_uri()}
