@@ -23,6 +23,7 @@ ADMIN_PORT_OFFSET, SECOND_PORT_OFFSET, THIRD_PORT_OFFSET = 2, 3, 4
 GROWN = {"threefs_third_services": ["storage", "fuse"]}
 PATIENCE_SECONDS = 240
 FIRST_TARGET = 5  # column of list-chains
+PID, VERSION = 4, -2  # columns of list-nodes
 FDB = "$(ls -d /opt/foundationdb/*/bin)"
 
 
@@ -87,6 +88,11 @@ class Cluster:
                 + "\nEOF"
             )
         )
+
+    def nodes(self, kind: str = "") -> dict[str, list[str]]:
+        """Id -> the row of list-nodes; VERSION and the release are counted from its end, as a time has a blank."""
+        rows = [line.split() for line in self.ask("list-nodes").splitlines()[1:]]
+        return {row[0]: row for row in rows if kind in ("", row[1])}
 
     def chains(self) -> list[list[str]]:
         """The rows of list-chains: id, tables, version, status, preferred order, targets."""
@@ -178,7 +184,17 @@ def test_a_service_that_dies_is_started_again(cluster: Cluster) -> None:
 
 def test_a_third_node_is_added_while_all_chains_serve(cluster: Cluster) -> None:
     cluster.variables.update(GROWN)
+    # With it comes a key that storage reads only when it starts: what runs refuses it, and is restarted for it alone.
+    cluster.variables["threefs_lab_storage"] = {"server.aio_read_worker.num_threads": 7}
+    before = cluster.nodes("STORAGE")
     cluster.interrupt("update-chain", "threefs_scale_out", after=1)
+    refused = cluster.admin.check_output("journalctl -o cat -u threefs-stage-storage -g 'Update config failed'")
+    assert "Not support hot update: server.aio_read_worker.num_threads" in refused
+    after = cluster.nodes("STORAGE")
+    assert set(after) == {"10001", "10002", "10003"} and all(row[VERSION] == "2(UPTODATE)" for row in after.values())
+    assert all(after[node][PID] != row[PID] for node, row in before.items())
+    cluster.ask("get-config -t STORAGE -o /run/storage_main.toml")
+    assert "num_threads = 7" in cluster.admin.check_output("cat /run/storage_main.toml")
     rows = cluster.chains()
     assert all(row[3] != "UNAVAILABLE" for row in rows)
     assert any(len(row) > FIRST_TARGET + 2 for row in rows), "a chain has its new target beside the old ones"
@@ -199,15 +215,17 @@ def test_a_disk_is_replaced(cluster: Cluster) -> None:
 
 def test_release_and_configuration_are_changed_host_after_host(cluster: Cluster) -> None:
     cluster.variables["threefs_sources"] = cluster.releases["2"]
-    cluster.variables["threefs_lab_storage"] = {"server.aio_read_worker.num_threads": 7}
+    cluster.variables["threefs_lab_storage"] = {"server.aio_read_worker.num_threads": 8}
     cluster.interrupt("list-chain-tables", "threefs_rolling", after=1)
-    nodes = cluster.ask("list-nodes").splitlines()[1:]
-    assert {line.split()[-1] for line in nodes} == {"250228-double-1", "250228-double-2"}
+    nodes = cluster.nodes()
+    assert {row[-1] for row in nodes.values()} == {"250228-double-1", "250228-double-2"}
+    held = [row[VERSION] for row in nodes.values() if row[1] == "STORAGE" and row[-1] == "250228-double-1"]
+    assert held and set(held) == {"2"}, "these wait for their turn, and the gates do not wait for them"
     cluster.play("threefs_rolling")
-    nodes = cluster.ask("list-nodes").splitlines()[1:]
-    assert len(nodes) == 7 and all(line.endswith("250228-double-2") and "UPTODATE" in line for line in nodes)
-    cluster.ask("get-config -t STORAGE -o /run/storage_main.toml")
-    assert "num_threads = 7" in cluster.admin.check_output("cat /run/storage_main.toml")
+    nodes = cluster.nodes()
+    assert len(nodes) == 7 and all(
+        row[-1] == "250228-double-2" and "UPTODATE" in row[VERSION] for row in nodes.values()
+    )
     cluster.assert_well({"10001", "10002", "10003"})
 
 

@@ -10,6 +10,7 @@ they are rendered where they are published from.
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import json
 import os
@@ -66,6 +67,7 @@ class Config:
     ) -> None:
         self.host, self._resolve = host, resolve
         self.restarts: list[str] = []
+        self._rendered: dict[tuple[str, str | None], str] = {}
         self.cluster = check_cluster(params["cluster"])
         self.directory = f"{ETC}/{self.cluster}"
         self.release = str(params["release"]).rstrip("/")
@@ -317,7 +319,7 @@ class Config:
     def observe(self) -> dict[str, t.Any]:
         """Files of the release and files as they are now."""
         base = self._base()
-        shipped = {name: self._read(f"{base}/{name}.toml") for name in self._files()} if base else {}
+        names = {*self._files(), *(PROGRAMS[service] for service in self._managed())} if base else set()
         paths = [f"{self.directory}/{name}.toml" for name in self._files()]
         paths += [
             description_path(self.cluster),
@@ -327,7 +329,7 @@ class Config:
         ]
         return {
             "base": base,
-            "shipped": shipped,
+            "shipped": {name: self._read(f"{base}/{name}.toml") for name in names},
             "now": {path: self._read(path) for path in paths},
             "directories": {
                 path: self.host.exists(path) for path in (f"{LOGS}/{self.cluster}", self.mountpoint) if path
@@ -447,16 +449,14 @@ class Config:
     def _restarts(self, observed: t.Mapping[str, t.Any], stale: t.Collection[str]) -> list[str]:
         """Services that these steps concern in what they read only when they start."""
         before = json.loads(observed["now"].get(description_path(self.cluster)) or "{}")
-        after = self.description()
+        after = self.description(observed)
         found = []
         for service in self.services:
             program = f"{self.directory}/{PROGRAMS[service]}"
             files = {f"{program}{end}.toml" for end in (("",) if service == "monitor" else ("_launcher", "_app"))}
             files |= {f"{self.directory}/fuse.token"} if service == "fuse" else set()
-            keys = ("release", "target_paths") if service == "storage" else ("release",)
-            moved = any(before.get(key) != after[key] for key in keys)
-            ports = before.get("ports", {}).get(service) != after["ports"].get(service)
-            if moved or ports or files & set(stale):
+            main = before.get("mains", {}).get(service) != after["mains"].get(service)
+            if main or before.get("release") != after["release"] or files & set(stale):
                 found.append(service)
         return found
 
@@ -484,14 +484,8 @@ class Config:
         """Path -> text and mode."""
         found: dict[str, tuple[str, int]] = {}
         for name in self._files():
-            shipped = observed["shipped"].get(name)
-            if shipped is None:
-                if observed["base"]:
-                    raise Refused("release", self.release, f"has no {name}.toml", "Use a complete release of 3FS")
-                found[f"{self.directory}/{name}.toml"] = ("", 0o640)
-                continue
             mode = 0o600 if name in _SECRET else 0o640
-            found[f"{self.directory}/{name}.toml"] = (self._render(name, shipped), mode)
+            found[f"{self.directory}/{name}.toml"] = (self._text(name, observed), mode)
         if "fuse" in self.services:
             found[f"{self.directory}/fuse.token"] = (self.fuse_token + "\n", 0o600)
         if "monitor" in self.services:
@@ -502,7 +496,10 @@ class Config:
             raise Refused(
                 "fdb_cluster", "", "this host has no cluster file yet", "Give the database's connection string"
             )
-        found[description_path(self.cluster)] = (json.dumps(self.description(), indent=2, sort_keys=True) + "\n", 0o644)
+        found[description_path(self.cluster)] = (
+            json.dumps(self.description(observed), indent=2, sort_keys=True) + "\n",
+            0o644,
+        )
         return found
 
     def _clickhouse_path(self) -> str:
@@ -514,6 +511,19 @@ class Config:
             for key in ("host", "port", "user", "password")
         )
         return f"<config>\n{lines}</config>\n"
+
+    def _managed(self) -> list[str]:
+        """Services of this host whose main configuration mgmtd hands out."""
+        return [service for service in MANAGED if service in self.services]
+
+    def _text(self, name: str, observed: t.Mapping[str, t.Any]) -> str:
+        """A file as it shall be; empty before there is a release."""
+        shipped = observed["shipped"].get(name)
+        if shipped is None and observed["base"]:
+            raise Refused("release", self.release, f"has no {name}.toml", "Use a complete release of 3FS")
+        if shipped is not None and (name, shipped) not in self._rendered:
+            self._rendered[name, shipped] = self._render(name, shipped)
+        return self._rendered.get((name, shipped), "")
 
     def _render(self, name: str, shipped: str) -> str:
         """A file of the release with our keys and the user's; parsed again before it is written."""
@@ -560,14 +570,20 @@ class Config:
             raise Refused(option, given, str(error), "Name a single value") from None
         return paths
 
-    def description(self) -> dict[str, t.Any]:
-        """What other modules need to know; nothing secret."""
+    def description(self, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+        """What other modules need to know; nothing secret.
+
+        ``mains`` are digests of what mgmtd hands out to this host's services: a service that runs refuses all of it for
+        one key that it reads only when it starts. Which ones those are differs by place and release, so each counts.
+        """
+        mains = {service: self._text(PROGRAMS[service], observed) for service in self._managed()}
         return {
             "cluster": self.cluster,
             "release": self.release,
             "binaries": self.binaries(),
             "services": self.services,
             "node_ids": self.node_ids,
+            "mains": {service: hashlib.sha256(text.encode()).hexdigest()[:16] for service, text in mains.items()},
             "ports": self.ports,
             "mgmtd": self.mgmtd,
             "target_paths": self.target_paths,
@@ -598,7 +614,12 @@ class Config:
         state = observed["published"] or {}
         kept = state.get("kept") or {}
         told = bool(kept) and all(kept[MANAGED[name]] == text for name, text in self._mains(observed).items())
-        return {"description": self.description(), "published": told, "restarts": self.restarts, "warnings": missing}
+        return {
+            "description": self.description(observed),
+            "published": told,
+            "restarts": self.restarts,
+            "warnings": missing,
+        }
 
 
 def _stems() -> list[str]:

@@ -70,12 +70,19 @@ def parse(
 
 
 def problems(
-    state: t.Mapping[str, t.Any], expect: t.Mapping[str, int], replicas: t.Mapping[int, int] | None = None
+    state: t.Mapping[str, t.Any],
+    expect: t.Mapping[str, int],
+    replicas: t.Mapping[int, int] | None = None,
+    current: t.Collection[int] = (),
 ) -> list[str]:
     """What keeps the cluster from being well, in words; empty when it is.
 
+    A service that runs refuses a configuration with another value of a key that it reads only when it starts, and stays
+    with the old one. That is no illness, since waiting does not help and restarting others must be possible.
+
     :param replicas: table -> so many serving replicas are enough for its chains, as one that is being moved has more;
         of other tables all must serve
+    :param current: nodes that must have the newest configuration, as they were just started
     """
     found = []
     primaries = [node["id"] for node in state["nodes"] if node["status"] == "PRIMARY_MGMTD"]
@@ -85,7 +92,7 @@ def problems(
         label = f"{node['type']} {node['id']} on {node['hostname'] or 'an unknown host'}"
         if node["status"] not in ("PRIMARY_MGMTD", "HEARTBEAT_CONNECTED"):
             found.append(f"{label} is {node['status']}")
-        elif node["config_status"] != "UPTODATE":
+        elif node["config_status"] == "FAILED" or (node["id"] in current and node["config_status"] != "UPTODATE"):
             found.append(f"{label} has configuration version {node['config_version']}: {node['config_status']}")
     for service, count in expect.items():
         alive = [
@@ -166,7 +173,7 @@ class Info:
                 for node in state["nodes"]
                 if node["process"] != self.processes.get(node["id"], node["process"])
             ]
-            return old + problems(state, self.expect, self.replicas)
+            return old + problems(state, self.expect, self.replicas, self.processes)
         return [
             f"chain {number} has no other server than node {', '.join(map(str, self.losing))}"
             for number, chain in state["chains"].items()
@@ -191,6 +198,7 @@ class Info:
                 "healthy": False,
                 "problems": ["there is no cluster yet"],
                 "nodes": [],
+                "outdated": [],
                 "chains": {},
                 "tables": {},
                 "primary": None,
@@ -204,7 +212,12 @@ class Info:
             for target in chain["targets"]:
                 node = str(target_place(target["id"])[0])
                 targets[node] = targets.get(node, 0) + 1
+        behind = [node for node in observed["nodes"] if node["config_status"] != "UPTODATE"]
+        names = ", ".join(f"{node['type']} {node['id']}" for node in behind[:5]) + (", ..." if len(behind) > 5 else "")
+        due = f"not with the newest configuration: {names}; playbook threefs_rolling restarts what cannot take it as it runs"
         return {
+            "warnings": [due] if behind and not self.processes else [],  # those of a host that is just being restarted
+            "outdated": [node["id"] for node in behind],
             "healthy": not bad,
             "problems": bad,
             "primary": next((node["id"] for node in observed["nodes"] if node["status"] == "PRIMARY_MGMTD"), None),

@@ -28,7 +28,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import (
 )
 
 UNITS = "/etc/systemd/system"
-# Configuration that a service reads only when it starts. What mgmtd hands out is not here, but for its restart keys.
+# Files that a service reads only when it starts. What mgmtd hands out comes to the digest by threefs_config's description.
 _FILES = {
     "monitor": ("monitor_collector_main.toml",),
     "fuse": ("hf3fs_fuse_main_launcher.toml", "hf3fs_fuse_main_app.toml", "fuse.token"),
@@ -59,6 +59,7 @@ class Services:
         self.timeout = int(params.get("timeout_seconds") or 120)
         self.restart = bool(params.get("restart", True))
         self.changing = list(params.get("changing") or [])
+        self.outdated_nodes = [int(node) for node in params.get("outdated_nodes") or []]
         self.schema = bool(params.get("clickhouse_schema", True))
 
     # -- observe ------------------------------------------------------------------
@@ -109,10 +110,7 @@ class Services:
         program = PROGRAMS[service]
         names = _FILES.get(service, (f"{program}_launcher.toml", f"{program}_app.toml"))
         parts = [self.host.read(f"{ETC}/{self.cluster}/{name}") for name in names]
-        # the keys of the main configuration that a running service cannot change
-        parts.append(json.dumps([described["ports"].get(service), described["release"]]))
-        if service == "storage":
-            parts.append(json.dumps(described["target_paths"]))
+        parts.append(json.dumps([described["release"], described.get("mains", {}).get(service)]))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def unit(self, service: str, described: t.Mapping[str, t.Any], digest: str) -> str:
@@ -183,6 +181,8 @@ class Services:
 
     def _started(self, observed: t.Mapping[str, t.Any]) -> list[Step]:
         writes, starts = [], []
+        ids = observed["described"]["node_ids"]
+        behind = {unit_name(self.cluster, name) for name, node in ids.items() if node in self.outdated_nodes}
         for unit, (text, digest) in observed["wanted"].items():
             state = observed["units"][unit]
             now = observed["texts"][unit]
@@ -190,7 +190,7 @@ class Services:
                 writes.append(Step("write", f"{UNITS}/{unit}", before=now or None, after=text, data=text))
             active = state.get("ActiveState") == "active"
             coming = self.predicting and any(unit == unit_name(self.cluster, service) for service in self.changing)
-            if active and (coming or observed["running"][unit] != digest):
+            if active and (coming or unit in behind or observed["running"][unit] != digest):
                 if not self.restart:
                     continue
                 why = "it runs with another configuration or release"

@@ -16,7 +16,8 @@ description:
     release, with the keys that make them this cluster's, profiles, and declared keys. Comments and order stay.
   - With O(publish), mgmtd gets the main configurations to keep and hand out. The first time this is
     C(init-cluster), later C(set-config) where they differ.
-  - Main configurations are one for all services of a kind; ports and target paths are the same on all hosts.
+  - Main configurations are one for all services of a kind, so that all hosts are given the same; ports and target paths, too.
+    A service that runs refuses one that changes a key which it reads only when it starts; RV(restarts) names it for any change.
 extends_documentation_fragment:
   - agentfleet.metal.attributes
 options:

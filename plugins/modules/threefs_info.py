@@ -12,8 +12,9 @@ short_description: Look at a 3FS cluster, or wait until it is well
 version_added: 0.1.0
 author: agentfleet.metal contributors (@agentfleet)
 description:
-  - Asks the primary mgmtd for nodes, chains and tables. Well means one primary, all nodes connected with the newest
-    configuration, and every chain with all its replicas serving.
+  - Asks the primary mgmtd for nodes, chains and tables. Well means one primary, all nodes connected, and every chain with all
+    its replicas serving. Nodes that have not taken the newest configuration are told by RV(outdated) and a warning, since no
+    waiting helps where only a restart does.
   - With O(wait_healthy_seconds) it is the gate between two changes; when the time is over it fails and says what is not well.
 extends_documentation_fragment:
   - agentfleet.metal.attributes.info
@@ -36,7 +37,7 @@ options:
   processes:
     description:
       - Node id to process id, as RV(agentfleet.metal.threefs_service#module:processes) tells. A node is well when it reports as
-        this process, which tells a service that was just restarted from what is left of the old one.
+        this process, which tells a service that was just restarted from what is left of the old one, and has the newest configuration.
     type: dict
     default: {}
   replicas:
@@ -78,6 +79,11 @@ nodes:
   returned: success
   type: list
   elements: dict
+outdated:
+  description: Ids of services that have not taken the newest configuration.
+  returned: success
+  type: list
+  elements: int
 chains:
   description: Number of chains, and how many have which status.
   returned: success

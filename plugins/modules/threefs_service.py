@@ -13,7 +13,8 @@ version_added: 0.1.0
 author: agentfleet.metal contributors (@agentfleet)
 description:
   - Writes a unit for each service that M(agentfleet.metal.threefs_config) described on this host, and starts,
-    restarts or stops them. A service is restarted when it runs with another configuration or release than is written.
+    restarts or stops them. A service is restarted when it runs with another configuration or release than is written;
+    what mgmtd hands out belongs to it, since a running service refuses most of its keys.
   - The units restart what fails, wait for the mounts of their disks, lock memory for RDMA and clean up FUSE's mount.
 extends_documentation_fragment:
   - agentfleet.metal.attributes
@@ -50,6 +51,13 @@ options:
         (RV(agentfleet.metal.threefs_config#module:restarts)).
     type: list
     elements: str
+    default: []
+  outdated_nodes:
+    description:
+      - Ids of services that mgmtd knows to run with another configuration than it hands out
+        (RV(agentfleet.metal.threefs_info#module:outdated)). They are restarted like those that are found here.
+    type: list
+    elements: int
     default: []
   clickhouse_schema:
     description: Whether the monitor's tables are made in ClickHouse when they are missing. Needs C(clickhouse-client).
@@ -121,6 +129,7 @@ def main() -> None:
             "library_path": {"type": "list", "elements": "str", "default": []},
             "restart": {"type": "bool", "default": True},
             "changing": {"type": "list", "elements": "str", "default": []},
+            "outdated_nodes": {"type": "list", "elements": "int", "default": []},
             "clickhouse_schema": {"type": "bool", "default": True},
             "timeout_seconds": {"type": "int", "default": 120},
         },

@@ -74,6 +74,7 @@ class Lab:
         monkeypatch.setattr("time.monotonic", lambda: self.now)
         monkeypatch.setattr("time.sleep", self.sleep)
         self.storages: dict[int, t.Any] = {}
+        self.running: dict[int, t.Any] = {}
         self.disks = disks
         self.configure()
         self.start(nodes)
@@ -122,6 +123,7 @@ class Lab:
         self.mgmtd.port = 8000
         self.served["10.0.0.1:8000"] = self.mgmtd.answer
         self.served["10.0.0.1:8001"] = self.meta
+        self.running[100] = self.double.Running(keys["configs"]["META"])
         for node in range(10001, 10001 + nodes):
             self.add(node)
         self.sleep(1)
@@ -141,6 +143,7 @@ class Lab:
         targets = {"target_paths": [str(path) for path in paths], "allow_disk_without_uuid": True}
         self.storages[node] = self.double.Targets({"server": {"targets": targets}})
         self.served[f"10.0.0.1:{node}"] = self.storages[node].answer
+        self.running[node] = self.double.Running(self.database.document["keys"]["configs"]["STORAGE"])
 
     def stop(self, node: int) -> None:
         """Stop a storage service."""
@@ -154,9 +157,11 @@ class Lab:
             services = [("META", 100, 8001, dict, lambda _answer: None)]
             services += [("STORAGE", node, node, one.report, one.follow) for node, one in self.storages.items()]
             for kind, node, port, report, follow in services:
-                me = self.double.identity(node, kind, port, 1)
+                me = {**self.double.identity(node, kind, port), "config_version": self.running[node].version}
                 beat = {"op": "heartbeat", "cluster_id": "stage", "time": self.now, **me, **report()}
-                follow(self.mgmtd.answer(json.loads(json.dumps(beat)), "10.0.0.1"))
+                answer = self.mgmtd.answer(json.loads(json.dumps(beat)), "10.0.0.1")
+                self.running[node].take(answer["config"])
+                follow(answer)
 
     # -- calls -------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ imitates with their traps:
 - launcher, app and main files: a service starts with launcher and app alone and gets main from mgmtd; without one
   uploaded it does not start. Both ports of a service are bound, so that two that collide show it.
 - Only the mgmtd that holds the lease answers; others say NotPrimary, and until there is one, routing is not ready.
+- A service that runs takes a new main configuration only if no key differs that it reads when it starts; otherwise it
+  keeps all of the old one and its version, until it is started again. Which keys those are is told by their last word here.
 - Heartbeats outside of the time window are refused; a silent node fails after heartbeat_fail_interval.
 - Chains: SERVING, LASTSRV, SYNCING, WAITING and OFFLINE by upstream's rules, one SYNCING in a chain at a time; a chain
   whose targets do not report within new_chain_bootstrap_interval falls to LASTSRV.
@@ -50,6 +52,16 @@ TRAPS = os.environ.get("THREEFS_DOUBLE_TRAPS", "/var/lib/3fs-double/traps.json")
 RELEASE = os.environ.get("THREEFS_DOUBLE_RELEASE", "")
 SYNC_SECONDS = 2.0
 CHUNK_SIZES = ["512KB", "1MB", "2MB", "4MB", "16MB", "64MB"]
+COLD = frozenset(
+    """
+    batch_io_coros bg_num_threads big_rdmabuf_count big_rdmabuf_size clusterFile enable_io_uring filter_list
+    io_jobq_size iov_limit listen_port listen_queue_depth max_background max_events max_idle_threads
+    max_processing_requests_num max_readahead max_threads mgmtd_server_addresses num_bg_threads
+    num_connect_threads num_event_loop num_io_threads num_proc_threads num_threads rdma_buf_pool_size
+    rdmabuf_count rdmabuf_size remote_ip services target_num_per_path target_paths trace_file_dir type
+    use_memkv
+    """.split()
+)
 NODE_TYPES = {"MGMTD", "META", "STORAGE", "CLIENT", "FUSE"}
 
 
@@ -82,6 +94,37 @@ def dig(data: dict, dotted: str, default: object = None) -> object:
             return default
         data = data[part]
     return data
+
+
+def leaves(value: object, path: str = "") -> dict[str, object]:
+    """Dotted key -> value; elements of arrays of tables by their number, as upstream names them."""
+    if isinstance(value, dict):
+        pairs = [(f"{path}.{name}".lstrip("."), item) for name, item in value.items()]
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        pairs = [(f"{path}#{number}", item) for number, item in enumerate(value)]
+    else:
+        return {path: value}
+    return {key: leaf for name, item in pairs for key, leaf in leaves(item, name).items()}
+
+
+class Running:
+    """The main configuration that a service runs with."""
+
+    def __init__(self, stored: dict) -> None:
+        self.values, self.version = tomllib.loads(stored["content"]), stored["version"]
+
+    def take(self, stored: dict) -> None:
+        """What mgmtd has now: all of it or nothing."""
+        if stored["version"] == self.version:
+            return
+        pushed = tomllib.loads(stored["content"])
+        now = leaves(self.values)
+        for path, value in leaves(pushed).items():
+            if path.rpartition(".")[2] in COLD and value != now.get(path):
+                why = f"ConfigUpdateFailed(17) Not support hot update: {path}"
+                log(f"Update config failed at updating: {why}. desc: {stored['version']}")
+                return
+        self.values, self.version = pushed, stored["version"]
 
 
 def log(text: str) -> None:
@@ -239,8 +282,7 @@ class Mgmtd:
         config = keys.get("configs", {}).get("MGMTD")
         if config is None:
             die("Load config of MGMTD failed: not found. Run init-cluster first")
-        self.config = tomllib.loads(config["content"])
-        self.config_version = config["version"]
+        self.running = Running(config)
 
     def keys(self, fresh: bool = False) -> dict:
         """What is stored; as of a moment ago, since every heartbeat asks."""
@@ -251,7 +293,7 @@ class Mgmtd:
         return self.seen
 
     def setting(self, name: str, default: str) -> float:
-        return seconds(str(dig(self.config, f"server.service.{name}", default)))
+        return seconds(str(dig(self.running.values, f"server.service.{name}", default)))
 
     def edit(self, change) -> object:
         """A transaction on our keys."""
@@ -275,7 +317,9 @@ class Mgmtd:
             self.primary_since = 0.0
             self.peer = lease
             # not for long: nobody gets an answer from here meanwhile, and the other may be asking us
-            ask(lease["address"], {"op": "heartbeat", "cluster_id": self.cluster_id, **self.own()}, 5.0)
+            answer = ask(lease["address"], {"op": "heartbeat", "cluster_id": self.cluster_id, **self.own()}, 5.0)
+            if answer and "config" in answer:
+                self.running.take(answer["config"])
             return
         if not mine or lease["end"] - now < self.setting("lease_length", "1min") * 0.7:
             end = now + self.setting("lease_length", "1min")
@@ -287,9 +331,7 @@ class Mgmtd:
             log(f"mgmtd {self.node_id} is primary now")
             self.primary_since = now
             self.heartbeats = {}
-        config = keys["configs"]["MGMTD"]
-        if config["version"] != self.config_version:
-            self.config, self.config_version = tomllib.loads(config["content"]), config["version"]
+        self.running.take(keys["configs"]["MGMTD"])
         self.heartbeats[str(self.node_id)] = {
             **self.own(),
             "seen": now,
@@ -304,7 +346,7 @@ class Mgmtd:
             "hostname": socket.gethostname(),
             "pid": os.getpid(),
             "release": release(),
-            "config_version": self.config_version,
+            "config_version": self.running.version,
             "time": time.time(),
             "port": self.port,
         }
@@ -361,7 +403,7 @@ class Mgmtd:
             return getattr(self, "on_" + request["op"])(request, peer)
 
     def admin(self, request: dict) -> None:
-        if dig(self.config, "server.service.authenticate", False):
+        if dig(self.running.values, "server.service.authenticate", False):
             user = check_token(self.keys(fresh=True).get("users", {}), request.get("token", ""))
             if not user["admin"] and user["uid"] != 0:
                 raise Status(5016, "Mgmtd::NotAdmin")
@@ -614,7 +656,7 @@ def mgmtd_main(arguments: list[str]) -> int:
         mgmtd = Mgmtd(launcher, node_id)
     except Unavailable:
         die("FoundationDB is unavailable")
-    both = ports(mgmtd.config)
+    both = ports(mgmtd.running.values)
     mgmtd.port = both[0]
     for port in both:
         bind(port, mgmtd.answer)
@@ -648,26 +690,26 @@ def first_config(peers: Peers, kind: str) -> dict:
             time.sleep(1)
 
 
-def beat(peers: Peers, me: dict, report, follow) -> None:
+def beat(peers: Peers, me: dict, running: Running, report, follow) -> None:
     """Heartbeats for ever."""
     while True:
         try:
-            answer = peers.call({"op": "heartbeat", "time": time.time(), **me, **report()})
-            me["config_version"] = answer["config"]["version"]
+            now = {"time": time.time(), "config_version": running.version}
+            answer = peers.call({"op": "heartbeat", **me, **now, **report()})
+            running.take(answer["config"])
             follow(answer)
         except Status as status:
             log(f"heartbeat failed: {status.code}({status.name}) {status.message}")
         time.sleep(1)
 
 
-def identity(node_id: int, kind: str, port: int, version: int) -> dict:
+def identity(node_id: int, kind: str, port: int) -> dict:
     return {
         "node_id": node_id,
         "type": kind,
         "hostname": socket.gethostname(),
         "pid": os.getpid(),
         "release": release(),
-        "config_version": version,
         "port": port,
     }
 
@@ -675,8 +717,8 @@ def identity(node_id: int, kind: str, port: int, version: int) -> dict:
 def meta_main(arguments: list[str]) -> int:
     launcher, node_id = start_files(arguments)
     peers = Peers(dig(launcher, "mgmtd_client.mgmtd_server_addresses") or [], launcher["cluster_id"])
-    stored = first_config(peers, "META")
-    config = tomllib.loads(stored["content"])
+    running = Running(first_config(peers, "META"))
+    config = running.values
     fdb = Cluster(
         dig(config, "server.fdb.clusterFile") or dig(config, "server.kv_engine.fdb.clusterFile") or die("no fdb")
     )
@@ -685,14 +727,13 @@ def meta_main(arguments: list[str]) -> int:
         fdb.reload()
         keys = fdb.read()["document"]["keys"]
         uid = 0
-        if dig(config, "server.meta.authenticate", False):
+        if dig(running.values, "server.meta.authenticate", False):
             uid = check_token(keys.get("users", {}), request.get("token", ""))["uid"]
         return file_system(fdb, keys, request, uid)
 
     for port in ports(config):
         bind(port, answer)
-    me = identity(node_id, "META", ports(config)[0], stored["version"])
-    beat(peers, me, dict, lambda _answer: None)
+    beat(peers, identity(node_id, "META", ports(config)[0]), running, dict, lambda _answer: None)
     return 0
 
 
@@ -822,14 +863,13 @@ def storage_main(arguments: list[str]) -> int:
     if not node_id:
         die("node_id is not set")
     peers = Peers(dig(launcher, "mgmtd_client.mgmtd_server_addresses") or [], launcher["cluster_id"])
-    stored = first_config(peers, "STORAGE")
-    config = tomllib.loads(stored["content"])
+    running = Running(first_config(peers, "STORAGE"))
+    config = running.values
     targets = Targets(config)
     for port in ports(config):
         bind(port, targets.answer)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    me = identity(node_id, "STORAGE", ports(config)[0], stored["version"])
-    beat(peers, me, targets.report, targets.follow)
+    beat(peers, identity(node_id, "STORAGE", ports(config)[0]), running, targets.report, targets.follow)
     return 0
 
 

@@ -303,14 +303,15 @@ def test_a_cluster_file_that_the_daemons_rewrote_is_the_same(host: t.Any) -> Non
     ("change", "restarts"),
     [
         ({}, []),
-        ({"settings": {"storage_main": {"server.aio_read_worker.num_threads": 64}}}, []),
+        ({"settings": {"storage_main": {"server.aio_read_worker.num_threads": 64}}}, ["storage"]),
+        ({"settings": {"hf3fs_fuse_main": {"io_jobq_size": 512}}}, ["fuse"]),
         ({"settings": {"storage_main_launcher": {"client.default_timeout": "5s"}}}, ["storage"]),
         ({"ports": {"meta": {"tcp": 9101}}}, ["meta"]),
         ({"fuse_token": encode_token(2001, 99)}, ["fuse"]),
         ({"target_paths": [*BASE["target_paths"], "/storage/data3/3fs"]}, ["storage"]),
     ],
 )
-def test_what_mgmtd_hands_out_needs_no_restart(host: t.Any, change: dict[str, t.Any], restarts: list[str]) -> None:
+def test_each_change_restarts_what_it_concerns(host: t.Any, change: dict[str, t.Any], restarts: list[str]) -> None:
     first = config(host, publish=False)
     apply_all(first, first.plan(first.observe()))
     then = config(host, publish=False, **change)

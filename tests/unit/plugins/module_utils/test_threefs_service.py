@@ -20,6 +20,7 @@ DESCRIBED = {
     "binaries": "/opt/3fs/1/bin",
     "services": ["storage", "fuse", "monitor"],
     "node_ids": {"storage": 10001},
+    "mains": {"storage": "0123", "fuse": "4567"},
     "ports": {"storage": {"rdma": 8002}},
     "target_paths": ["/storage/data1/3fs"],
     "mountpoint": "/3fs/stage",
@@ -98,6 +99,20 @@ def test_what_runs_with_an_older_configuration_is_found_by_what_runs(host: t.Any
     assert converge(host) == [("restart", "storage")], "the unit was written by the run that did not restart it"
     assert "systemctl daemon-reload" in host.calls, "that run may have been interrupted before systemd read it"
     assert converge(host) == []
+
+
+def test_a_main_configuration_restarts_only_its_own_service(host: t.Any) -> None:
+    converge(host)
+    described = {**DESCRIBED, "mains": {"storage": "89ab", "fuse": "4567"}}
+    host.files({"/etc/3fs/stage/cluster.json": json.dumps(described)})
+    assert converge(host) == [("write", "storage"), ("restart", "storage")] and converge(host) == []
+
+
+def test_what_mgmtd_knows_to_be_outdated_is_restarted_though_it_was_started_for_this_configuration(host: t.Any) -> None:
+    converge(host)
+    assert converge(host, outdated_nodes=[100, 10002]) == [], "they are other hosts'"
+    assert converge(host, outdated_nodes=[10001, 10002]) == [("restart", "storage")]
+    assert converge(host, services=["fuse"], outdated_nodes=[10001]) == []
 
 
 def test_check_mode_knows_what_an_earlier_task_would_have_changed(host: t.Any) -> None:

@@ -7,6 +7,7 @@ _threefs_info, _threefs_admin and _threefs."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import typing as t
 
@@ -15,11 +16,17 @@ import pytest
 pytest.importorskip("tomllib", reason="the doubles read TOML as only Python 3.11 and newer can")
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, apply_all
-from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import encode_token, token_uid
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import (
+    MANAGED,
+    PROGRAMS,
+    encode_token,
+    token_uid,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import STATUS, Admin, Answer, hide
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_directory import Directories
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_info import Info, look, parse, problems
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_target import Targets
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_toml import Toml
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_user import Users
 from ansible_collections.agentfleet.metal.tests.unit.threefs_lab import DOUBLES, ROOT_TOKEN, Lab
 
@@ -266,6 +273,52 @@ def test_a_restarted_service_must_report_as_the_new_process(lab: Lab) -> None:
     assert info.result(info.observe())["problems"][0].startswith("storage 10001 still reports as process")
 
 
+def publish(lab: Lab, keys: str) -> None:
+    """Another main configuration of storage in the keeping of mgmtd; two heartbeats tell what services made of it."""
+    kept = lab.host.path("/main.toml")
+    Admin(lab.host, "stage").run(f"get-config -t STORAGE -o {kept}")
+    lab.host.write("/main.toml", lab.host.read("/main.toml") + f"\n{keys}\n")
+    Admin(lab.host, "stage").run(f"set-config --type STORAGE --file {kept}")
+    lab.sleep(2)
+
+
+def test_a_running_service_refuses_a_configuration_that_it_reads_at_the_start(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(lab, "[server.storage]\nmax_concurrent_rdma_reads = 512")
+    assert Info(lab.host, {"cluster": "stage"}).observe()["nodes"][-1]["config_status"] == "UPTODATE"
+    publish(lab, "[server.aio_read_worker]\nnum_threads = 7\nmin_complete = 2")
+    assert "Not support hot update: server.aio_read_worker.num_threads. desc: 3" in capsys.readouterr().err
+    lab.add(10001)  # started again
+    lab.sleep(2)
+    info = Info(lab.host, {"cluster": "stage"})
+    result = info.result(info.observe())
+    versions = {node["id"]: node["config_version"] for node in result["nodes"] if node["type"] == "storage"}
+    assert versions == {10001: 3, 10002: 2, 10003: 2}, "all of it or nothing"
+    assert result["healthy"] and result["outdated"] == [10002, 10003], "waiting would not help"
+    assert "storage 10002, storage 10003; playbook threefs_rolling" in result["warnings"][0]
+
+
+def test_a_gate_wants_the_newest_configuration_of_what_was_restarted_and_not_of_the_others(lab: Lab) -> None:
+    publish(lab, "[server.targets]\ntarget_paths = ['/a', '/b', '/c']")
+    pid = os.getpid()
+    gate = {"cluster": "stage", "wait_healthy_seconds": 5}
+    with pytest.raises(HostError, match=r"not well after 5 seconds: storage 10001 on \S+ has .* version 1: OUTDATED$"):
+        Info(lab.host, {**gate, "processes": {"10001": pid}}).observe()
+    lab.add(10001)
+    info = Info(lab.host, {**gate, "processes": {"10001": pid}})
+    result = info.result(info.observe())
+    assert result["healthy"] and result["warnings"] == [], "the others' turn comes"
+
+
+@pytest.mark.parametrize(("status", "ill"), [("DIRTY", False), ("FAILED", True)])
+def test_a_configuration_that_cannot_be_read_is_an_illness(lab: Lab, status: str, ill: bool) -> None:
+    state = look(Admin(lab.host, "stage"))
+    state["nodes"][-1]["config_status"] = status
+    assert [status in text for text in problems(state, {})] == [True] * ill
+    assert [status in text for text in problems(state, {}, current=[10003])] == [True]
+
+
 # -- users ---------------------------------------------------------------------------
 
 
@@ -372,6 +425,13 @@ def test_errors_have_the_numbers_and_names_that_upstream_gives_them() -> None:
     told = re.findall(r'(?:Status\(\s*|"error": \[)(\d+), "([\w:]+)"', source)
     told += re.findall(r"\b(\d+)\(([A-Z]\w*(?:::\w+)?)\)", source)
     assert len(told) > 50 and {(name, int(code)) for code, name in told} <= set(upstream.items())
+
+
+def test_the_double_refuses_the_keys_that_upstream_refuses(lab: Lab) -> None:
+    upstream = set(json.loads((DOUBLES.parent / "contract/threefs.json").read_text())["cold"])
+    mains = [Toml((DOUBLES / f"threefs/configs/{PROGRAMS[name]}.toml").read_text()).data for name in MANAGED]
+    words = {key.rpartition(".")[2] for main in mains for key in lab.double.leaves(main)}
+    assert words & upstream == lab.double.COLD and len(lab.double.COLD) > 30
 
 
 def test_a_program_that_is_cut_off_does_not_give_tokens_away(fake_host: t.Any) -> None:
