@@ -202,7 +202,11 @@ def render(pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.Any], tenant
     {"sglang": _sglang, "vllm": _vllm, "lmcache": _lmcache}[connector["engine"]](made, pool, connector, tenant_id)
     if connector["backend"] == "hf3fs":
         made.files["check"] = _check_program(made.name, CLIENT[connector["engine"]], _directory(pool, connector))
-        made.notes.append(f"Run {made.path('check')} PYTHON before the engine: it fails where a mock would be used")
+        if not connector["python"]:
+            made.notes.append(
+                f"Without python nobody looked whether {connector['engine']} can import the 3FS client, without "
+                f"which it may write plain files by a mock: run {made.path('check')} PYTHON before the engine"
+            )
     return made
 
 

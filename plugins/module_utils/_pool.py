@@ -669,6 +669,7 @@ class Pools:
         ]
         warnings = [f"Not there yet, a real run needs it: {text}" for text in pending]
         for name, pool in self.wanted.items():
+            warnings += _poolfiles.notes(pool) if pool else []
             if pool and pool["engine"] == "mooncake" and pool["replicas"] > 1 and pool["connectors"]:
                 warnings.append(
                     f"pool {name}: the engines' connectors of these versions ask for one replica of a block; only "

@@ -101,6 +101,12 @@ def expected(
     return found
 
 
+def notes(pool: t.Mapping[str, t.Any]) -> list[str]:
+    """What is to be known of a pool's connectors, beside their files."""
+    made = [_connectors.render(pool, connector) for connector in pool["connectors"]]
+    return [f"pool {pool['name']}, connector {one.name}: {note}" for one in made for note in one.notes]
+
+
 def on_host(host: Host, name: str) -> dict[str, tuple[str, int]]:
     """Path -> text and mode, of what a pool of this name has there."""
     paths = [

@@ -264,7 +264,7 @@ options:
           python:
             description:
               - The engine's Python interpreter on this host. With it a V(hf3fs) connector is refused if the engine
-                could not import the 3FS client, where it would take a mock without a word.
+                could not import the 3FS client, where it would take a mock without a word. Without it the module warns.
             type: str
           metadata_address:
             description: Address of the service that counts the pages of a V(hf3fs) connector; the pool's, if left out.

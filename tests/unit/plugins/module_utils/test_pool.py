@@ -564,6 +564,24 @@ def test_each_pool_of_a_host_has_a_map_of_its_own(machine: Machine) -> None:
     assert machine.run([{"name": "a", "state": "absent", "lose_data": True}, pool("d", "sglang")])
 
 
+def test_what_connectors_do_not_do_is_warned_of(machine: Machine) -> None:
+    machine.host.files({"/proc/self/mounts": "hf3fs.s /3fs/s fuse.hf3fs rw 0 0\n", "/3fs/s": None})
+    machine.host.answers["/opt/vllm/bin/python"] = ""
+    tier = {"medium": "threefs", "size": "4MiB", "path": "/3fs/s/kv", "mount_point": "/3fs/s"}
+    pool = {"name": "f", "engine": "threefs", "tiers": [tier]}
+
+    def warned(engine: str, backend: str, **more: t.Any) -> list[str]:
+        connectors = [{"engine": engine, "backend": backend, **more}]
+        resource = _pool.Pools(machine.host, [{**pool, "connectors": connectors}])
+        return list(resource.result(resource.observe())["warnings"])
+
+    (mock,) = warned("vllm", "hf3fs")
+    assert mock.startswith("pool f, connector vllm-hf3fs: Without python nobody looked whether vllm can import")
+    assert "/etc/agentfleet/connectors/f/vllm-hf3fs/check PYTHON" in mock
+    assert warned("vllm", "hf3fs", python="/opt/vllm/bin/python") == []
+    assert "does not bound its directory" in warned("vllm", "offloading")[0]
+
+
 def test_what_a_restart_of_a_metadata_service_loses() -> None:
     named = {"sglang": False, "vllm": True, "sglang-vllm": False, "vllm-red": True}
     assert {name: _pool._forgets(f"agentfleet-kv-metadata-vllm-{name}.service") for name in named} == named
