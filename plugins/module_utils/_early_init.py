@@ -17,7 +17,7 @@ The disk with the serial ``agentfleet-config`` is a script that sets (one item a
     agentfleet_volumes='SERIAL MOUNTPOINT FILESYSTEM OPTIONS'
     agentfleet_upper=SERIAL         # volume (ext4, made and grown as needed) with the root's writable layer; tmpfs without
     agentfleet_init=PROGRAM
-    export NAME=VALUE               # the environment
+    agentfleet_environment='NAME=VALUE ...'   # of PROGRAM, quoted for the shell
 
 Options of a volume are those of mount, and ``mkfs`` (make the file system if the volume is blank) and ``grow`` (let it fill
 the volume). The disk with the serial ``agentfleet-data`` is a ustar, unpacked over the root once for each content.
@@ -28,8 +28,10 @@ from __future__ import annotations
 LIBRARY = "/usr/lib/agentfleet"
 PATH = f"{LIBRARY}/early-init"
 SETTINGS = f"{LIBRARY}/boot"  # shell variables: image_filesystem, image_options, image_verity (a device-mapper table)
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 APPLETS = (
-    "sh cat chroot cmp cut grep hexdump hostname insmod ip ls mkdir mount pivot_root poweroff rm sha256sum switch_root tar umount usleep"
+    "sh cat chroot cmp cut env grep hexdump hostname insmod ip ls mkdir mount pivot_root poweroff rm sha256sum switch_root tar "
+    "umount usleep"
 ).split()
 
 SCRIPT = f"""\
@@ -210,8 +212,8 @@ done
 if [ "$0" != /init ]; then
     cd "$root" && pivot_root . mnt && umount -l /mnt || fail "no new root"
 fi
-tools=$PATH
-export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-[ "$0" != /init ] || exec "$tools/switch_root" "$root" "$agentfleet_init"
-exec "$agentfleet_init"
+set -- "$agentfleet_init"
+[ "$0" != /init ] || set -- "$PATH/switch_root" "$root" "$@"
+# The environment never becomes variables of this shell, which has names of its own.
+eval exec env "PATH={SYSTEM_PATH} $agentfleet_environment" '"$@"'
 """

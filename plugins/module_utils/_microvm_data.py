@@ -54,8 +54,9 @@ def config(spec: Spec) -> str:
     for volume in spec["volumes"]:
         if volume["writable_layer"]:
             text += f"agentfleet_upper={volume['name']}\n"
-    for key, value in spec["environment"].items():
-        text += f"export {key}={shlex.quote(value)}\n"
+    if spec["environment"]:
+        words = shlex.join(f"{key}={value}" for key, value in spec["environment"].items())
+        text += f"agentfleet_environment={shlex.quote(words)}\n"
     return text + "\n" * (-len(text.encode()) % SECTOR)
 
 

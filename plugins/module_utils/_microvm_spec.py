@@ -24,6 +24,9 @@ PLUGGABLE = 128 * MIB  # a block of Linux's memory hotplug
 HUGEPAGES = (2 * MIB, 1 << 30)
 RESTART_POLICIES = ("always", "on-failure", "never")
 FILESYSTEMS = ("ext4", "xfs")
+# The guest's own programs are found in it, whatever PATH is to be.
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+SHELL = ("IFS", "OLDPWD", "OPTIND", "PPID", "PWD")  # with a text as OPTIND, dash does not even start
 PLACEHOLDER = re.compile(r"\{index(:0?\d{1,3}d)?\}")
 SERIAL = re.compile(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?")
 PATH = re.compile(r"/[A-Za-z0-9_@%+=:,./-]+")
@@ -217,12 +220,21 @@ def _boot(option: str, item: Item) -> dict[str, t.Any]:
 
 
 def _environment(option: str, environment: Item) -> dict[str, str]:
-    for key in environment:
+    found = {}
+    for key, value in sorted(environment.items()):
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key) or key.startswith("agentfleet_"):
             raise Refused(
                 f"{option}.environment", key, "not a name of a variable", "Use letters, digits and _; not agentfleet_*"
             )
-    return {key: str(value) for key, value in sorted(environment.items())}
+        if key in SHELL:
+            raise Refused(f"{option}.environment", key, "a variable that each shell sets itself", "Use another name")
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise Refused(
+                f"{option}.environment.{key}", value, "neither text nor a number",
+                "Write in quotes what the guest shall see, or leave it out",
+            )  # fmt: skip
+        found[key] = f"{value}:{SYSTEM_PATH}" if key == "PATH" else str(value)
+    return found
 
 
 # -- what is attached ------------------------------------------------------------

@@ -173,7 +173,7 @@ options:
         default: always
       environment:
         description:
-          - Environment of the agent, on a read-only disk of the microVM.
+          - Environment of the agent, on a read-only disk of the microVM. Texts and numbers; C(PATH) comes before the system's.
           - Not for secrets, since plans and diffs show it.
         type: dict
         default: {}

@@ -18,7 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _early_init, _guest_kernel, _initramfs
+from ansible_collections.agentfleet.metal.plugins.module_utils import (
+    _early_init,
+    _guest_kernel,
+    _initramfs,
+    _microvm_data,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Completed, Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 
@@ -227,6 +232,27 @@ def test_first_program_is_a_shell_script_that_busybox_can_run() -> None:
     subprocess.run(["sh", "-n"], input=_early_init.SCRIPT, text=True, check=True)
     used = set(re.findall(r"[a-z0-9_]+", _early_init.SCRIPT))
     assert set(_early_init.APPLETS) <= used
+
+
+@pytest.mark.parametrize("name", ["/init", _early_init.PATH])
+def test_the_environment_is_that_of_init_and_nothing_else(
+    tmp_path: Path, microvm_spec: dict[str, t.Any], name: str
+) -> None:
+    """The end of the first program, with a configuration disk whose variables have the names of its own."""
+    end = _early_init.SCRIPT[_early_init.SCRIPT.index("set -- ") :].replace("exec env", f"exec {shutil.which('env')}")
+    wished = {"image": "x", "root": "/srv", "device": "y", "agent": "it's\n$HOME", "PATH": "/opt/venv/bin:/usr/bin"}
+    config = _microvm_data.config({**microvm_spec, "environment": wished})  # type: ignore[typeddict-item]
+    for program, text in (("init", "env -0"), ("switch_root", 'echo "$1"; shift; exec "$@"')):
+        (tmp_path / program).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / program).chmod(0o755)
+    script = f"PATH={tmp_path} agentfleet_init={tmp_path}/init root=/mnt/root image=/image\n{config}"
+    script += f'[ "$root $image $device" = "/mnt/root /image " ] || exit 3\n{end}'
+    done = subprocess.run(["sh", "-c", script, name, "word"], env={}, capture_output=True, text=True, check=True)
+    root, text = done.stdout.split("\n", 1) if name == "/init" else ("", done.stdout)
+    assert root == ("/mnt/root" if name == "/init" else "")
+    found = dict(line.split("=", 1) for line in text.split("\0") if line)
+    assert {key: value for key, value in found.items() if key in wished} == wished
+    assert set(found) <= {*wished, "PWD", "SHLVL", "_", "OLDPWD"}
 
 
 @pytest.mark.skipif(

@@ -19,6 +19,7 @@ import typing as t
 import pytest
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import (
+    _early_init,
     _microvm,
     _microvm_data,
     _microvm_names,
@@ -434,10 +435,19 @@ def test_configuration_disk_is_sourced_by_a_shell(metal: t.Any) -> None:
     resource.plan(resource.observe())
     text = _microvm_data.config(resource.specs["a1"])
     assert len(text) % 512 == 0
-    script = text + 'echo "$agentfleet_hostname|$agentfleet_networks|$K"'
+    script = (
+        text
+        + """echo "$agentfleet_hostname|$agentfleet_networks|$(eval env "$agentfleet_environment" 'printenv K')|$K"\n"""
+    )
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
     mac = resource.specs["a1"]["networks"][0]["mac"]
-    assert done.stdout == f"a1|{mac} 10.88.0.2/24 10.88.0.1|it's $HOME\n"
+    assert done.stdout == f"a1|{mac} 10.88.0.2/24 10.88.0.1|it's $HOME|\n"
+
+
+def test_a_path_does_not_hide_what_the_guest_needs(metal: t.Any) -> None:
+    run(metal, call({"name": "a1", "environment": {"PATH": "/opt/venv/bin", "N": 5}}))
+    found = json.loads(metal.read("/var/lib/agentfleet/microvms/a1/spec.json"))["environment"]
+    assert found == {"N": "5", "PATH": f"/opt/venv/bin:{_early_init.SYSTEM_PATH}"}
 
 
 def test_a_vmm_that_ends_is_noticed_at_once(metal: t.Any, monkeypatch: t.Any) -> None:
