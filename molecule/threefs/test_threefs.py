@@ -188,7 +188,7 @@ def test_a_third_node_is_added_while_all_chains_serve(cluster: Cluster) -> None:
     cluster.variables["threefs_lab_storage"] = {"server.aio_read_worker.num_threads": 7}
     before = cluster.nodes("STORAGE")
     cluster.interrupt("update-chain", "threefs_scale_out", after=1)
-    refused = cluster.admin.check_output("journalctl -o cat -u threefs-stage-storage -g 'Update config failed'")
+    refused = cluster.admin.check_output("journalctl -o cat -u threefs-stage-storage | grep 'Update config failed'")
     assert "Not support hot update: server.aio_read_worker.num_threads" in refused
     after = cluster.nodes("STORAGE")
     assert set(after) == {"10001", "10002", "10003"} and all(row[VERSION] == "2(UPTODATE)" for row in after.values())
