@@ -286,12 +286,18 @@ def _volume(where: str, volume: Item) -> _vmm.Volume:
                 f"{where}.{key}", volume[key], "the writable layer is below the root, and written",
                 f"Leave out one of {key} and writable_layer",
             )  # fmt: skip
-    filesystem = volume["filesystem"] or ("ext4" if volume["mount"] or volume["writable_layer"] else "")
+    used = volume["mount"] or volume["writable_layer"]
+    filesystem = volume["filesystem"] or ("ext4" if used else "")
     allowed = ("ext4",) if volume["writable_layer"] else FILESYSTEMS
     if filesystem and filesystem not in allowed:
         raise Refused(
             f"{where}.filesystem", filesystem, "not one that guests make and mount", f"Use {' or '.join(allowed)}"
         )
+    if filesystem and not used:
+        raise Refused(
+            f"{where}.filesystem", filesystem, "the guest makes none on a volume that it does not mount",
+            "Give mount, or leave it out for a raw disk",
+        )  # fmt: skip
     return {
         **t.cast(_vmm.Volume, {key: volume[key] for key in ("name", "readonly", "writable_layer")}),
         "size_bytes": parse_size(f"{where}.size", volume["size"], MIB),

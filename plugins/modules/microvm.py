@@ -244,7 +244,7 @@ options:
             description: Mount point in the guest, which mounts it when it starts. Without one, it can come and go while it runs.
             type: str
           filesystem:
-            description: File system that the guest makes on a blank volume, and lets grow with it. V(ext4) where it is mounted.
+            description: File system that the guest makes on a blank volume that it mounts, and lets grow with it. By default V(ext4).
             type: str
             choices: [ext4, xfs]
           writable_layer:
