@@ -138,7 +138,8 @@ def test_the_database_of_the_monitor_is_told_to_what_makes_its_tables(host: t.An
     collector = written(host, "monitor_collector_main", clickhouse=house)["server"]["monitor_collector"]
     assert collector["reporter"]["clickhouse"]["db"] == "stage"
     assert json.loads(host.read(f"{ETC}/cluster.json"))["clickhouse_db"] == "stage"
-    assert "clickhouse_db" not in config(host, services=["meta"], publish=False).description()
+    other = config(host, services=["meta"], publish=False)
+    assert "clickhouse_db" not in other.description(other.observe())
 
 
 # -- the files that really ship, without what they say ---------------------------------
