@@ -14,7 +14,7 @@ import pytest
 from ansible.module_utils import basic
 from ansible.module_utils.testing import patch_module_args
 
-import ansible_collections.agentfleet.metal.plugins.modules as modules
+from ansible_collections.agentfleet.metal.plugins import modules
 
 SECRET = "-----BEGIN KEY-----\nc2VjcmV0\\Y29kZQ\n-----END KEY-----\n"
 PARTS = ("BEGIN", "c2VjcmV0", "Y29kZQ")
