@@ -28,6 +28,7 @@ from __future__ import annotations
 LIBRARY = "/usr/lib/agentfleet"
 PATH = f"{LIBRARY}/early-init"
 SETTINGS = f"{LIBRARY}/boot"  # shell variables: image_filesystem, image_options, image_verity (a device-mapper table)
+# The guest's own programs are found in it, whatever PATH is to be.
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 APPLETS = (
     "sh cat chroot cmp cut env grep hexdump hostname insmod ip ls mkdir mount pivot_root poweroff rm sha256sum switch_root tar "

@@ -508,7 +508,8 @@ class MicroVms:
         new = sorted(fresh & set(failed))
         if new:  # a start that failed leaves nothing behind, and of what was there before takes nothing
             its = {volume_path(name, volume["name"]) for name in new for volume in self.specs[name]["volumes"]}
-            volumes.undo(self.host, its & self.made)
+            for path in its & self.made:
+                self.host.remove(path)
             self._apply_remove((new, self._slices(state_of.declared(self.host), new), []))
         self._report(failed)
 

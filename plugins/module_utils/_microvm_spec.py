@@ -12,7 +12,14 @@ import os
 import re
 import typing as t
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_data, _network, _snapshot, _store, _vmm
+from ansible_collections.agentfleet.metal.plugins.module_utils import (
+    _early_init,
+    _microvm_data,
+    _network,
+    _snapshot,
+    _store,
+    _vmm,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import WORD, derived
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size, parse_size
@@ -24,8 +31,6 @@ PLUGGABLE = 128 * MIB  # a block of Linux's memory hotplug
 HUGEPAGES = (2 * MIB, 1 << 30)
 RESTART_POLICIES = ("always", "on-failure", "never")
 FILESYSTEMS = ("ext4", "xfs")
-# The guest's own programs are found in it, whatever PATH is to be.
-SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SHELL = ("IFS", "OLDPWD", "OPTIND", "PPID", "PWD")  # with a text as OPTIND, dash does not even start
 PLACEHOLDER = re.compile(r"\{index(:0?\d{1,3}d)?\}")
 SERIAL = re.compile(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?")
@@ -233,7 +238,7 @@ def _environment(option: str, environment: Item) -> dict[str, str]:
                 f"{option}.environment.{key}", value, "neither text nor a number",
                 "Write in quotes what the guest shall see, or leave it out",
             )  # fmt: skip
-        found[key] = f"{value}:{SYSTEM_PATH}" if key == "PATH" else str(value)
+        found[key] = f"{value}:{_early_init.SYSTEM_PATH}" if key == "PATH" else str(value)
     return found
 
 

@@ -109,14 +109,6 @@ def there(host: Host, name: str) -> dict[str, str]:
     return {volume: format_size(size_of(host, path) or 0) for volume, path in paths.items()}
 
 
-def undo(host: Host, paths: t.Iterable[str]) -> None:
-    """Delete volumes that were made in vain, with directories that are empty then."""
-    for path in paths:
-        os.unlink(host.path(path))
-        with contextlib.suppress(OSError):  # others have volumes
-            os.removedirs(os.path.dirname(host.path(path)))
-
-
 def delete(host: Host, names: t.Iterable[str]) -> None:
     """Delete all volumes of these microVMs."""
     for name in names:

@@ -16,6 +16,7 @@ import pytest
 from ansible_collections.agentfleet.metal.plugins.module_utils import _qemu, _snapshot, _vmm
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 from ansible_collections.agentfleet.metal.plugins.module_utils._snapshot import Snapshots, Sources
+from ansible_collections.agentfleet.metal.plugins.modules import microvm
 
 MIB = 1 << 20
 IMAGE = "/var/lib/agentfleet/images/ab/rootfs.erofs"
@@ -494,6 +495,13 @@ def test_entropy_is_new_each_time_and_the_machine_id_is_its_own_for_good(cloned:
     assert len({message["entropy"] for message in told + other}) == 3
     assert told[0]["machine_id"] == told[1]["machine_id"] != other[0]["machine_id"]
     assert len(told[0]["machine_id"]) == 32
+
+
+def test_what_a_clone_declares_is_told_from_the_defaults_of_the_module() -> None:
+    options = microvm.ARGUMENTS["instances"]["options"]
+    assert {one: default for one, (_keys, default) in _snapshot.PARENTS.items()} == {
+        one: options[one].get("default") for one in _snapshot.PARENTS
+    }
 
 
 def test_without_an_identity_its_network_stays_down(cloned: t.Any, monkeypatch: t.Any) -> None:
