@@ -513,6 +513,8 @@ class Pools:
         if tier.get("devdax"):
             return
         if node is not None and node not in observed["free"]:
+            if self.predicting and tier["medium"] == "cxl":
+                return
             known = ", ".join(str(number) for number in sorted(observed["free"]))
             raise Refused(f"{where}.numa_node", node, "no such NUMA node with memory", f"Nodes with memory: {known}")
         unit = store_unit(name, tier["name"])
@@ -663,9 +665,9 @@ class Pools:
     def result(self, observed: dict[str, t.Any]) -> dict[str, t.Any]:
         """The pools that this call declares, as they are now."""
         pending = [
-            f"pool {name}, tier {tier}: {node}"
+            f"pool {name}, tier {tier}: {node if isinstance(node, str) else f'no NUMA node {node} with memory'}"
             for (name, tier), node in observed["nodes"].items()
-            if isinstance(node, str)
+            if node is not None and node not in observed["free"]
         ]
         warnings = [f"Not there yet, a real run needs it: {text}" for text in pending]
         for name, pool in self.wanted.items():

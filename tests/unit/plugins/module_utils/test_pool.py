@@ -315,14 +315,19 @@ def test_a_store_that_does_not_start_is_not_left_restarting(machine: Machine) ->
 
 def test_check_mode_predicts_what_earlier_tasks_would_have_made(machine: Machine) -> None:
     machine.host.remove("/opt/agentfleet/mooncake")
-    resource = _pool.Pools(
-        machine.host, [{"name": "a", "tiers": [{"medium": "cxl", "size": "4MiB", "memdevs": ["0x1"]}]}]
-    )
+    tiers = [
+        {"medium": "cxl", "size": "4MiB", "memdevs": ["0x1"]},
+        {"name": "far", "medium": "cxl", "size": "4MiB", "numa_node": 2},
+        {"medium": "dram", "size": "4MiB", "numa_node": 0},
+    ]
+    resource = _pool.Pools(machine.host, [{"name": "a", "tiers": tiers}])
     resource.predicting = True
     observed = resource.observe()
 
     assert [step.verb for step in resource.plan(observed)] == ["install", "declare", "start"]
-    assert "no CXL memory device has serial 0x1" in resource.result(observed)["warnings"][0]
+    serial, node = resource.result(observed)["warnings"]
+    assert "no CXL memory device has serial 0x1" in serial
+    assert "pool a, tier far: no NUMA node 2 with memory" in node
 
 
 def test_a_directory_is_proven_and_left_clean(fake_host: t.Any) -> None:
