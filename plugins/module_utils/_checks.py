@@ -171,14 +171,14 @@ def _host_checks(facts: _Map, wants: _Map, fail: _Fail) -> None:
             "ub",
             "architecture",
             f"UnifiedBus exists on aarch64 only, the host is {architecture}",
-            "Set ub_enabled: false",
+            "Set preflight_ub: false",
         )
     if wants.get("ub") and not _part(facts, "ub").get("present"):
         fail(
             "ub",
             "ub_firmware",
             "the firmware has no ACPI table UBRT",
-            "Switch UnifiedBus on in the firmware, or take the host out of the UB group",
+            "Switch UnifiedBus on in the firmware, or set preflight_ub: false",
         )
     if not system.get("family"):
         fail(
