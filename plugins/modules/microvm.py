@@ -214,7 +214,8 @@ options:
       hotplug_slots:
         description:
           - How many more volumes, shares, networks, devices and images can be attached while it runs. Without any, attaching and
-            removing them needs a restart. Each makes booting a little slower. V(cloud_hypervisor) needs none but for images.
+            removing them needs a restart. Each makes booting a little slower. V(cloud_hypervisor) needs none but for images, where Landlock
+            confines it.
         type: int
         default: 0
       volumes:
