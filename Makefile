@@ -73,7 +73,7 @@ sanity units-sandboxed: setup
 build: setup
 	@.ci/build
 
-## molecule: all scenarios, or SCENARIO=host; each creates its lab, converges, verifies and destroys it
+## molecule: the scenarios of `make test`, or SCENARIO=threefs; each creates its lab, converges, verifies and destroys it
 molecule: setup
 	@for scenario in $(SCENARIO); do molecule test -s "$$scenario"; done
 
@@ -97,7 +97,7 @@ lock:
 	    --no-emit-index-url --no-header $$([ $$name = python ] || echo --no-deps) -o requirements/$$name.txt requirements/$$name.in; \
 	done
 
-## clean: stop the lab and remove everything that was made here
+## clean: stop the lab and remove what was made in this directory
 clean:
 	@if [ -e $(COLLECTIONS)/.ready ]; then $(MAKE) lab-down; fi
 	rm -rf build $(VENV) .ansible
