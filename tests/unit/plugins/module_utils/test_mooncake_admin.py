@@ -155,10 +155,10 @@ def test_a_drain_waits_until_all_is_moved(stores: t.Any) -> None:
     assert drains(stores, ["a1", "a2"]) == [0], "there is nothing left to do"
 
 
-@pytest.mark.parametrize("_again", range(5))
+@pytest.mark.parametrize("_again", range(3))
 def test_hosts_that_drain_at_once_take_turns_and_nothing_is_lost(stores: t.Any, _again: int) -> None:
     stores.stores = {"a": ["OK", 2], "b": ["OK", 3], "c": ["OK", 4]}
-    found = drains(stores, ["a"], ["b"], ["c"], seconds=1)
+    found = drains(stores, ["a"], ["b"], ["c"], seconds=3)  # a busy machine needs some of them
     # The last one finds nobody who takes its data, and keeps them.
     (left,) = [name for name, (state, _used) in stores.stores.items() if state == "OK"]
     assert sorted(isinstance(one, str) for one in found) == [False, False, True]
