@@ -34,6 +34,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import (
     Disk,
     Spec,
     Unsupported,
+    booted_vcpus,
     disks,
     images_bytes,
     memory_does_not_plug,
@@ -371,6 +372,8 @@ def restart_reason(change: Change, running: Spec) -> str:
 def _vcpus(change: Change, running: Spec) -> str:
     if running["accelerator"] != "kvm":
         return "Linux takes no CPU that comes later where it sees no hypervisor that it knows"
+    if change.after < booted_vcpus(running):
+        return f"the {booted_vcpus(running)} virtual CPUs that it was started with stay"
     return too_many_vcpus(change, running)
 
 

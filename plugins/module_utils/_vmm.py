@@ -170,12 +170,19 @@ def changes(before: Spec, after: Spec) -> list[Change]:
 def applied(running: Spec, change: Change) -> Spec:
     """What runs after one change."""
     result = t.cast("dict[str, t.Any]", dict(running))
+    if change.key == "vcpus":
+        result["vcpus_booted"] = booted_vcpus(running)
     if not change.item:
         result[change.key] = change.after
     else:
         items = [one for one in result.get(change.key, ()) if _item(change.key, one) != change.item]
         result[change.key] = items + ([] if change.after is None else [change.after])
     return t.cast(Spec, result)
+
+
+def booted_vcpus(running: Spec) -> int:
+    """How many virtual CPUs a machine was started with; its spec says so once their number has changed."""
+    return int(t.cast("dict[str, t.Any]", running).get("vcpus_booted", running["vcpus"]))
 
 
 def too_many_vcpus(change: Change, running: Spec) -> str:

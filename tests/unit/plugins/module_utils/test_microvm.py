@@ -543,6 +543,19 @@ def test_what_can_be_applied_live_is_and_then_nothing_is_left(machines: t.Any) -
     assert resource.result(resource.observe())["instances"][0]["restart_required"] is False
 
 
+def test_cpus_that_were_there_at_the_start_go_with_a_restart_alone(machines: t.Any) -> None:
+    for most in ({"vcpus_max": 8}, {}):
+        run(machines, call({"name": "a1", "vcpus": 4, **most}, allow_restart=True))
+        params = call({"name": "a1", "vcpus": 2, **most})
+        assert words(run(machines, params)) == ["define microVM a1", "reload systemd"]
+        resource = MicroVms(machines, params)
+        resource.plan(resource.observe())
+        (reason, *_more) = resource.result(resource.observe())["instances"][0]["restart_reasons"]
+        assert reason == "vcpus 4 -> 2: the 4 virtual CPUs that it was started with stay"
+        assert words(run(machines, {**params, "allow_restart": True})) == ["stop microVMs", "start microVMs"]
+    assert machines.asked == []
+
+
 MODELS = {
     digest: {
         "files": {"rootfs.erofs": {"size_bytes": 2 << 20}},

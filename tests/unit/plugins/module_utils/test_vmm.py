@@ -44,6 +44,15 @@ def test_applied_changes_lead_to_the_declaration(microvm_spec: t.Any) -> None:
     assert before["volumes"] == [VOLUME]
 
 
+def test_what_runs_keeps_how_many_cpus_it_was_started_with(microvm_spec: t.Any) -> None:
+    running = {**microvm_spec, "vcpus": 2}
+    assert _vmm.booted_vcpus(running) == 2
+    for vcpus in (4, 3):
+        running = _vmm.applied(running, _vmm.Change("vcpus", "", running["vcpus"], vcpus))
+        assert (running["vcpus"], _vmm.booted_vcpus(running)) == (vcpus, 2)
+    assert _vmm.changes(running, {**microvm_spec, "vcpus": 3}) == []
+
+
 def test_what_systemd_has_is_no_change_of_the_machine(microvm_spec: t.Any) -> None:
     after = {**microvm_spec, "autostart": False, "image": "other-name"}
     assert _vmm.changes(microvm_spec, after) == []
