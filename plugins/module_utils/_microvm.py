@@ -42,6 +42,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names im
     unit,
     volume_path,
 )
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_unit import uptime
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 
 
@@ -128,13 +129,14 @@ class MicroVms:
         found = state_of.unit_states(self.host, names)
         up = [name for name in self.wanted if found.get(name, {}).get("active") == "active"]
         running = state_of.running(self.host, up)
+        paused = state_of.paused(self.host, running) if self.state.exists else set()
         return {
             **resolve.observe(self.host),
             "specs": specs,
             "units": found,
             "running": running,
-            "paused": state_of.paused(self.host, running) if self.state.exists else set(),
-            "booting": self._booting(running),
+            "paused": paused,
+            "booting": self._booting({name: spec for name, spec in running.items() if name not in paused}),
             "enabled": {name for name in names if self.host.exists(f"{enabled}/{unit(name)}")},
             "volumes": {name: volumes.there(self.host, name) for name in self.wanted},
             "modules": {line.split()[0] for line in self.host.read("/proc/modules").splitlines()},
@@ -142,8 +144,13 @@ class MicroVms:
         }
 
     def _booting(self, running: t.Mapping[str, _vmm.Spec]) -> set[str]:
-        """Those that run and are not ready: whoever started them was interrupted, or the host boots."""
-        names = [name for name in running if self.host.exists(slot(name))]
+        """Those that run and are not ready: whoever started them was interrupted, or the host boots.
+
+        After the time that a guest has to get ready, it does not boot any more, whatever its agent does.
+        """
+        since = {name: self.host.read_int(slot(name)) for name in running}
+        latest = uptime(self.host) - self.params["ready_timeout_seconds"]
+        names = [name for name, begun in since.items() if begun is not None and begun > latest]
         told = state_of.together(lambda name: state_of.ask_agent(self.host, running[name]), names)
         return {name for name in names if not told[name]}
 
@@ -226,8 +233,9 @@ class MicroVms:
         if start:
             for name in start:
                 self._check_host(name)
-            fresh = {name for name in start if name not in observed["specs"]}
-            steps.append(Step("start", "microVMs", after=start, data=(start, fresh)))
+            there = {name for name in start if states[name] == "running" and name not in stop}
+            fresh = {name for name in start if name not in observed["specs"]} - there
+            steps.append(Step("start", "microVMs", after=start, data=(start, fresh, there)))
         still = [name for name in self.specs if name not in observed["paused"] or name in start]
         if self.state.paused and still:
             steps.append(Step("pause", "microVMs", after=still, data=still))
@@ -502,9 +510,9 @@ class MicroVms:
 
     # -- apply: start ----------------------------------------------------------------
 
-    def _apply_start(self, data: tuple[list[str], set[str]]) -> None:
-        names, fresh = data
-        failed = self._start(names)
+    def _apply_start(self, data: tuple[list[str], set[str], set[str]]) -> None:
+        names, fresh, there = data
+        failed = self._start(names, there)
         new = sorted(fresh & set(failed))
         if new:  # a start that failed leaves nothing behind, and of what was there before takes nothing
             its = {volume_path(name, volume["name"]) for name in new for volume in self.specs[name]["volumes"]}
@@ -513,11 +521,13 @@ class MicroVms:
             self._apply_remove((new, self._slices(state_of.declared(self.host), new), []))
         self._report(failed)
 
-    def _start(self, names: list[str]) -> dict[str, str]:
+    def _start(self, names: list[str], there: t.Collection[str]) -> dict[str, str]:
         """Start microVMs and wait for their agents, so many at a time; name -> why it failed (then it is stopped).
 
         More booting guests than CPUs only take the CPUs from each other; a booted one is idle. What starts at the same
         time is started by one command.
+
+        :param there: what ran before; it is only waited for, and not stopped: nobody knows what it has in its memory
         """
         parallel = self.params["parallel"] or os.cpu_count() or 1
         self.host.run(["systemctl", "reset-failed", *map(unit, names)], check=False)
@@ -544,7 +554,7 @@ class MicroVms:
                 del booting[name]
                 self.host.remove(slot(name))
                 if why:
-                    failed[name] = self._give_up(name, why)
+                    failed[name] = self._give_up(name, why, stop=name not in there)
             if booting and not outcomes:
                 time.sleep(0.3)
         return failed
@@ -565,15 +575,18 @@ class MicroVms:
                 found[name] = "the VMM ended"
         return found
 
-    def _give_up(self, name: str, why: str) -> str:
-        """Stop a microVM that did not start, and say what there is to say."""
+    def _give_up(self, name: str, why: str, stop: bool) -> str:
+        """Say what there is to say of a microVM that did not start."""
         spec = self.specs[name]
         console = state_of.console(self.host, name)
         if spec["shares"]:
             journal = ["journalctl", f"--unit=agentfleet-virtiofsd@{name}:*", "--lines=8", "--output=cat", "--quiet"]
             console += f" virtiofsd: {self.host.run(journal, check=False).text}"
-        self.host.run(["systemctl", "stop", unit(name)], timeout_seconds=units.LADDER_SECONDS + 120, check=False)
-        self.host.run(["systemctl", "reset-failed", unit(name)], check=False)
+        if stop:
+            self.host.run(["systemctl", "stop", unit(name)], timeout_seconds=units.LADDER_SECONDS + 120, check=False)
+            self.host.run(["systemctl", "reset-failed", unit(name)], check=False)
+        else:
+            why += "; it ran before this call and is not stopped"
         return f"{why}. Console: {' '.join(console.split())[-1200:]}"
 
     # -- apply: removal --------------------------------------------------------------

@@ -808,6 +808,32 @@ def test_what_an_interrupted_call_left_booting_is_waited_for(metal: t.Any, monke
     assert not metal.exists("/run/agentfleet/slots/a1")
 
 
+def test_one_that_stands_still_or_has_long_booted_is_not_waited_for(machines: t.Any, monkeypatch: t.Any) -> None:
+    params = call({"name": "a1"}, state="paused")
+    run(machines, params)
+    # Started by systemd, which leaves the slot: with the host, or after its VMM had ended.
+    machines.files({"/run/agentfleet/slots/a1": "100\n", "/proc/uptime": "100.5 1\n"})
+    monkeypatch.setattr(_microvm_state, "ask_agent", lambda *_more: None)
+    assert run(machines, params) == []
+    assert words(run(machines, call({"name": "a1"}))) == ["resume microVMs"]
+    machines.files({"/proc/uptime": "101.5 1\n"})
+    assert run(machines, call({"name": "a1"})) == []
+
+
+def test_one_that_ran_before_is_not_stopped_when_it_stays_silent(metal: t.Any, monkeypatch: t.Any) -> None:
+    run(metal, call({"name": "a1"}))
+    metal.files({"/run/agentfleet/slots/a1": "100\n", "/proc/uptime": "100.5 1\n"})
+    monkeypatch.setattr(_microvm_state, "ask_agent", lambda *_more: None)
+    with pytest.raises(
+        HostError, match="no answer from its agent within 1 seconds; it ran before this call and is not"
+    ):
+        run(metal, call({"name": "a1"}))
+    assert "a1" in metal.systemd.active and list(_microvm_state.declared(metal)) == ["a1"]
+    with pytest.raises(HostError, match=r"no answer from its agent within 1 seconds\. Console"):
+        run(metal, call({"name": "a1"}, state="restarted"))
+    assert metal.systemd.active == {}
+
+
 def test_an_older_start_without_a_record_is_restarted_only_when_allowed(metal: t.Any) -> None:
     run(metal, call({"name": "a1"}))
     metal.remove("/run/agentfleet/a1.spec.json")
