@@ -100,3 +100,30 @@ def test_what_is_not_what_was_asked_for_is_not_the_default(role: Role) -> None:
     code, _changed, text = role.run(version="53.1", file=path, sha256=digest)
     assert code != 0 and "default" not in role.there()
     assert "cloud_hypervisor_version: 53.1: the file tells cloud-hypervisor v53.0" in " ".join(text.split())
+
+
+def test_a_version_that_is_there_stays_what_it_is(role: Role) -> None:
+    newer, source = role.program("54.0"), role.root / "updated"
+    source.write_bytes(Path(role.program("53.0")[0]).read_bytes())
+    source.chmod(0o755)
+    asked = {"version": "53.0", "program": str(source)}
+    assert role.run(**asked)[0] == 0
+    source.write_bytes(Path(newer[0]).read_bytes())
+    for words in (["--check"], []):
+        code, changed, text = role.run(*words, **asked)
+        assert (code, changed, role.there()) == (0, 0, {"53.0": "v53.0", "default": "53.0"}), text
+    # Another SHA-256 asks for another file, which does not get the name of a version that it is not.
+    code, _changed, text = role.run(version="53.0", url=f"file://{newer[0]}", sha256=newer[1])
+    assert code != 0 and "53.0: the url tells cloud-hypervisor v54.0" in " ".join(text.split())
+    assert role.there() == {"53.0": "v53.0", "default": "53.0"}
+    assert os.listdir(role.home / "53.0") == ["cloud-hypervisor"]
+
+
+def test_half_a_program_is_brought_again(role: Role) -> None:
+    asked = {"version": "53.0", "program": role.program("53.0")[0]}
+    assert role.run(**asked)[0] == 0
+    (role.home / "53.0/cloud-hypervisor").write_bytes(b"")
+    predicted = role.run("--check", **asked)[1]
+    code, changed, text = role.run(**asked)
+    assert (code, changed, role.there()) == (0, predicted, {"53.0": "v53.0", "default": "53.0"}), text
+    assert changed == 1
