@@ -175,9 +175,11 @@ class MicroVms:
         if defined:
             steps.append(Step("reload", "systemd", why="units were written"))
         specs = {**observed["specs"], **self.specs}
-        steps += self.networks.plan(self.host, [one for spec in specs.values() for one in spec["networks"]])
+        interfaces = [one for spec in specs.values() for one in spec["networks"]]
+        steps += self.networks.plan(self.host, interfaces)
         steps += self._plan_enabled(observed)
-        return steps + self._plan_running(observed)
+        running = self._plan_running(observed)
+        return steps + running + self._plan_unused(running, {one["bridge"] for one in interfaces})
 
     def _plan_common(self, observed: t.Mapping[str, t.Any]) -> list[Step]:
         modules = ["vhost_vsock", "tun", "bridge"]
@@ -243,6 +245,24 @@ class MicroVms:
         if self.state.runs and not self.state.paused and moving:
             steps.append(Step("resume", "microVMs", after=moving, data=moving))
         return steps
+
+    def _plan_unused(self, running: t.Sequence[Step], bridges: set[str]) -> list[Step]:
+        """Last, the policies of networks that no microVM is on any more; one that waits for its restart keeps its own.
+
+        :param running: the steps about what runs
+        :param bridges: of what is declared
+        """
+        stopped = {name for step in running if step.verb == "stop" for name in step.data}
+        left = {
+            (step.data[0], change.before["bridge"])
+            for step in running if step.verb == "change"
+            for change in step.data[1] if change.key == "networks" and change.after is None
+        }  # fmt: skip
+        stay = {bridge for name, bridge in _network.attached(self.host) - left if name not in stopped}
+        unused = _network.unused_policies(self.host, bridges | stay)
+        if not unused:
+            return []
+        return [Step("define", "networks", before=unused, why="no microVM uses them", data=("", {}, unused))]
 
     def _differences(self, name: str, observed: t.Mapping[str, t.Any]) -> tuple[list[_vmm.Change], list[str]]:
         """What a running microVM can be given as it runs, and why the rest needs a restart."""
@@ -604,8 +624,9 @@ class MicroVms:
         for name in names:
             for path in self._own_files(name):
                 self.host.remove(path)
-        left = [one for spec in state_of.declared(self.host).values() for one in spec["networks"]]
-        for path in _network.unused_policies(self.host, [one["bridge"] for one in left]):
+        left = {one["bridge"] for spec in state_of.declared(self.host).values() for one in spec["networks"]}
+        left.update(bridge for _name, bridge in _network.attached(self.host))
+        for path in _network.unused_policies(self.host, left):
             self.host.remove(path)
         for name in names:
             for directory in (f"{HOME}/{name}", f"{SYSTEM}/{unit(name)}.d", run_directory(name)):

@@ -33,6 +33,7 @@ NETWORK = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}")
 MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 DEVICES = "/sys/class/net"
 DIRECTORIES = on_host.DIRECTORIES
+attached = on_host.attached
 
 
 class Interface(t.TypedDict):
@@ -278,16 +279,17 @@ class Networks:
                         )  # fmt: skip
 
     def plan(self, host: Host, interfaces: t.Iterable[Interface]) -> list[Step]:
-        """Write the policies of all networks that are used, remove others, and load what running microVMs need.
+        """Write the policies of all networks that are used, and load what running microVMs need.
 
         :param interfaces: of all microVMs that the host will have
         """
-        used = {one["network"]: one["bridge"] for one in interfaces}
+        used = {one["network"] for one in interfaces}
         self.check_host(host, used)
+        running = {bridge for _name, bridge in on_host.attached(host)}
         files = {
             on_host.policy_path(network["bridge"]): network["policy"]
             for name, network in self.found.items()
-            if name in used
+            if name in used or network["bridge"] in running
         }
         steps = []
         for path, text in files.items():
@@ -297,9 +299,6 @@ class Networks:
                     Step("define", f"network {_name_of(text)}", before=before or None, after=text,
                          data=("", {path: (text, 0o644)}, []))
                 )  # fmt: skip
-        unused = unused_policies(host, used.values())
-        if unused:
-            steps.append(Step("define", "networks", before=unused, why="no microVM uses them", data=("", {}, unused)))
         if on_host.in_use(host) and (steps or on_host.stale(host) or not on_host.loaded(host)):
             steps.append(Step("load", "packet filter", why="microVMs with networks are running"))
         return steps
@@ -440,11 +439,7 @@ def _policy(option: str, network: t.Mapping[str, t.Any], prefixes: t.Mapping[str
             f"{option}.egress_allow", allowed, "nothing leaves a network whose egress is none", "Use nat or routed"
         )
     versions = sorted(prefix.version for prefix in prefixes.values())
-    lines = [
-        f"# Written by agentfleet.metal. Network {network['name']}.",
-        on_host.element("bridges", f'"{bridge}"'),
-        on_host.element("routers", f'"{bridge}" . {bridge_mac(bridge)}'),
-    ]
+    lines = [f"# Written by agentfleet.metal. Network {network['name']}."]
     services = set()
     for index, service in enumerate(network.get("host_services") or []):
         where = f"{option}.host_services[{index}]"

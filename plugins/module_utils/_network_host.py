@@ -20,7 +20,7 @@ FORWARDS = "# forwards"  # marks a policy for which the host must forward: "# fo
 
 RULES = f"""\
 # Written by agentfleet.metal. Packet filter of microVMs: puts all of it anew in place of what is loaded, in one
-# transaction. Elements come from a file for each network, and a file for each microVM that runs.
+# transaction. Elements come from a file for each network, a file for each microVM that runs, and one for their bridges.
 table bridge agentfleet {{}}
 table inet agentfleet {{}}
 delete table bridge agentfleet
@@ -145,6 +145,15 @@ mkdir -p {RUN}
 exec 9>{RUN}/taps.lock
 flock -w 60 9
 
+# All of the packet filter anew. Which bridges it is for, those tell that run: where no policy is (any more), all is refused.
+load() {{
+    awk '!seen[$3]++ {{
+        print "add element inet agentfleet bridges {{ \\"" $3 "\\" }}"
+        print "add element inet agentfleet routers {{ \\"" $3 "\\" . " $4 " }}"
+    }}' {RUN}/*.taps >{RUN}/taps.bridges.nft
+    nft -f {LIBRARY}/network.nft
+}}
+
 # FAMILY SWITCH: the host forwards while a network that microVMs run on needs it. If it did not before, the rules keep it
 # from forwarding anything else.
 forward() {{
@@ -156,7 +165,7 @@ forward() {{
             while read -r file; do echo 2 >"$file"; done <{RUN}/accept_ra
         fi
         echo "add element inet agentfleet guarded {{ $1 }}" >{RUN}/forward.$1.nft
-        nft -f {LIBRARY}/network.nft
+        load
         echo 1 >"$2"
     elif [ -e "{RUN}/forward.$1.nft" ]; then
         echo 0 >"$2"
@@ -205,7 +214,7 @@ case $1 in
 load)
     set -- {RUN}/*.taps
     [ -e "$1" ] || exit 0
-    nft -f {LIBRARY}/network.nft
+    load
     forwarding
     exit
     ;;
@@ -216,6 +225,7 @@ down)
     forwarding
     set -- {RUN}/*.taps
     [ ! -e "$1" ] || exit 0
+    rm -f {RUN}/taps.bridges.nft
     for family in bridge inet; do
         printf '%s\\n' "table $family agentfleet {{}}" "delete table $family agentfleet"
     done | nft -f -
@@ -233,7 +243,7 @@ while read -r _tap _mac bridge bridge_mac address address6; do
 done <"$made.taps"
 # The filter knows a tap device before there is one. It is loaded with the first, and for each bridge.
 [ -n "$fresh" ] || echo "$change" | nft -f - || fresh=yes
-[ -z "$fresh" ] || nft -f {LIBRARY}/network.nft
+[ -z "$fresh" ] || load
 forwarding
 while read -r tap mac bridge _rest; do
     [ -e "/sys/class/net/$tap" ] || ip tuntap add dev "$tap" mode tap group kvm vnet_hdr
@@ -277,6 +287,15 @@ def element(name: str, value: str) -> str:
 def in_use(host: Host) -> bool:
     """Whether microVMs with networks run."""
     return bool(host.glob(f"{RUN}/*.taps"))
+
+
+def attached(host: Host) -> set[tuple[str, str]]:
+    """(microVM, bridge) of those that run, whatever is declared now."""
+    return {
+        (path.rpartition("/")[2][: -len(".taps")], line.split()[2])
+        for path in host.glob(f"{RUN}/*.taps")
+        for line in host.read(path).splitlines()
+    }
 
 
 def stale(host: Host) -> bool:

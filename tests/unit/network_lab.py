@@ -261,6 +261,12 @@ def main() -> None:
     found["and what is allowed"] = connects("blue2", guests["blue1"][0]["address"], 7000)
     found["without egress"] = egress("none")
     found["egress that came while it ran"] = egress("nat")
+    os.unlink(_network_host.policy_path("brone"))
+    script("load")
+    for port in (22, 3128):
+        found[f"host port {port}, without a policy"] = connects("blue1", "10.88.0.1", port)
+    found["egress, without a policy"] = connects("blue1", OUTSIDE, 443)
+    found["answers to the host, without a policy"] = host_to(guests["blue1"][0])
     for name in guests:
         script("down", name)
     left = [x for x in os.listdir("/sys/class/net") if x.startswith(("af", "br"))]

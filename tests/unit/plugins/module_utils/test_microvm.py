@@ -780,6 +780,47 @@ def test_what_cannot_be_applied_is_named_with_its_reason(machines: t.Any) -> Non
     ]
 
 
+OTHER = {"name": "others", "prefix": "10.89.0.0/24", "bridge": "agentfleet1"}
+TAP = "af1 02:00:00:00:00:01 agentfleet0 02:00:00:00:00:02 10.88.0.1/24 -\n"
+
+
+def policies(host: t.Any) -> list[str]:
+    return t.cast("list[str]", host.names("/var/lib/agentfleet/networks"))
+
+
+@pytest.mark.parametrize("networks", [[], [{"network": "others", "address": None}]])
+def test_a_network_that_a_microvm_leaves_only_by_a_restart_is_filtered_until_then(
+    machines: t.Any, networks: list[t.Any]
+) -> None:
+    machines.answers["nft"] = ""
+    run(machines, call({"name": "a1", "networks": ATTACHED}))
+    machines.files({"/run/agentfleet/a1.taps": TAP})
+    after = {"networks": [NETWORK, OTHER]}
+    left = call({"name": "a1", "networks": networks}, **after)
+    run(machines, left)
+    assert "agentfleet0.nft" in policies(machines)
+    assert run(machines, left) == []
+    # Others that come and go meanwhile do not take it away.
+    run(machines, call({"name": "a2"}, **after))
+    run(machines, {**call(), "state": "absent", "instances": [{"name": "a2"}]})
+    assert "agentfleet0.nft" in policies(machines)
+    stop, take = machines.systemd.stop, "/run/agentfleet/a1.taps"
+    machines.answers["systemctl stop"] = lambda host: (host.remove(take), stop(host))[1]
+    restarted = run(machines, {**left, "allow_restart": True})
+    assert words(restarted) == ["stop microVMs", "start microVMs", "define networks"]
+    assert "agentfleet0.nft" not in policies(machines)
+    assert run(machines, {**left, "allow_restart": True}) == []
+
+
+def test_a_network_that_a_microvm_leaves_as_it_runs_goes_at_once(machines: t.Any) -> None:
+    machines.answers["nft"] = ""
+    run(machines, call({"name": "a1", "hotplug_slots": 2, "networks": ATTACHED}))
+    machines.files({"/run/agentfleet/a1.taps": TAP})
+    steps = run(machines, call({"name": "a1", "hotplug_slots": 2}))
+    assert words(steps)[-2:] == ["change microVM a1", "define networks"]
+    assert policies(machines) == []
+
+
 def test_paused_and_on(machines: t.Any) -> None:
     assert words(run(machines, call({"name": "a1"}, state="paused")))[-2:] == ["start microVMs", "pause microVMs"]
     assert run(machines, call({"name": "a1"}, state="paused")) == []

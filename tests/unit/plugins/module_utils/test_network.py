@@ -83,12 +83,7 @@ def test_link_local_addresses_are_those_of_the_standard() -> None:
 
 def test_everything_is_refused_that_is_not_declared() -> None:
     network = next(iter(_network.Networks([NETWORK]).found.values()))
-    mac = _network.bridge_mac("br0")
-    assert network["policy"] == (
-        "# Written by agentfleet.metal. Network agents.\n"
-        'add element inet agentfleet bridges { "br0" }\n'
-        f'add element inet agentfleet routers {{ "br0" . {mac} }}\n'
-    )
+    assert network["policy"] == "# Written by agentfleet.metal. Network agents.\n"
 
 
 def test_a_policy_is_nft_commands() -> None:
@@ -105,7 +100,7 @@ def test_a_policy_is_nft_commands() -> None:
             }
         ]
     )  # fmt: skip
-    assert networks.found["agents"]["policy"].splitlines()[3:] == [
+    assert networks.found["agents"]["policy"].splitlines()[1:] == [
         'add element inet agentfleet services { "br0" . udp . 53 }',
         "# forwards ipv4",
         "# forwards ipv6",
@@ -134,13 +129,18 @@ def steps(host: t.Any, interfaces: t.Iterable[_network.Interface], **network: t.
     return [(step.verb, step.object) for step in plan]
 
 
-def test_a_policy_is_written_once_and_removed_with_its_last_microvm(fake_host: t.Any) -> None:
+def test_a_policy_is_written_once(fake_host: t.Any) -> None:
     used = resolve(["a1"])["a1"]
     assert steps(fake_host, []) == []
     assert steps(fake_host, used) == [("define", "network agents")]
     assert steps(fake_host, used) == []
-    assert steps(fake_host, []) == [("define", "networks")]
-    assert fake_host.names(_network_host.NETWORKS) == []
+
+
+def test_a_policy_that_only_running_microvms_need_is_the_declared_one(fake_host: t.Any) -> None:
+    steps(fake_host, resolve(["a1"])["a1"], egress="nat")
+    fake_host.files({f"{RUN}/a1.taps": "af1 m1 br0 n0 10.88.0.1/24 -\n"})
+    assert steps(fake_host, []) == [("define", "network agents"), ("load", "packet filter")]
+    assert "egress" not in fake_host.read(_network_host.policy_path("br0"))
 
 
 def test_a_changed_policy_is_loaded_while_microvms_run(fake_host: t.Any) -> None:
@@ -234,6 +234,12 @@ def test_taps_of_an_older_definition_are_removed(tmp_path: t.Any, changed: str) 
         return told.read_text()
 
     assert script("up") == "all rules\n"
+    assert (tmp_path / RUN[1:] / "taps.bridges.nft").read_text().splitlines() == [
+        'add element inet agentfleet bridges { "br0" }',
+        'add element inet agentfleet routers { "br0" . n0 }',
+        'add element inet agentfleet bridges { "br1" }',
+        'add element inet agentfleet routers { "br1" . n1 }',
+    ]
     assert sorted(path.name for path in net.iterdir()) == ["af1", "af2", "br0", "br1"]
     added = 'add element bridge agentfleet tenants { "af1" : 0x7 }\n'
     assert script("up") == 'delete element bridge agentfleet tenants { "af1" }\n' + added  # live: one transaction
@@ -268,7 +274,7 @@ ALLOWED = [
     "its own neighbour advertisement", "its own neighbour advertisement, at the host",
     "LLDP with another's MAC moves nothing", "tenant to itself", "tenant to itself, IPv6", "declared service",
     "declared service, IPv6", "host to guest", "egress, allowed", "egress, allowed range", "egress, allowed, IPv6",
-    "others' tables are as they were", "and what is allowed",
+    "others' tables are as they were", "and what is allowed", "answers to the host, without a policy",
 ]  # fmt: skip
 STATE = {
     "left behind": ["taps.lock"],
@@ -284,7 +290,7 @@ def test_what_is_allowed_works(seen: dict[str, t.Any]) -> None:
 
 def test_nothing_else_does(seen: dict[str, t.Any]) -> None:
     others = {check: outcome for check, outcome in seen.items() if check not in ALLOWED and check not in STATE}
-    assert len(others) == 31 and {check for check, outcome in others.items() if outcome in (True, "open")} == set()
+    assert len(others) == 34 and {check for check, outcome in others.items() if outcome in (True, "open")} == set()
 
 
 def test_nothing_is_left(seen: dict[str, t.Any]) -> None:
