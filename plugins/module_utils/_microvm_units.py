@@ -258,11 +258,8 @@ def drop_in(spec: Spec, argv: t.Sequence[str], memory_max: int) -> str:
     :param memory_max: see :func:`limits`
     """
     name = spec["name"]
-    sockets = " ".join(f"agentfleet-virtiofsd@{name}:{share['tag']}.socket" for share in spec["shares"])
     lines = [f"# Written by agentfleet.metal from {HOME}/{name}/spec.json"]
-    if sockets:
-        lines += ["[Unit]", f"Requires={sockets}", f"After={sockets}", ""]
-    lines += ["[Service]", f"ExecStart={quoted(argv)}"]
+    lines += [*_needs(spec), "[Service]", f"ExecStart={quoted(argv)}"]
     lines += [f"LoadCredential={disk}:{HOME}/{name}/{disk}" for disk in (spec["config"], spec["data"]) if disk]
     # By default all instances of a template share one dynamic user.
     lines += [f"User=af{derived(name, 'user').hex()[:12]}", f"Slice=agentfleet-{spec['tenant']}.slice"]
@@ -270,6 +267,21 @@ def drop_in(spec: Spec, argv: t.Sequence[str], memory_max: int) -> str:
     lines += [f"{setting}={value}" for setting, value in limits(spec, memory_max).items() if value]
     last = _vmm.driver(spec["driver"]).unit_lines(spec)
     return "\n".join(lines) + "\n" + _snapshot.unit_lines(spec) + "".join(f"{line}\n" for line in last)
+
+
+def _needs(spec: Spec) -> list[str]:
+    """What a microVM needs of the host's other units: the servers of its shares, and what is mounted below them."""
+    name, lines = spec["name"], []
+    shares = [f"agentfleet-virtiofsd@{name}:{share['tag']}" for share in spec["shares"]]
+    paths = [share["source"] for share in spec["shares"]] + ([f"{VOLUMES}/{name}"] if spec["volumes"] else [])
+    if shares:
+        sockets = " ".join(f"{share}.socket" for share in shares)
+        services = " ".join(f"{share}.service" for share in shares)
+        # A service starts with its first connection; its place here is for the stop, when the guest still writes.
+        lines += [f"Requires={sockets}", f"After={sockets} {services}"]
+    if paths:  # of which, as they are checked, none has a space or a quote
+        lines.append("RequiresMountsFor=" + " ".join(path.replace("%", "%%") for path in paths))
+    return ["[Unit]", *lines, ""] if lines else []
 
 
 def files_of(spec: Spec, texts: t.Mapping[str, str]) -> dict[str, tuple[str, int]]:

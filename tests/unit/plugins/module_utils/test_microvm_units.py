@@ -31,6 +31,28 @@ def test_a_definition_from_before_cache_policies_still_has_one(microvm_spec: dic
     assert "--cache=auto --readonly" in files[f"{units.SHARES}/a1:m.env"][0]
 
 
+def unit_section(spec: dict[str, t.Any]) -> dict[str, list[str]]:
+    """Setting -> words of the section [Unit] of a microVM's drop-in."""
+    text = units.drop_in(t.cast("t.Any", spec), ["/usr/bin/vmm"], 1 << 30).partition("[Service]")[0]
+    return {key: value.split() for key, value in (line.split("=", 1) for line in text.splitlines() if "=" in line)}
+
+
+def test_a_host_that_shuts_down_ends_the_guest_before_its_shares(microvm_spec: dict[str, t.Any]) -> None:
+    microvm_spec["shares"] = [SHARE, {**SHARE, "tag": "w"}]
+    section = unit_section(microvm_spec)
+    names = ["agentfleet-virtiofsd@a1:m", "agentfleet-virtiofsd@a1:w"]
+    assert section["After"] == [f"{name}.{kind}" for kind in ("socket", "service") for name in names]
+    assert section["Requires"] == [f"{name}.socket" for name in names]  # the services start with a connection
+
+
+def test_it_starts_when_what_it_shares_and_its_volumes_are_mounted(microvm_spec: dict[str, t.Any]) -> None:
+    assert unit_section(microvm_spec) == {}
+    microvm_spec["volumes"] = [{"name": "data"}]
+    assert unit_section(microvm_spec) == {"RequiresMountsFor": ["/var/lib/agentfleet/volumes/a1"]}
+    microvm_spec["shares"] = [{**SHARE, "source": "/srv/100%/i"}]
+    assert unit_section(microvm_spec)["RequiresMountsFor"] == ["/srv/100%%/i", "/var/lib/agentfleet/volumes/a1"]
+
+
 @pytest.mark.parametrize(("result", "restarted"), [("success", ""), ("signal", "a1"), ("exit-code", "a1")])
 def test_a_killed_virtiofsd_takes_its_microvm_along(result: str, restarted: str) -> None:
     """The unit's own shell line, with systemd's expansions done and systemctl in words."""
