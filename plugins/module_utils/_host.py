@@ -8,10 +8,12 @@ This module is private to the collection and imports nothing of Ansible.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob as _glob
 import json
 import os
+import stat
 import subprocess
 import tempfile
 import time
@@ -154,6 +156,17 @@ class Host:
         except FileNotFoundError:
             pass
 
+    # -- what somebody else can write ------------------------------------------
+
+    @contextmanager
+    def directory(self, path: str) -> t.Iterator[int]:
+        """A directory's descriptor: whatever its owner does meanwhile, what is opened by it is in this directory."""
+        handle = open_directory(self.path(path))
+        try:
+            yield handle
+        finally:
+            os.close(handle)
+
     # -- commands ------------------------------------------------------------
 
     def run(
@@ -199,6 +212,40 @@ class Host:
         with open(path, "w", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def open_directory(name: str, beneath: int | None = None) -> int:
+    """A descriptor of a directory, which must be no link to one.
+
+    :param beneath: the directory that it is in; ``name`` is a path without it
+    """
+    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=beneath)
+
+
+def open_beneath(directory: int, name: str, flags: int = os.O_RDONLY, or_ours: bool = False) -> t.IO[bytes]:
+    """Open a file in a directory that somebody else owns, who cannot lead us elsewhere.
+
+    The file is a regular one and the directory owner's: no link, which points to what only we may open, and no FIFO,
+    which would hold us. A new one has mode 0600.
+
+    :param flags: ``O_RDONLY`` or ``O_RDWR``, and what else ``os.open`` takes
+    :param or_ours: it may also be ours
+    :raises HostError: it is something else
+    """
+    try:
+        handle = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise HostError(f"{name}: a link, which is not followed. Put the file itself there") from error
+    found, owner = os.fstat(handle), os.fstat(directory).st_uid
+    if stat.S_ISREG(found.st_mode) and (found.st_uid == owner or (or_ours and found.st_uid == os.geteuid())):
+        return os.fdopen(handle, "r+b" if flags & os.O_RDWR else "rb")
+    os.close(handle)
+    raise HostError(
+        f"{name}: no regular file of user {owner}, who owns its directory (it is user {found.st_uid}'s). See what it is, "
+        "and give it to that user"
+    )
 
 
 def natural_key(text: str) -> list[tuple[int, str]]:

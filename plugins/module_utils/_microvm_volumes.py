@@ -14,7 +14,7 @@ import os
 import shutil
 import typing as t
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host, open_beneath
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import VOLUMES, run_directory, volume_path
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_resolve import size_of
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Step
@@ -48,25 +48,27 @@ def plan(host: Host, spec: Spec) -> list[Step]:
 
 def create(host: Host, path: str, size: int, template: str) -> None:
     """A volume's file: sparse, or a copy of its template that shares its blocks where the file system can."""
-    real = host.path(path)
-    os.makedirs(os.path.dirname(real), mode=0o700, exist_ok=True)
-    partial = f"{real}.partial"
-    try:
-        with open(partial, "wb", opener=_private) as file:
-            if template:
-                with open(host.path(template), "rb") as source:
-                    _copy(source.fileno(), file.fileno())
-            os.truncate(file.fileno(), max(size, os.fstat(file.fileno()).st_size))
-            os.fsync(file.fileno())
-        os.replace(partial, real)
-    except OSError as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
-        raise HostError(f"{path}: {error.strerror}. Make room below {VOLUMES}") from error
+    directory, name = os.path.split(path)
+    os.makedirs(host.path(directory), mode=0o700, exist_ok=True)
+    partial = f"{name}.partial"
+    with host.directory(directory) as beneath:
+        _unlink(partial, beneath)  # of a call that was killed
+        try:
+            with open_beneath(beneath, partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, or_ours=True) as file:
+                if template:
+                    with open(host.path(template), "rb") as source:
+                        _copy(source.fileno(), file.fileno())
+                os.truncate(file.fileno(), max(size, os.fstat(file.fileno()).st_size))
+                os.fsync(file.fileno())
+            os.replace(partial, name, src_dir_fd=beneath, dst_dir_fd=beneath)
+        except OSError as error:
+            _unlink(partial, beneath)
+            raise HostError(f"{path}: {error.strerror}. Make room below {VOLUMES}") from error
 
 
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+def _unlink(name: str, beneath: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=beneath)
 
 
 def _copy(source: int, target: int) -> None:
@@ -93,14 +95,18 @@ def _copy(source: int, target: int) -> None:
 
 def grow(host: Host, path: str, size: int) -> None:
     """Make a volume larger; a guest that runs sees it when its VMM is told."""
-    os.truncate(host.path(path), size)
+    directory, name = os.path.split(path)
+    with host.directory(directory) as beneath, open_beneath(beneath, name, os.O_RDWR, or_ours=True) as file:
+        os.truncate(file.fileno(), size)
 
 
 def give(host: Host, name: str, path: str) -> None:
     """Let the VMM of a running microVM open a volume, as its unit does for all of them when it starts."""
     owner = os.stat(host.path(run_directory(name)))
-    for one in (os.path.dirname(host.path(path)), host.path(path)):
-        os.chown(one, owner.st_uid, owner.st_gid)
+    directory, volume = os.path.split(path)
+    with host.directory(directory) as beneath, open_beneath(beneath, volume, or_ours=True) as file:
+        for one in (beneath, file.fileno()):
+            os.chown(one, owner.st_uid, owner.st_gid)
 
 
 def there(host: Host, name: str) -> dict[str, str]:

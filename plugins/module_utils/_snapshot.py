@@ -30,7 +30,7 @@ import time
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _vmm
-from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host, open_beneath, open_directory
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
     HOME,
     LIBRARY,
@@ -49,6 +49,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._units import for
 
 STORE = "/var/lib/agentfleet/snapshots"
 MANIFEST, RAM = "manifest.json", "ram"
+OURS = (MANIFEST, RAM, "paused.json")  # of a snapshot's files; the others are the VMM's
 FORMAT = 1
 TMPFILES = "/etc/tmpfiles.d/60-agentfleet-snapshots.conf"
 TMPFILES_TEXT = f"""\
@@ -507,20 +508,26 @@ class Snapshots:
     def _save(self, spec: _vmm.Spec, work: str) -> None:
         """State and RAM of one moment; the microVM is paused for as long as that takes, and no longer."""
         given = f"{run_directory(spec['name'])}/snapshot"
-        owner = os.stat(self.host.path(run_directory(spec["name"])))
-        shutil.rmtree(self.host.path(given), ignore_errors=True)
-        os.mkdir(self.host.path(given))
-        os.chown(self.host.path(given), owner.st_uid, owner.st_gid)
-        with _vmm.driver(spec["driver"]).machine(self.host, spec) as machine:
+        with contextlib.ExitStack() as stack:
+            # The VMM can put there what it likes: a link to what is root's, or to another tenant's.
+            own = stack.enter_context(self.host.directory(run_directory(spec["name"])))
+            shutil.rmtree(self.host.path(given), ignore_errors=True)
+            os.mkdir("snapshot", dir_fd=own)
+            saved = open_directory("snapshot", own)
+            stack.callback(os.close, saved)
+            os.chown(saved, os.fstat(own).st_uid, os.fstat(own).st_gid)
+            machine = stack.enter_context(_vmm.driver(spec["driver"]).machine(self.host, spec))
             before = machine.state()
             if before == "running":
                 self.host.write(f"{work}/paused.json", json.dumps(spec), 0o600)
             try:
                 machine.pause()
                 machine.save(given)
-                _copy_sparse(self.host.path(spec["memory_file"]), self.host.path(f"{work}/{RAM}"))
-                for file in self.host.names(given):
-                    _copy_sparse(self.host.path(f"{given}/{file}"), self.host.path(f"{work}/{file}"))
+                _copy_sparse(own, os.path.basename(spec["memory_file"]), self.host.path(f"{work}/{RAM}"))
+                for file in sorted(os.listdir(saved)):
+                    if file in OURS:
+                        raise HostError(f"{spec['driver']} saved a file {file}, which is a name of ours")
+                    _copy_sparse(saved, file, self.host.path(f"{work}/{file}"))
             finally:
                 shutil.rmtree(self.host.path(given), ignore_errors=True)
                 if before == "running":
@@ -593,10 +600,10 @@ class Snapshots:
 # -- files ---------------------------------------------------------------------------
 
 
-def _copy_sparse(source: str, target: str) -> None:
-    """Copy a file; blocks of zeros become holes, as they are in RAM that a guest never touched."""
+def _copy_sparse(directory: int, name: str, target: str) -> None:
+    """Copy a file of the VMM; blocks of zeros become holes, as they are in RAM that a guest never touched."""
     zeros = bytes(BLOCK)
-    with open(source, "rb") as reader, open(target, "wb") as writer:
+    with open_beneath(directory, name) as reader, open(target, "wb") as writer:
         size = os.fstat(reader.fileno()).st_size
         position = 0
         while position < size:

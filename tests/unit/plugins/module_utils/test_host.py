@@ -11,7 +11,12 @@ import typing as t
 
 import pytest
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host, natural_key
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import (
+    Host,
+    natural_key,
+    open_beneath,
+    open_directory,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 
 
@@ -85,3 +90,36 @@ def test_json_output_is_parsed_or_explained(fake_host: t.Any) -> None:
 def test_a_wait_ends_by_itself(fake_host: t.Any) -> None:
     with pytest.raises(HostError, match="node online: not within 0.01 seconds"):
         fake_host.wait(lambda: False, "node online", 0.01, 0.001)
+
+
+def refused(directory: int, name: str, **options: t.Any) -> str:
+    with pytest.raises(HostError) as error:
+        open_beneath(directory, name, **options)
+    return str(error.value)
+
+
+def test_what_somebody_else_can_write_leads_nowhere_else(fake_host: t.Any) -> None:
+    fake_host.files({"/etc/shadow": "secret", "/run/vm/state": "its state", "/run/vm/inner": None})
+    os.symlink(fake_host.path("/etc/shadow"), fake_host.path("/run/vm/link"))
+    os.symlink(fake_host.path("/etc"), fake_host.path("/run/vm/elsewhere"))
+    os.mkfifo(fake_host.path("/run/vm/fifo"))
+    with fake_host.directory("/run/vm") as directory:
+        with open_beneath(directory, "state") as file:
+            assert file.read() == b"its state"
+        assert "link: a link" in refused(directory, "link")
+        for name in ("fifo", "inner"):
+            assert f"{name}: no regular file" in refused(directory, name)
+        with pytest.raises(OSError, match="elsewhere"):
+            open_directory("elsewhere", directory)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_what_somebody_else_can_write_is_the_owners_or_ours(fake_host: t.Any) -> None:
+    fake_host.files({"/run/vm/ours": "", "/run/vm/its": "", "/run/vm/others": ""})
+    for path, owner in (("", 61184), ("/its", 61184), ("/others", 61185)):
+        os.chown(fake_host.path(f"/run/vm{path}"), owner, -1)
+    with fake_host.directory("/run/vm") as directory:
+        assert "no regular file of user 61184, who owns its directory (it is user 0's)" in refused(directory, "ours")
+        assert "it is user 61185's" in refused(directory, "others", or_ours=True)
+        for name in ("ours", "its"):
+            open_beneath(directory, name, os.O_RDWR, or_ours=True).close()

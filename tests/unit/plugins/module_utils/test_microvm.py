@@ -25,6 +25,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils import (
     _microvm_names,
     _microvm_state,
     _microvm_units,
+    _microvm_volumes,
     _qemu,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm import MicroVms
@@ -920,6 +921,23 @@ def test_volumes_grow_stay_and_go_only_when_told(metal: t.Any) -> None:
     (step,) = run(metal, call({"name": "a1"}, state="absent", delete_volumes=True))
     assert step.before == {"a1": {"data": "2MiB"}} and step.disruptive
     assert not metal.exists("/var/lib/agentfleet/volumes")
+
+
+@pytest.mark.parametrize("verb", ["create", "grow", "give"])
+def test_volumes_are_no_way_out_of_a_vmms_directory(metal: t.Any, verb: str) -> None:
+    metal.files({"/etc/shadow": "secret", "/run/agentfleet/a1": None, "/var/lib/agentfleet/volumes/a1": None})
+    volume, before = "/var/lib/agentfleet/volumes/a1/data", os.stat(metal.path("/etc/shadow"))
+    planted = f"{volume}.partial" if verb == "create" else volume
+    os.symlink(metal.path("/etc/shadow"), metal.path(planted))
+    if verb == "create":
+        _microvm_volumes.create(metal, volume, 4096, "")
+        assert not os.path.islink(metal.path(volume)) and metal.names("/var/lib/agentfleet/volumes/a1") == ["data"]
+        assert os.stat(metal.path(volume)).st_mode & 0o777 == 0o600
+    else:
+        arguments = (volume, 4096) if verb == "grow" else ("a1", volume)
+        with pytest.raises(HostError, match="data: a link, which is not followed"):
+            getattr(_microvm_volumes, verb)(metal, *arguments)
+    assert os.stat(metal.path("/etc/shadow")).st_ctime_ns == before.st_ctime_ns
 
 
 def test_a_template_larger_than_its_volume_is_refused(metal: t.Any) -> None:

@@ -73,6 +73,8 @@ class Machine:
             raise HostError("QEMU refused migrate: disk full")
         with open(self.host.path(f"{directory}/state"), "wb") as file:
             file.write(b"state of the devices")
+        for name, target in self.host.planted.items():
+            os.symlink(self.host.path(target), self.host.path(f"{directory}/{name}"))
 
     def load(self, directory: str) -> None:
         self.log.append(f"load {directory}")
@@ -96,6 +98,7 @@ def metal(fake_host: t.Any, monkeypatch: t.Any) -> t.Any:
         ram.seek(8 * MIB - 3)
         ram.write(b"end")
     fake_host.machine_state, fake_host.fails, fake_host.log, fake_host.version = "running", "", [], "10.0.2"
+    fake_host.planted = {}
     fake_host.answers["systemctl show"] = "Id=agentfleet-microvm@parent.service\nMainPID=7"
     fake_host.answers["systemctl restart"] = ""
 
@@ -190,6 +193,28 @@ def test_a_failure_resumes_the_microvm_and_leaves_nothing(metal: t.Any) -> None:
     assert metal.machine_state == "running"
     assert metal.names("/var/lib/agentfleet/snapshots") == []
     assert metal.names("/run/agentfleet/parent") == ["qmp", "ram"]
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("stolen", "stolen: a link, which is not followed"), ("manifest.json", "manifest.json, which is a name of ours")],
+)
+def test_a_vmm_puts_nothing_of_others_into_its_snapshot(metal: t.Any, name: str, problem: str) -> None:
+    metal.files({"/etc/shadow": "secret"})
+    metal.planted = {name: "/etc/shadow"}
+    with pytest.raises(HostError, match=problem):
+        run(metal, call(WARM))
+    assert metal.machine_state == "running"
+    assert metal.names("/var/lib/agentfleet/snapshots") == []
+
+
+def test_nor_another_file_as_its_ram(metal: t.Any) -> None:
+    metal.files({"/etc/shadow": "secret"})
+    os.unlink(metal.path("/run/agentfleet/parent/ram"))
+    os.symlink(metal.path("/etc/shadow"), metal.path("/run/agentfleet/parent/ram"))
+    with pytest.raises(HostError, match="ram: a link, which is not followed"):
+        run(metal, call(WARM))
+    assert metal.names("/var/lib/agentfleet/snapshots") == []
 
 
 def test_what_a_killed_call_left_is_cleared_and_its_microvm_resumed(metal: t.Any) -> None:
