@@ -438,14 +438,10 @@ class MicroVms:
         """Removals come before additions; what is behind a device on the host goes after it and comes before it."""
         name, changes = data
         running = state_of.running(self.host, [name])[name]
-        networks = [change for change in changes if change.key == "networks"]
-        gone = sum(change.after is None for change in networks)
-        if gone < len(networks):
-            self._taps(name)
         for change in changes:
             if change.key in ("shares", "data_images") and change.after is None:
                 self._unmount(running, change)
-            self._before(name, change)
+            self._before(name, change, running)
             if change.key == "resources":
                 self._limit(name)
             else:
@@ -455,8 +451,6 @@ class MicroVms:
             # Written at once: whoever is interrupted here goes on with the next change.
             self.host.write(running_spec(name), json.dumps(running, indent=2, sort_keys=True) + "\n", 0o600)
             self._after(name, change, running)
-        if gone:
-            self._taps(name)
         self._tell(name, changes)
 
     def _tell(self, name: str, changes: list[_vmm.Change]) -> None:
@@ -489,8 +483,15 @@ class MicroVms:
                 "End what uses it there, and run this again"
             )
 
-    def _taps(self, name: str) -> None:
-        self.host.run([f"{LIBRARY}/microvm-taps", "up", name])
+    def _taps(self, running: _vmm.Spec) -> None:
+        """Give a microVM the taps of what runs, which is not all that is declared: the rest waits for its restart."""
+        directory = f"{RUN}/{running['name']}.change"
+        for path, (text, mode) in _network.files_of(directory, running["networks"]).items():
+            self.host.write(path, text, mode)
+        try:
+            self.host.run([f"{LIBRARY}/microvm-taps", "up", running["name"], directory])
+        finally:
+            shutil.rmtree(self.host.path(directory))
 
     def _limit(self, name: str) -> None:
         """Apply the limits of the drop-in to the control group; reloading systemd alone does not."""
@@ -500,9 +501,11 @@ class MicroVms:
         # It also writes them down for later, where they would hide what the drop-in says then.
         shutil.rmtree(self.host.path(f"/run/systemd/system.control/{unit(name)}.d"), ignore_errors=True)
 
-    def _before(self, name: str, change: _vmm.Change) -> None:
+    def _before(self, name: str, change: _vmm.Change, running: _vmm.Spec) -> None:
         if change.before is not None:
             return
+        if change.key == "networks":
+            self._taps(_vmm.applied(running, change))
         if change.key == "volumes":
             volumes.give(self.host, name, volume_path(name, change.item))
         elif change.key == "shares":
@@ -514,6 +517,8 @@ class MicroVms:
             os.chown(self._vfio_node(change.item), owner, -1)
 
     def _after(self, name: str, change: _vmm.Change, running: _vmm.Spec) -> None:
+        if change.key == "networks" and change.after is None:
+            self._taps(running)
         if change.key == "devices":
             if change.after is None:
                 os.chown(self._vfio_node(change.item), 0, -1)

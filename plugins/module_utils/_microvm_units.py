@@ -293,7 +293,7 @@ def files_of(spec: Spec, texts: t.Mapping[str, str]) -> dict[str, tuple[str, int
     home = f"{HOME}/{name}"
     files = {
         f"{home}/spec.json": (json.dumps(spec, indent=2, sort_keys=True) + "\n", 0o600),
-        **_network.files_of(name, spec["networks"]),
+        **_network.files_of(home, spec["networks"]),
         f"{SYSTEM}/{unit(name)}.d/60-agentfleet.conf": (texts["drop_in"], 0o644),
     }
     if spec["devices"]:

@@ -17,7 +17,7 @@ import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _network_host as on_host
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import derived, home
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import derived
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused, Step
 
 Prefix = t.Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -556,8 +556,8 @@ def common() -> dict[str, tuple[str, int]]:
     return on_host.FILES
 
 
-def files_of(name: str, interfaces: t.Sequence[Interface]) -> dict[str, tuple[str, int]]:
-    """Path -> (text, mode): what one microVM has on the host for its networks."""
+def files_of(directory: str, interfaces: t.Sequence[Interface]) -> dict[str, tuple[str, int]]:
+    """Path -> (text, mode): what the script that makes tap devices reads of one microVM."""
     lines, rules = "", ""
     for one in interfaces:
         gateways = f"{one['gateway'] or '-'} {one.get('gateway6') or '-'}"
@@ -571,4 +571,4 @@ def files_of(name: str, interfaces: t.Sequence[Interface]) -> dict[str, tuple[st
                 elements.append(("addresses6", f"{tap} . {one['mac']} . {address}"))
                 elements.append(("targets", f"{tap} . {one['mac']} . {int(address):#x}"))
         rules += "".join(f"add element bridge agentfleet {key} {{ {value} }}\n" for key, value in elements)
-    return {f"{home(name)}/taps": (lines, 0o644), f"{home(name)}/taps.nft": (rules, 0o644)}
+    return {f"{directory}/taps": (lines, 0o644), f"{directory}/taps.nft": (rules, 0o644)}

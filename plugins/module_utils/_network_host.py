@@ -129,15 +129,16 @@ include "{RUN}/*.nft"
 """
 
 # ExecStartPre runs "up", ExecStopPost "down". "up" on a running microVM is how networks are added and removed
-# live: it makes what is new and removes what is no longer declared.
+# live: it makes what is new and removes what is not in the directory that it is given.
 TAPS = f"""\
 #!/bin/sh
-# Written by agentfleet.metal. microvm-taps up NAME, down NAME: makes and removes the tap devices of one microVM, and the
-# bridges that no other one needs. microvm-taps load: the packet filter anew.
-# The file "taps" of a microVM has one line for each: tap, its MAC, bridge, its MAC, the bridge's addresses (or "-");
-# "taps.nft" tells the packet filter. What was made is kept below /run, since the definition may change before the end.
+# Written by agentfleet.metal. microvm-taps up NAME [DIRECTORY], down NAME: makes and removes the tap devices of one
+# microVM, and the bridges that no other one needs. microvm-taps load: the packet filter anew.
+# DIRECTORY is by default where its definition is. The file "taps" there has one line for each: tap, its MAC, bridge, its
+# MAC, the bridge's addresses (or "-"); "taps.nft" tells the packet filter. What was made is kept below /run, since the
+# definition may change before the end.
 set -eu
-wanted={HOME}/${{2-}}/taps
+wanted=${{3-{HOME}/${{2-}}}}/taps
 made={RUN}/${{2-}}
 [ "$1" != down ] || [ -e "$made.taps" ] || exit 0
 [ "$1" != up ] || [ -s "$wanted" ] || [ -e "$made.taps" ] || exit 0

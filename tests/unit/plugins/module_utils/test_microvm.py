@@ -537,7 +537,8 @@ def test_what_can_be_applied_live_is_and_then_nothing_is_left(machines: t.Any) -
         "a1: memory_bytes 268435456 -> 402653184", "a1: networks agents added", "a1: vcpus 1 -> 2",
         "a1: volumes data added",
     ]  # fmt: skip
-    assert "/usr/local/lib/agentfleet/microvm-taps up a1" in machines.calls
+    assert "/usr/local/lib/agentfleet/microvm-taps up a1 /run/agentfleet/a1.change" in machines.calls
+    assert not machines.exists("/run/agentfleet/a1.change")
     assert run(machines, call(after)) == []
     resource = MicroVms(machines, call(after))
     resource.plan(resource.observe())
@@ -811,6 +812,32 @@ def test_a_network_that_a_microvm_leaves_only_by_a_restart_is_filtered_until_the
     assert words(restarted) == ["stop microVMs", "start microVMs", "define networks"]
     assert "agentfleet0.nft" not in policies(machines)
     assert run(machines, {**left, "allow_restart": True}) == []
+
+
+def test_a_network_that_comes_does_not_bring_what_waits_for_a_restart(machines: t.Any) -> None:
+    both = {"networks": [NETWORK, OTHER]}
+    run(machines, call({"name": "a1", "hotplug_slots": 2, "networks": ATTACHED}, **both))
+    before = machines.read("/var/lib/agentfleet/microvms/a1/taps")
+    told: list[str] = []
+    machines.answers["/usr/local/lib/agentfleet/microvm-taps"] = lambda host: (
+        told.extend(host.read(f"/run/agentfleet/a1.change/{file}") for file in ("taps", "taps.nft")), ""
+    )[1]  # fmt: skip
+    moved = {**ATTACHED[0], "address": "10.88.0.9", "mac": "02:00:00:00:00:09"}
+    after = call(
+        {
+            "name": "a1",
+            "hotplug_slots": 2,
+            "networks": [moved, {**moved, "network": "others", "mac": None, "address": None}],
+        },
+        **both,
+    )
+    (change,) = [step for step in run(machines, after) if step.verb == "change"]
+    assert change.after == ["networks others added"]
+    taps, rules = told
+    assert [line.split()[2] for line in taps.splitlines()] == ["agentfleet0", "agentfleet1"]
+    assert taps.splitlines()[0] == before
+    assert "10.88.0.2" in rules and "10.89.0.2" in rules and "10.88.0.9" not in rules
+    assert run(machines, after) == []
 
 
 def test_a_network_that_a_microvm_leaves_as_it_runs_goes_at_once(machines: t.Any) -> None:

@@ -226,11 +226,11 @@ def test_taps_of_an_older_definition_are_removed(tmp_path: t.Any, changed: str) 
     taps.write_text("af1 m1 br0 n0 10.0.0.1/24 -\naf2 m2 br1 n1 10.1.0.1/24 -\n")
     (taps.parent / "taps.nft").write_text('add element bridge agentfleet tenants { "af1" : 0x7 }\n')
 
-    def script(verb: str) -> str:
+    def script(verb: str, *directory: t.Any) -> str:
         path = f"{tmp_path}/bin:/usr/bin:/bin:/usr/sbin"
         environment = {"PATH": path, "NET": str(net), "CONF": str(tmp_path / "proc/sys/net")}
         told.write_text("")
-        subprocess.run(["sh", "-c", text, "microvm-taps", verb, "a1"], check=True, env=environment)
+        subprocess.run(["sh", "-c", text, "microvm-taps", verb, "a1", *directory], check=True, env=environment)
         return told.read_text()
 
     assert script("up") == "all rules\n"
@@ -243,6 +243,14 @@ def test_taps_of_an_older_definition_are_removed(tmp_path: t.Any, changed: str) 
     assert sorted(path.name for path in net.iterdir()) == ["af1", "af2", "br0", "br1"]
     added = 'add element bridge agentfleet tenants { "af1" : 0x7 }\n'
     assert script("up") == 'delete element bridge agentfleet tenants { "af1" }\n' + added  # live: one transaction
+    other = tmp_path / "change"
+    other.mkdir()
+    (other / "taps").write_text("af2 m2 br1 n1 10.1.0.1/24 -\n")
+    (other / "taps.nft").write_text("")
+    script("up", other)  # not what the definition says
+    assert sorted(path.name for path in net.iterdir()) == ["af2", "br1"]
+    script("up")
+    assert sorted(path.name for path in net.iterdir()) == ["af1", "af2", "br0", "br1"]
     taps.write_text(changed)
     assert "delete table inet agentfleet" in script("down")
     assert list(net.iterdir()) == [] and os.listdir(tmp_path / RUN[1:]) == ["taps.lock"]
