@@ -205,12 +205,19 @@ class Host:
             time.sleep(interval_seconds)
 
     @contextmanager
-    def lock(self, name: str) -> t.Iterator[None]:
-        """Hold an exclusive lock, so that two runs do not interleave their writes."""
-        path = self.path(f"/run/lock/agentfleet-{name}")
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    def lock(self, name: str, timeout_seconds: float | None = None) -> t.Iterator[None]:
+        """Hold an exclusive lock, so that two runs do not interleave their writes.
+
+        :param timeout_seconds: how long to wait for who holds it, then HostError; None waits for ever
+        """
+        path = f"/run/lock/agentfleet-{name}"
+        os.makedirs(os.path.dirname(self.path(path)), exist_ok=True)
+        with open(self.path(path), "w", encoding="utf-8") as file:
+            if timeout_seconds is None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            else:
+                what = f"the end of another call, which holds {path} (lslocks names its process; end it if it hangs)"
+                self.wait(lambda: _locked(file.fileno()), what, timeout_seconds)
             yield
 
 
@@ -246,6 +253,14 @@ def open_beneath(directory: int, name: str, flags: int = os.O_RDONLY, or_ours: b
         f"{name}: no regular file of user {owner}, who owns its directory (it is user {found.st_uid}'s). See what it is, "
         "and give it to that user"
     )
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def natural_key(text: str) -> list[tuple[int, str]]:

@@ -30,6 +30,8 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
     HOME,
     LIBRARY,
+    LOCK,
+    LOCK_SECONDS,
     NAME,
     RUN,
     SHARES,
@@ -120,6 +122,10 @@ class MicroVms:
                 seen[value] = item["name"]
 
     # -- observe -------------------------------------------------------------
+
+    def alone(self) -> t.ContextManager[None]:
+        """What is planned (addresses, who is the last) holds while it is carried out."""
+        return self.host.lock(LOCK, LOCK_SECONDS)
 
     def observe(self) -> dict[str, t.Any]:
         """Specs, units and images of the host."""

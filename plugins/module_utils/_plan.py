@@ -9,6 +9,7 @@ boot-time restore unit and the unit tests run the same code.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import typing as t
 from dataclasses import dataclass, field
@@ -165,6 +166,9 @@ def unlogged(kind: t.Any) -> t.Any:
 def converge(module: t.Any, build: t.Callable[[], Resource]) -> None:
     """Run one resource under an AnsibleModule (duck-typed, so nothing of Ansible is imported).
 
+    A resource with ``alone`` (a context manager) has no other call beside it from what it observes to what it changes;
+    in check mode, which writes nothing, it needs none.
+
     :param module: the AnsibleModule; its ``check_mode`` decides whether steps are applied
     :param build: makes the resource from the module's parameters; may raise Refused
     """
@@ -174,17 +178,18 @@ def converge(module: t.Any, build: t.Callable[[], Resource]) -> None:
         # What a module of many items returns besides the message, so that each item's fate is known.
         failure = getattr(resource, "failure", dict)
         resource.predicting = bool(module.check_mode)
-        observed = resource.observe()
-        steps = resource.plan(observed)
-        outcome: dict[str, t.Any] = {
-            "changed": bool(steps),
-            "plan": [step.public() for step in steps],
-            "diff": diff(steps),
-        }
-        if steps and not module.check_mode:
-            _apply_audited(module, resource, steps)
+        with contextlib.nullcontext() if module.check_mode else getattr(resource, "alone", contextlib.nullcontext)():
             observed = resource.observe()
-        outcome.update(resource.result(observed))
+            steps = resource.plan(observed)
+            outcome: dict[str, t.Any] = {
+                "changed": bool(steps),
+                "plan": [step.public() for step in steps],
+                "diff": diff(steps),
+            }
+            if steps and not module.check_mode:
+                _apply_audited(module, resource, steps)
+                observed = resource.observe()
+            outcome.update(resource.result(observed))
     except Refused as refusal:
         module.fail_json(msg=str(refusal), refused=refusal.public())
     except HostError as error:

@@ -34,6 +34,8 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
     HOME,
     LIBRARY,
+    LOCK,
+    LOCK_SECONDS,
     NAME,
     RUN,
     derived,
@@ -365,6 +367,10 @@ class Snapshots:
                 )
             self.wanted[taken] = {"option": option, "name": name, "microvm": item["microvm"]}
 
+    def alone(self) -> t.ContextManager[None]:
+        """Nobody resumes what is saved, and what another call makes is no leftover."""
+        return self.host.lock(LOCK, LOCK_SECONDS)
+
     def observe(self) -> dict[str, t.Any]:
         """Snapshots with what is wrong with them, what an interrupted call left, microVMs."""
         manifests = stored(self.host)
@@ -476,8 +482,7 @@ class Snapshots:
 
     def apply(self, step: Step) -> None:
         """Carry out one step."""
-        with self.host.lock("snapshots"):
-            getattr(self, f"_apply_{step.verb}")(step.data)
+        getattr(self, f"_apply_{step.verb}")(step.data)
 
     def _apply_clear(self, left: str) -> None:
         """Undo what an interrupted call did: its files, and a microVM that it paused and could not resume."""

@@ -123,3 +123,13 @@ def test_what_somebody_else_can_write_is_the_owners_or_ours(fake_host: t.Any) ->
         assert "it is user 61185's" in refused(directory, "others", or_ours=True)
         for name in ("ours", "its"):
             open_beneath(directory, name, os.O_RDWR, or_ours=True).close()
+
+
+def test_a_lock_is_waited_for_within_bounds(fake_host: t.Any) -> None:
+    held = pytest.raises(
+        HostError, match="another call, which holds /run/lock/agentfleet-microvms .*not within 0 seconds"
+    )
+    with fake_host.lock("microvms", 0), fake_host.lock("images", 0), held, fake_host.lock("microvms", 0):
+        raise AssertionError("two have it")
+    with fake_host.lock("microvms", 0):
+        pass

@@ -29,7 +29,9 @@ from ansible_collections.agentfleet.metal.plugins.module_utils import (
     _qemu,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm import MicroVms
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_info import MicrovmInfo
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step, converge
+from ansible_collections.agentfleet.metal.plugins.module_utils._snapshot import Snapshots
 from ansible_collections.agentfleet.metal.plugins.modules.microvm import ARGUMENTS
 
 DIGEST = "ab" * 32
@@ -901,6 +903,16 @@ def test_one_that_ran_before_is_not_stopped_when_it_stays_silent(metal: t.Any, m
     with pytest.raises(HostError, match=r"no answer from its agent within 1 seconds\. Console"):
         run(metal, call({"name": "a1"}, state="restarted"))
     assert metal.systemd.active == {}
+
+
+def test_who_changes_microvms_waits_for_who_saves_one_and_who_looks_does_not(metal: t.Any, monkeypatch: t.Any) -> None:
+    monkeypatch.setattr(_microvm, "LOCK_SECONDS", 0)
+    saving = Snapshots(metal, {"state": "present", "snapshots": [], "verify": False, "timeout_seconds": 1})
+    changing = MicroVms(metal, call({"name": "a1"}))
+    with saving.alone(), pytest.raises(HostError, match="the end of another call"), changing.alone():
+        raise AssertionError("one would resume what the other saves")
+    with changing.alone():
+        assert not hasattr(MicrovmInfo(metal, None, 5), "alone")
 
 
 def test_an_older_start_without_a_record_is_restarted_only_when_allowed(metal: t.Any) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import typing as t
 
 import pytest
@@ -84,6 +85,30 @@ def test_check_mode_predicts_the_plan_and_changes_nothing() -> None:
     assert counter.value == 0 and predicted["value"] == 0
     done = run(counter).outcome
     assert predicted["plan"] == done["plan"] and predicted["diff"] == done["diff"]
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+def test_a_resource_is_alone_from_what_it_observes_to_what_it_returns(check_mode: bool) -> None:
+    held, seen = [], []
+
+    class Alone(Counter):
+        @contextlib.contextmanager
+        def alone(self) -> t.Iterator[None]:
+            held.append(1)
+            yield
+            held.clear()
+
+        def observe(self) -> int:
+            seen.append(("observe", bool(held)))
+            return super().observe()
+
+        def result(self, observed: int) -> dict[str, t.Any]:
+            seen.append(("result", bool(held)))
+            return super().result(observed)
+
+    run(Alone(0, 1), check_mode)
+    looks = ["observe", "result"] if check_mode else ["observe", "observe", "result"]
+    assert seen == [(look, not check_mode) for look in looks] and not held
 
 
 def test_a_failure_says_what_was_done_before_it() -> None:
