@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from ansible_collections.agentfleet.metal.plugins.module_utils import _cloud_hypervisor_config as config
 from ansible_collections.agentfleet.metal.plugins.module_utils._cloud_hypervisor_api import Api
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_exec import exchange
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
     IMAGES,
     VOLUMES,
@@ -424,13 +425,9 @@ def connect(host: Host, spec: Spec, port: int, timeout_seconds: float) -> socket
     connection.settimeout(timeout_seconds)
     try:
         connection.connect(host.path(_vsock_socket(spec)))
-        connection.sendall(f"CONNECT {port}\n".encode())
-        answer = b""
-        while not answer.endswith(b"\n"):  # by bytes: what follows is the guest's
-            byte = connection.recv(1)
-            if not byte or len(answer) > 32:
-                raise ConnectionRefusedError(f"nobody listens on the guest's vsock port {port}")
-            answer += byte
+        answer = exchange(connection, f"CONNECT {port}\n".encode(), timeout_seconds, line=True)
+        if not answer.endswith(b"\n"):
+            raise ConnectionRefusedError(f"nobody listens on the guest's vsock port {port}")
         if not answer.startswith(b"OK "):
             raise ConnectionRefusedError(f"vsock port {port}: {answer.decode(errors='replace').strip()}")
     except BaseException:

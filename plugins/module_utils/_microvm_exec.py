@@ -29,7 +29,8 @@ RUN = "/run/agentfleet"
 PORT, RESERVED_PORTS = 1023, 1024
 REQUEST, STDIN, STDOUT, STDERR, EXIT = range(5)
 HEADER = struct.Struct("!BI")
-CHUNK = 65536
+CHUNK = 65536  # no frame has more
+ANSWER_BYTES = 1 << 20  # a guest may send what it likes, and the host keeps no more of it
 NOT_REACHED = 255
 # A command's own 255, told from NOT_REACHED: exit code 254 and this as the last line of standard error.
 REAL_255 = b"microvm-exec: exit code 255\n"
@@ -60,7 +61,34 @@ def receive(connection: socket.socket) -> tuple[int, bytes]:
         return data
 
     kind, size = HEADER.unpack(exactly(HEADER.size))
+    if kind not in (STDOUT, STDERR, EXIT) or size > CHUNK:
+        raise ConnectionError(f"the microVM sends what its server does not: frame {kind} of {size} bytes")
     return kind, exactly(size)
+
+
+def exchange(connection: socket.socket, message: bytes, timeout_seconds: float, line: bool = False) -> bytes:
+    """Send a message and return the whole answer, up to the other side's end or the first newline.
+
+    :param timeout_seconds: for all of it, so that nobody is held by an answer that comes byte by byte
+    :param line: read no further than the newline; what follows is not part of the answer
+    :raises OSError: it took longer, or the answer is longer than ANSWER_BYTES
+    """
+    end, answer = time.monotonic() + timeout_seconds, bytearray()
+    connection.settimeout(timeout_seconds)
+    connection.sendall(message)
+    while not (line and answer.endswith(b"\n")):
+        left = end - time.monotonic()
+        if left <= 0:
+            raise socket.timeout(f"no whole answer within {timeout_seconds:g} s")
+        connection.settimeout(left)
+        chunk = connection.recv(1 if line else CHUNK)
+        if not chunk:
+            break
+        answer += chunk
+        if len(answer) > ANSWER_BYTES:
+            raise ConnectionError(f"an answer of more than {ANSWER_BYTES} bytes")
+    connection.settimeout(timeout_seconds)
+    return bytes(answer)
 
 
 def connect(name: str, timeout_seconds: float) -> socket.socket:
@@ -119,15 +147,9 @@ def _unix(path: str) -> socket.socket:
     try:
         connection.settimeout(5)
         connection.connect(path)
-        connection.sendall(f"CONNECT {PORT}\n".encode())
-        answer = b""
-        while not answer.endswith(b"\n"):  # by bytes: what follows is the guest's
-            byte = connection.recv(1)
-            if not byte:
-                raise ConnectionRefusedError("nobody listens")
-            answer += byte
-        if not answer.startswith(b"OK "):
-            raise ConnectionRefusedError(answer.decode(errors="replace").strip())
+        answer = exchange(connection, f"CONNECT {PORT}\n".encode(), 5, line=True)
+        if not (answer.startswith(b"OK ") and answer.endswith(b"\n")):
+            raise ConnectionRefusedError(answer.decode(errors="replace").strip() or "nobody listens")
         connection.settimeout(None)
     except BaseException:
         connection.close()
@@ -182,7 +204,7 @@ def main(arguments: t.Sequence[str] | None = None) -> int:
     try:
         with connect(options.name, options.timeout) as connection:
             code = run(connection, " ".join(options.command), options.user)
-    except (Unreachable, OSError) as error:
+    except (Unreachable, OSError, ValueError) as error:  # the last is of an exit code that is no number
         sys.stderr.write(f"microvm-exec: {error}\n")
         return NOT_REACHED
     if code == NOT_REACHED:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _vmm
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_exec import exchange
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import HOME, running_spec, unit
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import show
@@ -100,17 +101,15 @@ def ask_agent(
 ) -> dict[str, t.Any] | None:
     """What the agent in a microVM answers over vsock; None when it does not.
 
+    :param timeout_seconds: to reach it, and then for its whole answer
     :param message: sent as the body of a POST request
     """
     body = b"" if message is None else json.dumps(message).encode()
     request = f"{'GET' if message is None else 'POST'} {path} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n"
     try:
         with _vmm.driver(spec["driver"]).connect(host, spec, _vmm.AGENT_PORT, timeout_seconds) as connection:
-            connection.sendall(request.encode() + body)
-            answer = b""
-            while chunk := connection.recv(65536):
-                answer += chunk
-            told = json.loads(answer.partition(b"\r\n\r\n")[2])
-    except (OSError, ValueError):
+            answer = exchange(connection, request.encode() + body, timeout_seconds)
+        told = json.loads(answer.partition(b"\r\n\r\n")[2])
+    except (OSError, ValueError, RecursionError):  # the last is of a hundred thousand brackets
         return None
     return told if isinstance(told, dict) else None

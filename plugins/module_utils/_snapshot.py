@@ -31,6 +31,7 @@ import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _vmm
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host, open_beneath, open_directory
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_exec import exchange
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
     HOME,
     LIBRARY,
@@ -61,6 +62,7 @@ R! {STORE}/.new-*
 BLOCK = 1 << 16
 ANEW = "Make it anew on this host: microvm_snapshot with state present"
 IDENTITY_SECONDS = 60
+AGENT_SECONDS = 10  # of these, to reach the agent once, and then for its whole answer
 # What says in /proc/cpuinfo which CPU it is: of x86, then of Arm.
 CPU = (
     "vendor_id", "cpu family", "model", "stepping", "model name",
@@ -678,9 +680,9 @@ def resume(host: Host, name: str) -> None:
     told: dict[str, t.Any] = {}
     while told.get("hostname") != name:
         try:
-            with driver.connect(host, spec, _vmm.AGENT_PORT, 10) as agent:
+            with driver.connect(host, spec, _vmm.AGENT_PORT, AGENT_SECONDS) as agent:
                 told = tell(agent, identity(host, spec, manifest["spec"]))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             told = {"error": str(error)}
         if told.get("hostname") != name:
             if time.monotonic() > end:
@@ -707,9 +709,7 @@ def _connected(connect: t.Callable[[], t.Any], end: float) -> t.Any:
 def tell(agent: socket.socket, message: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
     """Send an identity and return what the agent says of itself then."""
     body = json.dumps(message).encode()
-    agent.sendall(b"POST /identity HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-    answer = b""
-    while chunk := agent.recv(65536):
-        answer += chunk
+    request = b"POST /identity HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body)
+    answer = exchange(agent, request + body, AGENT_SECONDS)
     told = json.loads(answer.partition(b"\r\n\r\n")[2])
     return told if isinstance(told, dict) else {}

@@ -188,6 +188,67 @@ def test_so_is_one_whose_machine_was_reset() -> None:
     ours.close()
 
 
+@pytest.mark.parametrize(
+    ("header", "problem"),
+    [((_microvm_exec.STDOUT, 0xFFFFFFFF), "frame 2 of 4294967295 bytes"), ((77, 1), "frame 77 of 1 bytes")],
+)
+def test_and_one_that_sends_what_no_server_does(header: tuple[int, int], problem: str) -> None:
+    ours, its = socket.socketpair()
+    its.send(_microvm_exec.HEADER.pack(*header))
+    its.close()
+    with pytest.raises(ConnectionError, match=problem):
+        _microvm_exec.receive(ours)
+    ours.close()
+
+
+def drip(connection: socket.socket, part: bytes) -> threading.Thread:
+    """A guest that answers without end."""
+
+    def send() -> None:
+        try:
+            for _time in range(500):
+                connection.sendall(part)
+                time.sleep(0.01)
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("line", [False, True])
+def test_a_guest_that_answers_byte_by_byte_holds_nobody(line: bool) -> None:
+    ours, its = socket.socketpair()
+    thread = drip(its, b"x")
+    begin = time.monotonic()
+    with pytest.raises(socket.timeout, match="no whole answer within 0.3 s|timed out"):
+        _microvm_exec.exchange(ours, b"question", 0.3, line=line)
+    assert time.monotonic() - begin < 3
+    ours.close()
+    thread.join(10)
+    its.close()
+
+
+def test_nor_does_one_fill_the_hosts_memory() -> None:
+    ours, its = socket.socketpair()
+    thread = drip(its, bytes(1 << 18))
+    with pytest.raises(ConnectionError, match="more than 1048576 bytes"):
+        _microvm_exec.exchange(ours, b"question", 30)
+    ours.close()
+    thread.join(10)
+    its.close()
+
+
+def test_of_a_line_no_byte_more_is_taken() -> None:
+    ours, its = socket.socketpair()
+    its.sendall(b"OK 7\nrest")
+    assert _microvm_exec.exchange(ours, b"question", 5, line=True) == b"OK 7\n"
+    assert (its.recv(64), ours.recv(64), ours.gettimeout()) == (b"question", b"rest", 5)
+    ours.close()
+    its.close()
+
+
 def test_it_waits_for_a_microvm_that_boots(microvm: MicroVm) -> None:
     microvm.answering = False
     done = microvm.run("true", timeout=0.5)

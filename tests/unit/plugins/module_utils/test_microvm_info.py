@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import threading
 import typing as t
 
 import pytest
@@ -125,6 +128,25 @@ def test_the_console_is_told_on_request(host: t.Any) -> None:
 def test_one_that_ends_meanwhile_has_no_counters(host: t.Any, monkeypatch: t.Any) -> None:
     monkeypatch.setattr(_qemu, "machine", lambda _host, _spec: Machine("ending"))
     assert look(host, ["a1"])["a1"]["counters"] == {}
+
+
+@pytest.mark.parametrize("answer", [b"[" * 200_000, b"{" + bytes(2 << 20), b"no JSON", b'["no object"]'])
+def test_an_agent_that_answers_nonsense_is_one_that_does_not_answer(
+    fake_host: t.Any, microvm_spec: t.Any, monkeypatch: t.Any, answer: bytes
+) -> None:
+    ours, its = socket.socketpair()
+
+    def send() -> None:
+        with contextlib.suppress(OSError):
+            its.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + answer)
+        its.shutdown(socket.SHUT_WR)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    monkeypatch.setattr(_qemu, "connect", lambda *_arguments: ours)
+    assert _microvm_state.ask_agent(fake_host, microvm_spec) is None
+    thread.join(10)
+    its.close()
 
 
 def test_the_console_is_in_the_journal(fake_host: t.Any) -> None:

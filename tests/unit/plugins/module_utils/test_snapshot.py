@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import threading
+import time
 import typing as t
 
 import pytest
@@ -535,6 +537,29 @@ def test_without_an_identity_its_network_stays_down(cloned: t.Any, monkeypatch: 
     with pytest.raises(HostError, match="did not take its identity within 0.3 seconds: OSError: no network device"):
         _snapshot.resume(cloned, "worker")
     assert "tap up" not in cloned.log
+
+
+def test_an_answer_without_end_does_not_hold_its_start(cloned: t.Any, monkeypatch: t.Any) -> None:
+    monkeypatch.setattr(_snapshot, "IDENTITY_SECONDS", 0.3)
+    monkeypatch.setattr(_snapshot, "AGENT_SECONDS", 0.1)
+
+    def talkative() -> socket.socket:
+        ours, its = socket.socketpair()
+
+        def send() -> None:
+            with its, contextlib.suppress(OSError):
+                for _time in range(500):
+                    its.sendall(b" ")
+                    time.sleep(0.01)
+
+        threading.Thread(target=send, daemon=True).start()
+        return ours
+
+    cloned.agent = talkative
+    begin = time.monotonic()
+    with pytest.raises(HostError, match="did not take its identity within 0.3 seconds"):
+        _snapshot.resume(cloned, "worker")
+    assert time.monotonic() - begin < 3
 
 
 def test_on_another_host_it_does_not_even_load(cloned: t.Any) -> None:
