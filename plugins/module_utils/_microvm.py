@@ -111,7 +111,7 @@ class MicroVms:
         self.warnings: list[str] = []
         self.specs: dict[str, _vmm.Spec] = {}
         self.errors: dict[str, str] = {}
-        self.made: set[str] = set()  # volumes of this call
+        self.made: set[str] = set()  # volumes of this call, which go with a first start that fails
 
     def _unique(self, key: str, values: t.Callable[[t.Mapping[str, t.Any]], list[t.Any]], remedy: str) -> None:
         seen: dict[t.Any, str] = {}
@@ -410,7 +410,7 @@ class MicroVms:
 
     def _apply_stop(self, names: list[str]) -> None:
         # One job for all: each climbs down its ladder at the same time.
-        self.host.run(["systemctl", "stop", *map(unit, names)], timeout_seconds=units.LADDER_SECONDS + 120)
+        self.host.run(["systemctl", "stop", *map(unit, names)], timeout_seconds=units.STOPPED_SECONDS)
         self.host.run(["systemctl", "reset-failed", *map(unit, names)], check=False)
 
     def _apply_pause(self, names: list[str]) -> None:
@@ -546,9 +546,7 @@ class MicroVms:
         failed = self._start(names, there)
         new = sorted(fresh & set(failed))
         if new:  # a start that failed leaves nothing behind, and of what was there before takes nothing
-            its = {volume_path(name, volume["name"]) for name in new for volume in self.specs[name]["volumes"]}
-            for path in its & self.made:
-                self.host.remove(path)
+            self.errors.update(failed)  # also if one of them does not stop
             self._apply_remove((new, self._slices(state_of.declared(self.host), new), []))
         self._report(failed)
 
@@ -614,7 +612,7 @@ class MicroVms:
             journal = ["journalctl", f"--unit=agentfleet-virtiofsd@{name}:*", "--lines=8", "--output=cat", "--quiet"]
             console += f" virtiofsd: {self.host.run(journal, check=False).text}"
         if stop:
-            self.host.run(["systemctl", "stop", unit(name)], timeout_seconds=units.LADDER_SECONDS + 120, check=False)
+            self.host.run(["systemctl", "stop", unit(name)], timeout_seconds=units.STOPPED_SECONDS, check=False)
             self.host.run(["systemctl", "reset-failed", unit(name)], check=False)
         else:
             why += "; it ran before this call and is not stopped"
@@ -626,14 +624,19 @@ class MicroVms:
         names, slices, common = data
         if names:
             self.host.run(["systemctl", "disable", "--quiet", "--no-reload", *map(unit, names)], check=False)
-            self.host.run(
-                ["systemctl", "stop", *map(unit, names), *slices],
-                timeout_seconds=units.LADDER_SECONDS + 120,
-                check=False,
-            )
+            stop = ["systemctl", "stop", *map(unit, names), *slices]  # it calls an error what systemd does not know
+            told = self.host.run(stop, timeout_seconds=units.STOPPED_SECONDS, check=False).text
             self.host.run(["systemctl", "reset-failed", *map(unit, names)], check=False)
+            found = state_of.unit_states(self.host, names)
+            alive = [name for name in names if found[name]["active"] not in ("inactive", "failed")]
+            if alive:
+                raise HostError(
+                    f"{', '.join(alive)} did not stop ({told or 'systemctl says nothing'}), so that nothing is removed. "
+                    f"journalctl -u {unit(alive[0])} may say why"
+                )
         for name in names:
-            for path in self._own_files(name):
+            made = [path for path in self.made if path.startswith(volume_path(name, ""))]
+            for path in self._own_files(name) + made:
                 self.host.remove(path)
         left = {one["bridge"] for spec in state_of.declared(self.host).values() for one in spec["networks"]}
         left.update(bridge for _name, bridge in _network.attached(self.host))

@@ -30,7 +30,13 @@ from ansible_collections.agentfleet.metal.plugins.module_utils import (
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm import MicroVms
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_info import MicrovmInfo
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step, converge
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import (
+    HostError,
+    Refused,
+    Step,
+    apply_all,
+    converge,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._snapshot import Snapshots
 from ansible_collections.agentfleet.metal.plugins.modules.microvm import ARGUMENTS
 
@@ -344,6 +350,33 @@ def test_absent_of_one_keeps_the_others(metal: t.Any) -> None:
     assert step.data == (["a1"], ["agentfleet-default.slice"], [])
     assert list(_microvm_state.declared(metal)) == ["a2"]
     assert metal.exists("/etc/systemd/system/agentfleet-microvm@.service")
+
+
+def test_what_does_not_stop_is_not_removed(metal: t.Any) -> None:
+    run(metal, call({"name": "a1", "volumes": [{"name": "data", "size": "1MiB"}]}, {"name": "a2"}))
+    files = {path: metal.names(path) for path in ("/var/lib/agentfleet/microvms/a1", "/var/lib/agentfleet/volumes/a1")}
+    metal.answers["systemctl stop"] = lambda host: (
+        host.systemd.active.pop("a2", None),
+        (124, "", "no end after 420 s"),
+    )[1]
+    absent = {**call(state="absent", delete_volumes=True), "instances": [{"name": "a1"}, {"name": "a2"}]}
+    with pytest.raises(HostError, match=r"^a1 did not stop \(no end after 420 s\), so that nothing is removed"):
+        run(metal, absent)
+    assert all(metal.names(path) == found for path, found in files.items()) and "a2" in _microvm_state.declared(metal)
+    metal.answers["systemctl stop"] = metal.systemd.stop
+    run(metal, absent)
+    assert not any(map(metal.exists, files))
+
+
+def test_a_failed_start_that_does_not_stop_is_told_too(metal: t.Any, monkeypatch: t.Any) -> None:
+    monkeypatch.setattr(_microvm_state, "ask_agent", lambda host, spec, *_more: None)
+    metal.answers["systemctl stop"] = (124, "", "no end")
+    resource = MicroVms(metal, call({"name": "a1", "volumes": [{"name": "data", "size": "1MiB"}]}))
+    steps = resource.plan(resource.observe())
+    with pytest.raises(HostError, match="a1 did not stop"):
+        apply_all(resource, steps)
+    assert "no answer from its agent" in resource.failure()["instances"][0]["error"]
+    assert metal.names("/var/lib/agentfleet/volumes/a1") == ["data"]
 
 
 def test_a_failed_start_is_undone_and_explained(metal: t.Any, monkeypatch: t.Any) -> None:
