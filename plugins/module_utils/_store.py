@@ -22,7 +22,7 @@ import time
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import IMAGES
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import IMAGES, RUN, VOLUMES
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 
 STORE = IMAGES
@@ -74,9 +74,9 @@ def in_use(host: Host, digests: t.Iterable[str]) -> dict[str, str]:
     used: dict[str, str] = {}
     # Every document of ours that mentions a digest: specs of what is declared, of what runs, of snapshots.
     library = "/var/lib/agentfleet"
-    for pattern in (f"{library}/*", f"{library}/*/*", f"{library}/*/*/*", "/run/agentfleet/*"):
+    for pattern in (f"{library}/*", f"{library}/*/*", f"{library}/*/*/*", RUN):
         for path in host.glob(f"{pattern}/*.json"):
-            if not path.startswith(STORE + "/"):
+            if not path.startswith((f"{STORE}/", f"{VOLUMES}/")):  # what is in volumes is their VMM's
                 for digest in wanted.intersection(DIGEST.findall(host.read(path))):
                     used.setdefault(digest, path)
     for pid in filter(str.isdigit, host.names("/proc")):

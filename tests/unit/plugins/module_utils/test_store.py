@@ -304,7 +304,8 @@ def test_garbage_is_what_nobody_uses(tmp_path: Path) -> None:
         target.write_text(text)
 
     write("var/lib/agentfleet/microvms/a/spec.json", json.dumps({"image_digest": digests["declared"]}))
-    write("run/agentfleet/b/spec.json", json.dumps({"image_digest": digests["running"]}))
+    write("run/agentfleet/b.spec.json", json.dumps({"kernel": f"{STORE}/{digests['running']}/kernel"}))
+    write("var/lib/agentfleet/volumes/b/a.json", digests["unused"])  # a VMM's, which says nothing
     write("var/lib/agentfleet/snapshots/warm/snapshot.json", json.dumps({"spec": {"image": digests["snapshot"]}}))
     write("proc/17/maps", f"7f00-7fff r--s 0 fe:00 1 {STORE}/{digests['mapped']}/rootfs.erofs\n")
     (tmp_path / "proc/18/fd").mkdir(parents=True)
