@@ -62,9 +62,10 @@ table bridge agentfleet {{
         icmpv6 type nd-neighbor-advert iifname . ether saddr . @th,64,128 @targets accept
         icmpv6 type {{ nd-neighbor-advert, nd-router-advert, nd-redirect, mld-listener-query }} drop
     }}
-    # From tap to tap only within a tenant. The mark lives from here to the next line.
+    # From tap to tap only within a tenant. The mark lives from here to the next line; those of other bridges are others'.
     chain forward {{
         type filter hook forward priority filter; policy accept;
+        iifname != @taps oifname != @taps accept
         meta mark set 0 meta mark set iifname map @tenants oifname . meta mark @members accept
         iifname @taps drop
         oifname @taps drop
@@ -99,12 +100,15 @@ table inet agentfleet {{
         type filter hook forward priority filter - 1; policy accept;
         iifname @bridges iifname . ether daddr != @routers accept
         iifname @bridges jump from_bridge
-        oifname @bridges ct direction original goto refuse
+        oifname @bridges ct direction reply ct state established,related accept
+        oifname @bridges goto refuse
         iifname != @bridges oifname != @bridges meta nfproto @guarded goto guard
     }}
+    # A cloud's metadata service is at a link-local address, with IPv6 at one of Amazon's, Google's or Oracle's own.
     chain from_bridge {{
         oifname @bridges goto refuse
         ip daddr 169.254.0.0/16 goto refuse
+        ip6 daddr {{ fd00:ec2::/32, fd20:ce::254, fd00:c1::a9fe:a9fe }} goto refuse
         iifname vmap @egress
         goto refuse
     }}
@@ -116,6 +120,7 @@ table inet agentfleet {{
     }}
     chain refuse {{
         meta pkttype {{ broadcast, multicast }} drop
+        ct state invalid drop # an error would end the connection that it may belong to
         reject with icmpx type admin-prohibited
     }}
     chain postrouting {{

@@ -44,6 +44,7 @@ GUESTS = {
 }
 MANAGEMENT, MANAGEMENT6 = "192.0.2.1", "2001:db8::1"
 OUTSIDE, OUTSIDE6 = "192.0.2.2", "2001:db8::2"
+METADATA6 = "fd00:ec2::254"
 BROADCAST = b"\xff" * 6
 LIBC = ctypes.CDLL(None, use_errno=True)
 found: dict[str, t.Any] = {}
@@ -243,6 +244,8 @@ def main() -> None:
             )
         run(*where, "ip", "link", "set", device, "up")
     run("ip", "netns", "exec", "outside", "ip", "route", "add", "10.88.0.0/24", "via", MANAGEMENT)
+    run("ip", "netns", "exec", "outside", "ip", "address", "add", f"{METADATA6}/128", "dev", "eth0", "nodad")
+    run("ip", "route", "add", "fd00:ec2::/32", "via", OUTSIDE6)
     guests = interfaces()
     for name in guests:
         script("up", name)
@@ -261,6 +264,10 @@ def main() -> None:
     found["and what is allowed"] = connects("blue2", guests["blue1"][0]["address"], 7000)
     found["without egress"] = egress("none")
     found["egress that came while it ran"] = egress("nat")
+    found["egress, IPv6, everywhere"] = connects("blue1", OUTSIDE6, 80)
+    found["a cloud's metadata, IPv6"] = connects("blue1", METADATA6, 80)
+    found["outside to guest, untracked"] = untracked(guests["blue1"][0])
+    found["the mark of another bridge's frame"] = marked()
     os.unlink(_network_host.policy_path("brone"))
     script("load")
     for port in (22, 3128):
@@ -287,6 +294,40 @@ def egress(policy: str) -> list[t.Any]:
     write(_network_host.policy_path(network["bridge"]), network["policy"])
     script("load")
     return [connects("blue1", OUTSIDE, 80) == "open", *switches()[:2]]
+
+
+def untracked(one: _network.Interface) -> bool:
+    """From the outside to a guest where somebody has the host track no connections."""
+    run(
+        "nft",
+        "add table ip raw; add chain ip raw pre { type filter hook prerouting priority raw; }; add rule ip raw pre notrack",
+    )
+    here = run("cat", "/sys/class/net/up0/address").strip()
+    frame = udp("02:00:00:00:00:03", mac(here), OUTSIDE, one["address"])
+    came = arrives("outside", frame, "blue1", b"agentfleet-test!")
+    run("nft", "delete table ip raw")
+    return came
+
+
+def marked() -> bool:
+    """Whether what others mark on a bridge of theirs is marked when it leaves."""
+    run("ip", "link", "add", "other0", "type", "bridge")
+    run("ip", "link", "set", "other0", "up")
+    for name in ("one", "two"):
+        run("ip", "netns", "add", name)
+        run("ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+        run("ip", "link", "set", name, "master", "other0", "up")
+        run("ip", "netns", "exec", name, "ip", "link", "set", "eth0", "up")
+    run(
+        "nft",
+        "add table bridge others;"
+        "add chain bridge others pre { type filter hook prerouting priority 0; meta mark set 7; };"
+        "add chain bridge others post { type filter hook postrouting priority 0; meta mark != 7 drop; };",
+    )
+    came = arrives("one", BROADCAST + mac("02:00:00:00:00:01") + b"\x88\xb5" + b"agentfleet-test!" * 4, "two")
+    run("nft", "delete table bridge others")
+    run("ip", "link", "delete", "other0")
+    return came
 
 
 def look(guests: dict[str, list[_network.Interface]]) -> None:
