@@ -23,6 +23,8 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._units import for
 NODES = "/sys/devices/system/node"
 
 Item = t.Mapping[str, t.Any]
+Kind = tuple[int, t.Optional[int]]  # of memory: size of its huge pages, or 0, and the NUMA node that it is bound to
+ANY: Kind = (0, None)
 
 
 def observe(host: Host) -> dict[str, t.Any]:
@@ -286,11 +288,11 @@ class Resolver:
                 )  # fmt: skip
 
     def _check_memory(self, found: t.Mapping[str, _vmm.Spec]) -> None:
-        """Each kind of memory for itself: all of it, the pages of each huge size, and each node that is bound to."""
+        """Each kind of memory for itself: all of it, the pages of each huge size, and either of each node that is bound to."""
         if not self.observed["memory_bytes"]:
             return
-        room: dict[t.Any, int] = {"": int(self.observed["memory_bytes"] * self.params["memory_overcommit"])}
-        used: dict[t.Any, int] = {}
+        room = {ANY: int(self.observed["memory_bytes"] * self.params["memory_overcommit"])}
+        used: dict[Kind, int] = {}
         for name, spec in self.others.items():
             runs = state_of.public_state(self.observed["units"].get(name)) not in ("stopped", "failed")
             if runs or name in self.observed["enabled"]:
@@ -301,35 +303,39 @@ class Resolver:
                 used[kind] = used.get(kind, 0) + size
                 if kind not in room:
                     room[kind] = self._room(kind)
-                if used[kind] > room[kind] and not (self.predicting and kind):
+                if used[kind] > room[kind] and not (self.predicting and kind != ANY):
                     raise Refused(
                         f"{self.wanted[name]['option']}.memory", format_size(size),
                         f"does not fit: the microVMs up to {name} take {used[kind] >> 20} MiB of {room[kind] >> 20} MiB"
                         + _of(kind),
-                        "Declare fewer or smaller microVMs, or "
-                        + ("reserve more huge pages" if kind and kind[0] == "hugepages" else "raise memory_overcommit")
-                        if not kind or kind[0] == "hugepages"
-                        else "Declare fewer or smaller microVMs there",
+                        f"Declare fewer or smaller microVMs{_instead(kind)}",
                     )  # fmt: skip
 
-    def _room(self, kind: tuple[str, int]) -> int:
-        if kind[0] == "node":
-            return int(self.observed["nodes"].get(kind[1], 0))
-        return kind[1] * (self.host.read_int(f"/sys/kernel/mm/hugepages/hugepages-{kind[1] >> 10}kB/nr_hugepages") or 0)
+    def _room(self, kind: Kind) -> int:
+        page, node = kind
+        if not page:
+            return int(self.observed["nodes"].get(node, 0))
+        where = "/sys/kernel/mm" if node is None else f"{NODES}/node{node}"
+        return page * (self.host.read_int(f"{where}/hugepages/hugepages-{page >> 10}kB/nr_hugepages") or 0)
 
 
-def _demands(spec: _vmm.Spec) -> list[tuple[t.Any, int]]:
+def _demands(spec: _vmm.Spec) -> list[tuple[Kind, int]]:
     """(kind of memory, bytes) that a microVM takes."""
-    hugepage = spec.get("hugepage_bytes", 0)
-    demands: list[tuple[t.Any, int]] = [(("hugepages", hugepage) if hugepage else "", spec["memory_bytes"])]
-    nodes = [zone for zone in spec.get("memory_zones", ()) if zone["numa_node"] is not None and not hugepage]
-    return demands + [(("node", zone["numa_node"]), zone["size_bytes"]) for zone in nodes]
+    page = spec.get("hugepage_bytes", 0)
+    bound = [zone for zone in spec.get("memory_zones", ()) if zone["numa_node"] is not None]
+    return [((page, None), spec["memory_bytes"]), *(((page, zone["numa_node"]), zone["size_bytes"]) for zone in bound)]
 
 
-def _of(kind: t.Any) -> str:
-    if not kind:
-        return ""
-    return f" on NUMA node {kind[1]}" if kind[0] == "node" else f" in huge pages of {format_size(kind[1])}"
+def _of(kind: Kind) -> str:
+    page, node = kind
+    pages = f" in huge pages of {format_size(page)}" if page else ""
+    return pages if node is None else f"{pages} on NUMA node {node}"
+
+
+def _instead(kind: Kind) -> str:
+    page, node = kind
+    there = "" if node is None else " there"
+    return f", or reserve more huge pages{there}" if page else there or ", or raise memory_overcommit"
 
 
 def _has_initrd(manifest: Item | None) -> bool:

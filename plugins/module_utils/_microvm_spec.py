@@ -164,14 +164,14 @@ def _memory(option: str, item: Item) -> dict[str, t.Any]:
         )  # fmt: skip
     return {
         "memory_bytes": memory,
-        "memory_max_bytes": _memory_max(option, item, memory, zones),
+        "memory_max_bytes": _memory_max(option, item, memory, zones, max(hugepage, PLUGGABLE)),
         "memory_zones": zones,
         "hugepage_bytes": hugepage,
         "balloon_bytes": balloon,
     }
 
 
-def _memory_max(option: str, item: Item, memory: int, zones: t.Sequence[_vmm.Zone]) -> int:
+def _memory_max(option: str, item: Item, memory: int, zones: t.Sequence[_vmm.Zone], block: int) -> int:
     if not item["memory_max"]:
         return memory
     most = parse_size(f"{option}.memory_max", item["memory_max"], MIB)
@@ -180,11 +180,11 @@ def _memory_max(option: str, item: Item, memory: int, zones: t.Sequence[_vmm.Zon
             f"{option}.memory_max", item["memory_max"], f"less than memory ({format_size(memory)})",
             "Give at least memory",
         )  # fmt: skip
-    if (most - memory) % PLUGGABLE:
+    if (most - memory) % block:
         raise Refused(
             f"{option}.memory_max", item["memory_max"],
-            f"what can be plugged is not a multiple of {format_size(PLUGGABLE)}",
-            f"Give {format_size(memory + -(-(most - memory) // PLUGGABLE) * PLUGGABLE)}",
+            f"what can be plugged is not a multiple of {format_size(block)}",
+            f"Give {format_size(memory + -(-(most - memory) // block) * block)}",
         )  # fmt: skip
     for key, value in (("memory_zones", zones[1:]), ("snapshots", item["snapshots"])):
         if value and most > memory:

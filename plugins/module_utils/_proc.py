@@ -20,10 +20,11 @@ NOTHING = dict.fromkeys(
 def memory_of(host: Host, pid: int, images: t.Collection[str], ram: t.Collection[int] = ()) -> dict[str, int]:
     """Bytes of a process, split.
 
-    ``rss_bytes`` and ``pss_bytes`` are the kernel's resident and proportional sets. ``shared_bytes`` are the images'
-    pages that this process has mapped and that the host holds once for all processes; ``private_bytes`` exist because
-    of this process alone. Of these, ``guest_ram_bytes`` are guest RAM that was touched, ``overhead_bytes`` the VMM
-    itself; the rest are image pages that the guest wrote.
+    ``rss_bytes`` and ``pss_bytes`` are the kernel's resident and proportional sets and, which the kernel leaves out
+    of them, huge pages of guest RAM. ``shared_bytes`` are the images' pages that this process has mapped and that the
+    host holds once for all processes; ``private_bytes`` exist because of this process alone. Of these,
+    ``guest_ram_bytes`` are guest RAM that was touched, ``overhead_bytes`` the VMM itself; the rest are image pages
+    that the guest wrote.
 
     :param images: paths of the shared image files
     :param ram: sizes of the mappings of guest RAM that have no name
@@ -38,15 +39,16 @@ def memory_of(host: Host, pid: int, images: t.Collection[str], ram: t.Collection
             kind = "image" if named in images else "ram" if _is_ram(named, last - first, ram) else "other"
             continue
         key, size = words[0], int(words[1]) * 1024 if words[1].isdigit() else 0
-        total["rss_bytes"] += size if key == "Rss:" else 0
-        total["pss_bytes"] += size if key == "Pss:" else 0
+        hugetlb = kind == "ram" and key in ("Private_Hugetlb:", "Shared_Hugetlb:")  # shared with its virtiofsd
+        total["rss_bytes"] += size if key == "Rss:" or hugetlb else 0
+        total["pss_bytes"] += size if key == "Pss:" or hugetlb else 0
         if kind == "image" and key in ("Rss:", "Anonymous:"):
             total["shared_bytes"] += size if key == "Rss:" else -size
         # A private file mapping's anonymous pages are its copies on write. What is in a memfd is of this microVM alone,
         # though its virtiofsd may have mapped it, too. Other mappings have what is their own in Private_*.
         memfd = kind == "ram" and named.startswith("/memfd:")
         own = ("Anonymous:",) if kind == "image" else ("Rss:",) if memfd else ("Private_Clean:", "Private_Dirty:")
-        if key in own:
+        if key in own or hugetlb:
             total["private_bytes"] += size
             total["guest_ram_bytes"] += size if kind == "ram" else 0
             total["overhead_bytes"] += size if kind == "other" else 0

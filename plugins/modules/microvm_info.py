@@ -80,7 +80,7 @@ instances:
       description: Process of the VMM, 0 when stopped.
       type: int
     rss_bytes:
-      description: Resident set size of the VMM.
+      description: Resident set size of the VMM, with huge pages of guest RAM.
       type: int
     pss_bytes:
       description: Proportional set size of the VMM, in which shared pages count by their share.

@@ -328,6 +328,21 @@ def test_memory_of_what_runs_counts_however_it_was_started(metal: t.Any, said: d
     assert "start microVMs" in words(run(metal, call(second)))
 
 
+def test_huge_pages_of_a_numa_node_are_those_that_it_has(metal: t.Any) -> None:
+    pages = "hugepages/hugepages-2048kB/nr_hugepages"
+    metal.files({f"/sys/kernel/mm/{pages}": "1024"})
+    for node, count in enumerate(("1024", "0")):
+        directory = f"/sys/devices/system/node/node{node}"
+        metal.files({f"{directory}/{pages}": count, f"{directory}/meminfo": f"Node {node} MemTotal: 4194304 kB\n"})
+    bound = {"memory": "1GiB", "hugepages": "2MiB", "numa_node": 1}
+    with pytest.raises(Refused, match="1024 MiB of 0 MiB in huge pages of 2MiB on NUMA node 1") as refused:
+        run(metal, call({"name": "a1", **bound}))
+    assert "more huge pages there" in refused.value.remedy
+    run(metal, call({"name": "a1", **bound, "numa_node": 0}, {"name": "a2", **bound, "numa_node": 0}))
+    with pytest.raises(Refused, match="3072 MiB of 2048 MiB in huge pages of 2MiB"):
+        run(metal, call({"name": "a3", **bound, "numa_node": None}))
+
+
 def test_absent_leaves_nothing(metal: t.Any) -> None:
     metal.files({"/srv/models": None})
     run(

@@ -48,6 +48,16 @@ def test_a_memfd_is_guest_ram_also_where_virtiofsd_has_mapped_it(fake_host: t.An
     assert (found["private_bytes"], found["guest_ram_bytes"], found["pss_bytes"]) == (800 << 10, 800 << 10, 500 << 10)
 
 
+def test_huge_pages_are_guest_ram(fake_host: t.Any) -> None:
+    memfd = mapping("7f3000-7f9000 rw-s 00000000 00:01 5   /memfd:ram0 (deleted)", 0, 0, 0, 0, 0)
+    huge = memfd.replace("VmFlags", "Shared_Hugetlb: 2048 kB\nPrivate_Hugetlb: 4096 kB\nVmFlags")
+    fake_host.files({"/proc/42/smaps": huge})
+    size = 6144 << 10
+    assert memory_of(fake_host, 42, [IMAGE]) == {
+        **NOTHING, "rss_bytes": size, "pss_bytes": size, "private_bytes": size, "guest_ram_bytes": size,
+    }  # fmt: skip
+
+
 def test_an_image_used_by_one_is_not_private(fake_host: t.Any) -> None:
     fake_host.files({"/proc/42/smaps": mapping(f"7f1-7f2 rw-p 00000000 fe:00 1    {IMAGE}", 500, 500, 500, 0, 0)})
     found = memory_of(fake_host, 42, [IMAGE])
