@@ -528,8 +528,7 @@ class CloudHypervisorMachine:
             size = change.after["size_bytes"]
             self._api.put("vm.resize-disk", config.VmResizeDisk(f"disk-{change.item}", size))
         elif change.after is None:
-            image = change.key == "data_images"
-            self._remove(_image_id(change.item) if image else f"{_PREFIXES[change.key]}-{change.item}")
+            self._remove(_id(change))
         else:
             self._add(change, spec)
 
@@ -541,6 +540,10 @@ class CloudHypervisorMachine:
         self._api.put("vm.resize-zone", config.VmResizeZone(_zone(0), size - others))
 
     def _add(self, change: Change, spec: Spec) -> None:
+        device, tree = _id(change), self._devices()
+        # Both come last. Whoever added it was interrupted before that was written down.
+        if f"_virtio-pci-{device}" in tree or tree.get(device, {}).get("pci_bdf"):
+            return
         if change.key == "volumes":
             path = volume_path(spec["name"], change.item)
             disk = Disk(change.item, path, change.after["readonly"])
@@ -555,13 +558,19 @@ class CloudHypervisorMachine:
             self._api.put("vm.add-device", _device(change.item), timeout_seconds=90)  # it maps and pins all memory
 
     def _remove(self, device: str) -> None:
-        """Unplug a device and wait until the guest let it go, since its file or tap is removed next."""
+        """Unplug a device and wait until the guest let it go, since its file or tap is removed next; nothing if it has."""
+        if device not in self._devices():
+            return
         self._api.put("vm.remove-device", config.VmRemoveDevice(device))
         self._host.wait(
-            lambda: device not in self._api.get("vm.info").get("device_tree", {}),
+            lambda: device not in self._devices(),
             f"{device}: the guest did not let it go",
             timeout_seconds=30,
         )
+
+    def _devices(self) -> dict[str, t.Any]:
+        """Id -> what there is to tell, of all devices and of their transports."""
+        return t.cast("dict[str, t.Any]", self._api.get("vm.info").get("device_tree") or {})
 
     def save(self, directory: str) -> None:
         """Write the paused machine's state into a directory."""
@@ -592,6 +601,11 @@ class CloudHypervisorMachine:
 
 # The spec's list -> how its devices' ids begin.
 _PREFIXES = {"volumes": "disk", "networks": "net", "shares": "share", "devices": "device"}
+
+
+def _id(change: Change) -> str:
+    """Id of the device that a change is about."""
+    return _image_id(change.item) if change.key == "data_images" else f"{_PREFIXES[change.key]}-{change.item}"
 
 
 def adapted(document: dict[str, t.Any], spec: Spec) -> dict[str, t.Any]:

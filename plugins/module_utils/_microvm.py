@@ -231,8 +231,14 @@ class MicroVms:
             stop, why = [name for name in up if self._differences(name, observed)[1]], "their definition changed"
         if stop:
             steps.append(Step("stop", "microVMs", before=stop, why=why, disruptive=True, data=stop))
+        standing = [name for name in self.specs if name in observed["paused"] and name not in stop]
+        if self.state.runs and not self.state.paused and standing:
+            steps.append(Step("resume", "microVMs", after=standing, data=standing))
+            standing = []
         for name in up:
             live = [] if name in stop else self._differences(name, observed)[0]
+            if name in standing:
+                self._check_still(name, live)
             if live:
                 after = [str(change) for change in live]
                 steps.append(Step("change", f"microVM {name}", after=after, why="while it runs", data=(name, live)))
@@ -247,9 +253,6 @@ class MicroVms:
         still = [name for name in self.specs if name not in observed["paused"] or name in start]
         if self.state.paused and still:
             steps.append(Step("pause", "microVMs", after=still, data=still))
-        moving = [name for name in self.specs if name in observed["paused"] and name not in stop]
-        if self.state.runs and not self.state.paused and moving:
-            steps.append(Step("resume", "microVMs", after=moving, data=moving))
         return steps
 
     def _plan_unused(self, running: t.Sequence[Step], bridges: set[str]) -> list[Step]:
@@ -269,6 +272,16 @@ class MicroVms:
         if not unused:
             return []
         return [Step("define", "networks", before=unused, why="no microVM uses them", data=("", {}, unused))]
+
+    def _check_still(self, name: str, live: list[_vmm.Change]) -> None:
+        """A guest that stands still lets nothing go."""
+        for change in live:
+            if _vmm.takes_away(change):
+                raise Refused(
+                    f"{self.wanted[name]['option']}.{change.key}", change.item or change.after,
+                    f"microVM {name} is paused, and lets nothing go until it runs ({change})",
+                    "Resume it with state running, which changes it, too; or restart it with state restarted",
+                )  # fmt: skip
 
     def _differences(self, name: str, observed: t.Mapping[str, t.Any]) -> tuple[list[_vmm.Change], list[str]]:
         """What a running microVM can be given as it runs, and why the rest needs a restart."""
@@ -520,21 +533,25 @@ class MicroVms:
             self._limit(name)  # the guest may write as many pages of its own
         elif change.key == "devices":
             owner = os.stat(self.host.path(run_directory(name))).st_uid
+            self._given(name, lambda given: given | {change.item})  # also if the VMM does not answer in time
             os.chown(self._vfio_node(change.item), owner, -1)
 
     def _after(self, name: str, change: _vmm.Change, running: _vmm.Spec) -> None:
         if change.key == "networks" and change.after is None:
             self._taps(running)
-        if change.key == "devices":
-            if change.after is None:
-                os.chown(self._vfio_node(change.item), 0, -1)
-            # What microvm-end takes back.
-            self.host.write(f"{RUN}/{name}.devices", "".join(f"{address}\n" for address in running["devices"]))
+        if change.key == "devices" and change.after is None:
+            os.chown(self._vfio_node(change.item), 0, -1)
+            self._given(name, lambda given: given - {change.item})
         elif change.key == "data_images" and change.after is None:
             self._limit(name)
         elif change.key == "shares" and change.after is None:
             service = f"agentfleet-virtiofsd@{name}:{change.item}"
             self.host.run(["systemctl", "stop", f"{service}.socket", f"{service}.service"])
+
+    def _given(self, name: str, now: t.Callable[[set[str]], set[str]]) -> None:
+        """Write down which devices microvm-end takes back."""
+        path = f"{RUN}/{name}.devices"
+        self.host.write(path, "".join(f"{address}\n" for address in sorted(now(set(self.host.read(path).split())))))
 
     def _vfio_node(self, address: str) -> str:
         return self.host.path("/dev/vfio/" + self.host.link_name(f"/sys/bus/pci/devices/{address}/iommu_group"))

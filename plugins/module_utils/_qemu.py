@@ -8,6 +8,7 @@ This module is private to the collection and imports nothing of Ansible.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names im
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._network import Interface, counters
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
-from ansible_collections.agentfleet.metal.plugins.module_utils._qmp import Qmp
+from ansible_collections.agentfleet.metal.plugins.module_utils._qmp import Qmp, Refusal
 from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import (
     KERNEL_WORDS,
     Change,
@@ -48,6 +49,8 @@ PACKAGE = "qemu-system-x86"
 # write to its image device kills the machine.
 MINIMUM = (8, 2)
 UNPLUG_SECONDS = 30
+FREE_SECONDS = 5  # until QEMU itself has let go what was behind a device
+UNDERWAY = "already in the process of unplug"
 IMAGE_ROOM = 64 << 30  # for images that are attached while it runs
 PERIPHERAL = "/machine/peripheral"  # where devices with an id are
 IGNORE_SHARED = [{"capability": "x-ignore-shared", "state": True}]
@@ -547,15 +550,18 @@ class QemuMachine:
             self._unplug(path.rpartition("/")[2])
 
     def _add(self, part: _Part) -> None:
-        done: list[tuple[str, dict[str, t.Any]]] = []
+        """Make what is behind a device, and the device; what of it a call left that was interrupted is gone on with."""
+        if part.device["id"] in self._devices():
+            return
+        bus = self._free_port()
+        self._clear(part)
         try:
             for verb, arguments in part.add:
                 self.qmp.ask(verb, **arguments)
-                done.append((verb, arguments))
-            self.qmp.ask("device_add", bus=self._free_port(), **part.device)
-        except HostError:
-            for verb, arguments in part.remove[len(part.remove) - len(done) :]:  # their order is the reverse
-                self.qmp.ask(verb, **arguments)
+            self.qmp.ask("device_add", bus=bus, **part.device)
+        except Refusal:
+            with contextlib.suppress(HostError):  # the first reason is the one to tell
+                self._clear(part)
             raise
 
     def _free_port(self) -> str:
@@ -568,14 +574,38 @@ class QemuMachine:
 
     def _remove(self, part: _Part) -> None:
         self._unplug(part.device["id"])
+        self._clear(part)
+
+    def _clear(self, part: _Part) -> None:
+        """Take away what is behind a device that is not there; what has gone is passed over."""
+        end = time.monotonic() + FREE_SECONDS
         for verb, arguments in part.remove:
-            self.qmp.ask(verb, **arguments)
+            while True:
+                try:
+                    self.qmp.ask(verb, **arguments)
+                    break
+                except Refusal as refusal:
+                    if refusal.absent:
+                        break
+                    if time.monotonic() > end:
+                        raise
+                time.sleep(0.1)  # the device that was unplugged holds it a little longer
+
+    def _devices(self) -> list[str]:
+        """The ids of all devices that have one."""
+        return [str(one["name"]) for one in self.qmp.ask("qom-list", path=PERIPHERAL)]
 
     def _unplug(self, device: str) -> None:
-        """Ask the guest to let a device go, and wait until it has."""
-        self.qmp.ask("device_del", id=device)
+        """Ask the guest to let a device go, and wait until it has; nothing if it has."""
+        if device not in self._devices():
+            return
+        try:
+            self.qmp.ask("device_del", id=device)
+        except Refusal as refusal:
+            if not refusal.absent and UNDERWAY not in str(refusal):
+                raise
         end = time.monotonic() + UNPLUG_SECONDS
-        while device in [one["name"] for one in self.qmp.ask("qom-list", path=PERIPHERAL)]:
+        while device in self._devices():
             if time.monotonic() > end:
                 raise HostError(f"{device}: the guest did not let it go within {UNPLUG_SECONDS} seconds")
             time.sleep(0.1)

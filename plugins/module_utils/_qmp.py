@@ -10,26 +10,40 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import time
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 
+SLOW = {"device_add": 90}  # seconds; vfio-pci maps and pins all memory of the guest before QEMU answers
+
+
+class Refusal(HostError):
+    """What QEMU refused, in its own words."""
+
+    def __init__(self, command: str, told: str) -> None:
+        super().__init__(f"QEMU refused {command}: {told}")
+        # Its error class is the same for nearly all, so that the words have to tell.
+        self.absent = bool(re.search(r"not found$|^Failed to find node ", told))
+
 
 class Qmp:
     """A connection to one QEMU; a context manager.
 
     :param path: real path of the UNIX socket
+    :param timeout_seconds: for each command, but for those of ``SLOW``
     """
 
     def __init__(self, path: str, timeout_seconds: float = 10) -> None:
+        self._timeout_seconds = timeout_seconds
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout_seconds)
         try:
             self._socket.connect(path)
             self._file = self._socket.makefile("rw", encoding="utf-8")
-            self._file.readline()  # the greeting
+            self._line("with its greeting")
             self.ask("qmp_capabilities")
         except BaseException:
             self._socket.close()
@@ -39,13 +53,22 @@ class Qmp:
         """Send a command and return its answer; events in between are dropped."""
         self._file.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
         self._file.flush()
-        for line in self._file:
+        while line := self._line(command):
             answer = json.loads(line)
             if "error" in answer:
-                raise HostError(f"QEMU refused {command}: {answer['error'].get('desc')}")
+                raise Refusal(command, str(answer["error"].get("desc")))
             if "return" in answer:
                 return answer["return"]
         raise HostError(f"QEMU ended while {command} was asked")
+
+    def _line(self, command: str) -> str:
+        """What QEMU says next, or nothing if it ended."""
+        seconds = SLOW.get(command, self._timeout_seconds)
+        self._socket.settimeout(seconds)
+        try:
+            return self._file.readline()
+        except socket.timeout as error:
+            raise HostError(f"QEMU did not answer {command} within {seconds:g} seconds. Run this again") from error
 
     def last(self, command: str) -> None:
         """Send a command that ends QEMU; no answer is an answer."""

@@ -216,6 +216,11 @@ def volume_stays(change: Change) -> str:
     return "" if grown else "a volume that is attached can only grow"
 
 
+def takes_away(change: Change) -> bool:
+    """Whether the guest has to let something go."""
+    return change.after is None or (change.key == "vcpus" and change.after < change.before)
+
+
 def images_bytes(spec: Spec) -> int:
     """Size of all images that a microVM maps."""
     return spec["image_bytes"] + sum(image["size_bytes"] for image in spec.get("data_images", ()))

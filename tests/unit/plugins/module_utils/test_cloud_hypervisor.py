@@ -271,11 +271,12 @@ def test_memory_shrinks_to_what_it_was_started_with(spec: t.Any) -> None:
 
 
 class Server:
-    """Answers like Cloud Hypervisor, from a table; everything that was asked is kept."""
+    """Answers like Cloud Hypervisor, from a table or by its devices; everything that was asked is kept."""
 
     def __init__(self, path: str) -> None:
         self.asked: list[tuple[str, str, t.Any]] = []
         self.answers: dict[str, tuple[int, str]] = {}
+        self.tree: dict[str, dict[str, str]] = {}
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -284,7 +285,7 @@ class Server:
                 body = json.loads(self.rfile.read(size)) if size else None
                 name = self.path.rpartition("/api/v1/")[2]
                 server.asked.append((self.command, name, body))
-                status, text = server.answers.get(name, (204, ""))
+                status, text = server.answers.get(name) or server.answer(name, body)
                 if status == 0:  # it ended before it answered
                     return
                 self.send_response(status)
@@ -306,6 +307,27 @@ class Server:
         self.server = UnixServer(path, Handler)
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
+    def attach(self, device: str) -> None:
+        """Have a device, as the device tree has it: one of VFIO is on the bus itself, of others their transport is."""
+        self.tree[device] = {"pci_bdf": "0000:00:07.0"} if device.startswith("device-") else {}
+        if not self.tree[device]:
+            self.tree[f"_virtio-pci-{device}"] = {"pci_bdf": "0000:00:08.0"}
+
+    def answer(self, name: str, body: t.Any) -> tuple[int, str]:
+        """To what no table answers; a guest lets a device go at once."""
+        if name == "vm.info":
+            return 200, json.dumps({"state": "Running", "device_tree": self.tree})
+        if name.startswith("vm.add-"):
+            if body["id"] in self.tree:
+                return 500, json.dumps(["Error from API", f"Identifier {body['id']} is not unique"])
+            self.attach(body["id"])
+        if name == "vm.remove-device":
+            if body["id"] not in self.tree:
+                return 500, json.dumps(["Error from API", f"Unknown device ID: {body['id']}"])
+            self.tree.pop(body["id"])
+            self.tree.pop(f"_virtio-pci-{body['id']}", None)
+        return 204, ""
+
     def puts(self) -> list[tuple[str, t.Any]]:
         """What was sent, without the questions."""
         return [(name, body) for method, name, body in self.asked if method == "PUT"]
@@ -318,7 +340,6 @@ def machine(spec: t.Any) -> t.Iterator[tuple[driver.CloudHypervisorMachine, Serv
         host = driver.Host(root)
         os.makedirs(host.path("/run/agentfleet/a1"))
         server = Server(host.path("/run/agentfleet/a1/api"))
-        server.answers["vm.info"] = 200, json.dumps({"state": "Running", "device_tree": {}})
         with driver.machine(host, spec) as found:
             yield found, server, host
         server.server.shutdown()
@@ -351,6 +372,8 @@ def test_changes_become_requests(machine: t.Any, spec: t.Any) -> None:
         "volumes": [{**VOLUME, "size_bytes": 2 << 30}, {**VOLUME, "name": "more"}], "networks": [],
         "shares": [SHARE, {**SHARE, "tag": "code"}],
     }  # fmt: skip
+    for device in ("disk-data", "net-agents", "share-m"):
+        server.attach(device)
     for change in changes(running, after):
         found.change(change, after)
     assert server.puts() == [
@@ -388,6 +411,26 @@ def test_images_of_data_are_mapped_as_the_roots(machine: t.Any, spec: t.Any) -> 
     found.change(Change("data_images", IMAGE["digest"], None, IMAGE), spec)
     found.change(Change("data_images", IMAGE["digest"], IMAGE, None), spec)
     assert server.puts() == [("vm.add-pmem", body), ("vm.remove-device", {"id": "image-cdcdcdcdcdcd"})]
+
+
+@pytest.mark.parametrize("address", ["", "0000:41:00.0"])
+def test_a_change_that_was_made_and_not_written_down_is_not_made_again(
+    machine: t.Any, spec: t.Any, address: str
+) -> None:
+    found, server, _host = machine
+    found._spec = {**spec, "devices": ["0000:01:00.0"]}
+    add = Change("devices", address, None, address) if address else Change("networks", "agents", None, NETWORK)
+    remove = Change(add.key, add.item, add.after, None)
+    for change in (add, add, remove, remove):
+        found.change(change, spec)
+    assert [name for name, _body in server.puts()] == [f"vm.add-{'device' if address else 'net'}", "vm.remove-device"]
+
+
+def test_a_device_that_never_came_to_the_bus_is_none(machine: t.Any, spec: t.Any) -> None:
+    found, server, _host = machine
+    server.tree["net-agents"] = {}  # what is left of one for which no slot was free
+    with pytest.raises(HostError, match="Identifier net-agents is not unique"):
+        found.change(Change("networks", "agents", None, NETWORK), spec)
 
 
 def test_a_zone_is_resized_as_a_zone(machine: t.Any, spec: t.Any) -> None:

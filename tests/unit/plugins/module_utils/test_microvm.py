@@ -27,6 +27,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils import (
     _microvm_units,
     _microvm_volumes,
     _qemu,
+    _vmm,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm import MicroVms
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_info import MicrovmInfo
@@ -907,6 +908,51 @@ def test_paused_and_on(machines: t.Any) -> None:
     assert resource.result(resource.observe())["instances"][0]["state"] == "paused"
     assert words(run(machines, call({"name": "a1"}))) == ["resume microVMs"]
     assert run(machines, call({"name": "a1"})) == []
+
+
+def test_a_guest_goes_on_before_something_is_taken_away(machines: t.Any) -> None:
+    more, less = ({"name": "a1", "hotplug_slots": 1, "networks": networks} for networks in (ATTACHED, []))
+    run(machines, call(more, state="paused"))
+    for state in ("paused", "present"):
+        with pytest.raises(Refused, match="microVM a1 is paused, and lets nothing go") as refused:
+            run(machines, call(less, state=state))
+        assert (refused.value.option, refused.value.value) == ("instances[0].networks", "agents")
+    assert machines.asked == []
+    verbs = [step.verb for step in run(machines, call(less))]
+    assert verbs.index("resume") < verbs.index("change")
+    assert machines.asked == ["a1: networks agents removed"]
+    run(machines, call(less, state="paused"))
+    assert "change microVM a1" in words(run(machines, call(more, state="paused")))  # what comes can wait for it
+    assert "stop microVMs" in words(run(machines, call(less, state="restarted")))
+
+
+def test_the_node_of_a_device_is_taken_back_whatever_becomes_of_it(machines: t.Any, monkeypatch: t.Any) -> None:
+    address, given = "0000:41:00.0", []
+    resource = MicroVms(machines, call({"name": "a1"}))
+    machines.files({f"/sys/bus/pci/devices/{address}/iommu_group": "-> ../../../kernel/iommu_groups/7"})
+    machines.files({"/run/agentfleet/a1.devices": "0000:42:00.0\n"})
+    monkeypatch.setattr(_microvm.os, "chown", lambda path, user, _group: given.append((path, user)))
+    spec = {"name": "a1", "driver": "qemu", "devices": [], "networks": []}
+    machines.files({"/run/agentfleet/a1.spec.json": json.dumps(spec)})
+
+    def fail(_self: FakeMachine, _change: t.Any, _spec: t.Any) -> None:
+        raise HostError("QEMU did not answer device_add within 90 seconds")
+
+    resource.specs["a1"] = {**spec, "devices": [address]}  # type: ignore[typeddict-item]
+    take = FakeMachine.change
+    monkeypatch.setattr(FakeMachine, "change", fail)
+    add = _vmm.Change("devices", address, None, address)
+    for _run in range(2):
+        with pytest.raises(HostError, match="did not answer"):
+            resource._apply_change(("a1", [add]))
+        assert machines.read("/run/agentfleet/a1.devices").split() == [address, "0000:42:00.0"]
+    monkeypatch.setattr(FakeMachine, "change", take)
+    resource._apply_change(("a1", [add]))
+    assert machines.read("/run/agentfleet/a1.devices").split() == [address, "0000:42:00.0"]
+    resource._apply_change(("a1", [_vmm.Change("devices", address, address, None)]))
+    assert machines.read("/run/agentfleet/a1.devices").split() == ["0000:42:00.0"]
+    node, owner = machines.path("/dev/vfio/7"), os.stat(machines.path("/run/agentfleet/a1")).st_uid
+    assert given == [(node, owner)] * 3 + [(node, 0)]
 
 
 def test_restarted_stops_what_runs_and_starts_all(machines: t.Any) -> None:

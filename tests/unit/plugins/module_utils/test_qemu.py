@@ -13,6 +13,7 @@ import pytest
 from ansible_collections.agentfleet.metal.plugins.module_utils import _qemu
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
+from ansible_collections.agentfleet.metal.plugins.module_utils._qmp import Refusal
 from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import Change
 
 VOLUME = {
@@ -27,19 +28,62 @@ IMAGE = {
 INTERFACE = {"network": "agents", "tap": "af0123", "mac": "02:00:00:00:00:01"}
 
 
-class Qmp:
-    """Answers from a table; a command of ``refuse`` is refused."""
+# Kind of thing -> QEMU's words for one that is there already, and for one that is not.
+WORDS = {
+    "device": ("Duplicate device ID '{}'", "Device '{}' not found"),
+    "blockdev": ("Duplicate nodes with node-name='{}'", "Failed to find node with node-name='{}'"),
+    "object": ("attempt to add duplicate property '{}' to object (type 'container')", "object '{}' not found"),
+    "chardev": ("Chardev with id '{}' already exists", "Chardev '{}' not found"),
+    "netdev": ("Duplicate ID '{}' for netdev", "Device '{}' not found"),
+}
 
-    def __init__(self, answers: dict[str, t.Any], refuse: str = "") -> None:
-        self.answers, self.refuse, self.asked = answers, refuse, []  # type: ignore[var-annotated]
+
+class Qmp:
+    """Answers from a table, and has what was added; keeps what was asked and not refused.
+
+    :ivar there: (kind, name)
+    :ivar refuse: command that is refused
+    :ivar held: devices that the guest does not let go
+    :ivar busy: name -> how often it is still held, after its device has gone
+    """
+
+    def __init__(self, answers: dict[str, t.Any]) -> None:
+        self.answers, self.asked = answers, []  # type: dict[str, t.Any], list[tuple[str, dict[str, t.Any]]]
+        self.there: set[tuple[str, str]] = set()
+        self.refuse, self.held, self.busy = "", set(), {}  # type: str, set[str], dict[str, int]
 
     def ask(self, command: str, **arguments: t.Any) -> t.Any:
-        if command.startswith(("query", "qom-list")):
+        if command.startswith("query"):
             return self.answers.get(command, [])
+        if command == "qom-list":
+            return [{"name": name} for kind, name in self.there if kind == "device"]
         if command == self.refuse:
-            raise HostError(f"QEMU refused {command}")
+            raise Refusal(command, "not today")
+        kind, _, verb = command.replace("_", "-").rpartition("-")
+        thing = kind, str(arguments.get("id") or arguments.get("node-name"))
+        if verb == "add":
+            if thing in self.there:
+                raise Refusal(command, WORDS[kind][0].format(thing[1]))
+            self.there.add(thing)
+        elif verb in ("del", "remove"):
+            if thing not in self.there:
+                raise Refusal(command, WORDS[kind][1].format(thing[1]))
+            if kind != "device" and self.busy.get(thing[1]):
+                self.busy[thing[1]] -= 1
+                raise Refusal(command, f"Chardev '{thing[1]}' is busy")
+            if kind == "device" and thing[1] in self.held:
+                if (command, arguments) in self.asked:
+                    raise Refusal(command, f"Device {thing[1]} is already in the process of unplug")
+            else:
+                self.there.remove(thing)
         self.asked.append((command, arguments))
         return {}
+
+    def commands(self) -> list[str]:
+        """Names of the commands since the last call."""
+        found = [command for command, _arguments in self.asked]
+        self.asked.clear()
+        return found
 
 
 PORTS = [{"devices": [
@@ -87,28 +131,97 @@ def test_what_was_made_behind_a_device_goes_when_it_is_refused(microvm_spec: t.A
     qmp.refuse = "device_add"
     with pytest.raises(HostError, match="refused device_add"):
         running.change(Change("volumes", "more", None, {**VOLUME, "name": "more"}), microvm_spec)
-    assert [command for command, _arguments in qmp.asked][3:] == ["blockdev-del", "blockdev-del", "object-del"]
+    assert qmp.commands()[3:] == ["blockdev-del", "blockdev-del", "object-del"]
+    assert qmp.there == set()
 
 
 def test_no_free_port_says_what_to_declare(microvm_spec: t.Any) -> None:
     running, qmp = machine(microvm_spec, query_pci=[{"devices": PORTS[0]["devices"][:1]}])
     with pytest.raises(HostError, match="Declare more of them"):
         running.change(Change("networks", "agents", None, INTERFACE), microvm_spec)
-    assert [command for command, _arguments in qmp.asked] == ["netdev_add", "netdev_del"]
+    assert qmp.asked == []
 
 
-def test_a_removed_device_is_waited_for(microvm_spec: t.Any, monkeypatch: t.Any) -> None:
+SHARE = {"tag": "m", "source": "/srv", "target": "/mnt/m", "readonly": True, "dax": "never"}
+KINDS = [("volumes", "data", VOLUME), ("networks", "agents", INTERFACE), ("shares", "m", SHARE)]
+
+
+@pytest.mark.parametrize(("key", "item", "value"), KINDS)
+def test_a_change_that_was_made_and_not_written_down_is_not_made_again(
+    microvm_spec: t.Any, key: str, item: str, value: t.Any
+) -> None:
+    running, qmp = machine({**microvm_spec, "rate_limits": LIMITS})
+    add, remove = Change(key, item, None, value), Change(key, item, value, None)
+    running.change(add, microvm_spec)
+    assert qmp.commands()[-1] == "device_add"
+    running.change(add, microvm_spec)
+    assert qmp.commands() == []
+    running.change(remove, microvm_spec)
+    assert qmp.commands()[0] == "device_del" and qmp.there == set()
+    running.change(remove, microvm_spec)
+    assert qmp.commands() == []
+
+
+@pytest.mark.parametrize(("key", "item", "value"), KINDS)
+def test_what_an_interrupted_change_left_behind_a_device_is_taken_up(
+    microvm_spec: t.Any, key: str, item: str, value: t.Any
+) -> None:
+    running, qmp = machine({**microvm_spec, "rate_limits": LIMITS})
+    add, remove = Change(key, item, None, value), Change(key, item, value, None)
+    running.change(add, microvm_spec)
+    complete = set(qmp.there)
+    for change, after in ((add, complete), (remove, set())):
+        qmp.there = {thing for thing in complete if thing[0] != "device"}
+        running.change(change, microvm_spec)
+        assert qmp.there == after
+
+
+def test_a_device_that_the_guest_lets_go_late_is_removed_by_the_next_run(
+    microvm_spec: t.Any, monkeypatch: t.Any
+) -> None:
     running, qmp = machine(microvm_spec)
-    running.change(Change("volumes", "data", VOLUME, None), microvm_spec)
-    assert [command for command, _arguments in qmp.asked] == ["device_del", "blockdev-del"]
-    running, _qmp = machine(microvm_spec, qom_list=[{"name": "disk-data"}])
+    running.change(Change("shares", "m", None, SHARE), microvm_spec)
+    qmp.held.add("share-m")
     monkeypatch.setattr(_qemu, "UNPLUG_SECONDS", 0)
-    with pytest.raises(HostError, match="the guest did not let it go"):
-        running.change(Change("volumes", "data", VOLUME, None), microvm_spec)
+    for _run in range(2):  # QEMU does not ask the guest twice
+        with pytest.raises(HostError, match="the guest did not let it go"):
+            running.change(Change("shares", "m", SHARE, None), microvm_spec)
+    qmp.there.remove(("device", "share-m"))
+    running.change(Change("shares", "m", SHARE, None), microvm_spec)
+    assert qmp.there == set()
+
+
+def test_what_qemu_still_holds_of_a_device_that_went_is_waited_for(microvm_spec: t.Any, monkeypatch: t.Any) -> None:
+    running, qmp = machine(microvm_spec)
+    running.change(Change("shares", "m", None, SHARE), microvm_spec)
+    qmp.busy["share-m"] = 2
+    running.change(Change("shares", "m", SHARE, None), microvm_spec)
+    assert qmp.there == set()
+    running.change(Change("shares", "m", None, SHARE), microvm_spec)
+    qmp.busy["share-m"] = 99
+    monkeypatch.setattr(_qemu, "FREE_SECONDS", 0)
+    with pytest.raises(HostError, match="is busy"):
+        running.change(Change("shares", "m", SHARE, None), microvm_spec)
+
+
+def test_an_answer_that_does_not_come_in_time_is_no_refusal(microvm_spec: t.Any, monkeypatch: t.Any) -> None:
+    running, qmp = machine(microvm_spec)
+    add, ask = Change("devices", "0000:41:00.0", None, "0000:41:00.0"), qmp.ask
+
+    def late(command: str, **arguments: t.Any) -> t.Any:
+        told = ask(command, **arguments)
+        if command == "device_add":
+            raise HostError("QEMU did not answer device_add within 90 seconds")
+        return told
+
+    monkeypatch.setattr(qmp, "ask", late)
+    with pytest.raises(HostError, match="did not answer"):
+        running.change(add, microvm_spec)
+    assert qmp.there == {("device", "device-0000.41.00.0")}
+    running.change(add, microvm_spec)
 
 
 def test_images_of_data_are_mapped_as_the_roots(microvm_spec: t.Any) -> None:
-    share = {"tag": "m", "source": "/srv", "target": "/mnt/m", "readonly": True, "dax": "never"}
     argv = _qemu.command({**microvm_spec, "data_images": [IMAGE]})
     assert f"size={256 << 20}B,maxmem={(256 << 20) + (4 << 30)}B" in argv
     (backend,) = [json.loads(word) for word in argv if '"memory-backend-file"' in word]
@@ -116,7 +229,7 @@ def test_images_of_data_are_mapped_as_the_roots(microvm_spec: t.Any) -> None:
     (device,) = [json.loads(word) for word in argv if '"virtio-pmem-pci"' in word]
     assert device == {"driver": "virtio-pmem-pci", "id": "pmem-cdcdcdcdcdcd", "memdev": backend["id"]}
     assert argv.index("virtio-pmem-pci,memdev=image") < argv.index(json.dumps(device))  # /dev/pmem0 is the root's
-    shared = _qemu.command({**microvm_spec, "data_images": [IMAGE], "shares": [share]})
+    shared = _qemu.command({**microvm_spec, "data_images": [IMAGE], "shares": [SHARE]})
     assert [backend["rom"], *(json.loads(w)["rom"] for w in shared if '"memory-backend-file"' in w)] == ["off", "on"]
     running, qmp = machine(microvm_spec)
     running.change(Change("data_images", IMAGE["digest"], None, IMAGE), microvm_spec)
@@ -143,6 +256,7 @@ def test_cpus_come_and_go_but_not_those_of_the_boot(microvm_spec: t.Any) -> None
     running.change(Change("vcpus", "", 1, 2), microvm_spec)
     assert qmp.asked == [("device_add", {"driver": "host-x86_64-cpu", "id": "cpu-0-1", "socket-id": 1, "core-id": 0})]
     cpus[1] = cpu(1, "/machine/peripheral/cpu-0-1")
+    qmp.there = {("device", "cpu-0-1")}
     running.change(Change("vcpus", "", 2, 1), microvm_spec)
     assert qmp.asked[1:] == [("device_del", {"id": "cpu-0-1"})]
     with pytest.raises(HostError, match="1 virtual CPUs were there at boot"):

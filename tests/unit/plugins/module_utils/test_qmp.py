@@ -5,20 +5,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
+import time
 import typing as t
 
 import pytest
 
+from ansible_collections.agentfleet.metal.plugins.module_utils import _qmp
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 from ansible_collections.agentfleet.metal.plugins.module_utils._qmp import Qmp
 
 
 @pytest.fixture
 def qemu(tmp_path: t.Any) -> t.Iterator[str]:
-    """A socket that answers query-status after an event, refuses what it does not know, and ends at quit."""
+    """A socket that answers query-status after an event, device_add late, refuses what it does not know, and ends at quit."""
     path = str(tmp_path / "qmp")
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     server.bind(path)
@@ -26,7 +29,11 @@ def qemu(tmp_path: t.Any) -> t.Iterator[str]:
 
     def serve() -> None:
         connection, _address = server.accept()
-        with connection, connection.makefile("rw", encoding="utf-8") as file:
+        with (
+            contextlib.suppress(ConnectionError),  # a client that was tired of waiting
+            connection,
+            connection.makefile("rw", encoding="utf-8") as file,
+        ):
             rows: list[dict[str, t.Any]] = [{"QMP": {}}]
             while rows is not None:
                 for row in rows:
@@ -36,8 +43,11 @@ def qemu(tmp_path: t.Any) -> t.Iterator[str]:
                 command = json.loads(line)["execute"] if line else "quit"
                 if command == "quit":
                     return
+                if command == "device_add":
+                    time.sleep(0.3)
                 rows = {
                     "qmp_capabilities": [{"return": {}}],
+                    "device_add": [{"return": {}}],
                     "query-status": [{"event": "RTC_CHANGE"}, {"return": {"status": "running"}}],
                 }.get(command, [{"error": {"class": "CommandNotFound", "desc": f"no {command}"}}])
 
@@ -56,6 +66,32 @@ def test_an_answer_is_found_behind_events(qemu: str) -> None:
 def test_a_refusal_says_what_qemu_said(qemu: str) -> None:
     with Qmp(qemu) as qmp, pytest.raises(HostError, match="QEMU refused dance: no dance"):
         qmp.ask("dance")
+
+
+@pytest.mark.parametrize(
+    ("told", "absent"),
+    [
+        ("Device 'net-a' not found", True),
+        ("Chardev 'share-m' not found", True),
+        ("object 'limits-data' not found", True),
+        ("Failed to find node with node-name='disk-data'", True),
+        ("Chardev 'share-m' is busy", False),
+        ("Node disk-data is in use", False),
+        ("Duplicate device ID 'disk-data'", False),
+    ],
+)
+def test_what_is_not_there_is_told_from_what_is_refused(told: str, absent: bool) -> None:
+    assert _qmp.Refusal("device_del", told).absent is absent
+
+
+def test_a_device_may_take_longer_than_other_commands(qemu: str, monkeypatch: t.Any) -> None:
+    assert _qmp.SLOW["device_add"] == 90
+    with Qmp(qemu) as qmp:
+        monkeypatch.setattr(qmp, "_timeout_seconds", 0.1)
+        assert qmp.ask("device_add") == {}
+        monkeypatch.setitem(_qmp.SLOW, "device_add", 0.1)
+        with pytest.raises(HostError, match="QEMU did not answer device_add within 0.1 seconds"):
+            qmp.ask("device_add")
 
 
 def test_an_end_is_told_from_an_answer(qemu: str) -> None:
