@@ -38,6 +38,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names im
     SYSTEM,
     VOLUMES,
     cgroup,
+    pending,
     run_directory,
     running_spec,
     slot,
@@ -169,17 +170,20 @@ class MicroVms:
         resolver = resolve.Resolver(self.host, self.params, self.wanted, observed, self.predicting, self.warnings)
         self.specs = resolver.specs(self.networks)
         steps = self._plan_common(observed)
-        defined = bool(steps)
+        unread = bool(steps) or self.host.exists(pending("reload"))
+        afterwards: list[tuple[dict[str, tuple[str, int]], list[str]]] = []
         for name, spec in self.specs.items():
             steps += volumes.plan(self.host, spec)
             files = self._files(spec)
             stale, left_over = self._stale(files), [path for path in self._own_files(name) if path not in files]
             if stale or left_over:
-                defined = True
                 before = observed["specs"].get(name)
-                steps.append(Step("define", f"microVM {name}", before, spec, data=(name, stale, left_over)))
-        if defined:
-            steps.append(Step("reload", "systemd", why="units were written"))
+                # Until systemd has the new command line, a start goes by the old one, with the files and the spec of it.
+                path = f"{HOME}/{name}/spec.json"
+                afterwards.append(({path: stale.pop(path)} if before and path in stale else {}, left_over))
+                steps.append(Step("define", f"microVM {name}", before, spec, data=(name, stale, [])))
+        if unread or afterwards:
+            steps.append(Step("reload", "systemd", why="units were written", data=afterwards))
         specs = {**observed["specs"], **self.specs}
         interfaces = [one for spec in specs.values() for one in spec["networks"]]
         steps += self.networks.plan(self.host, interfaces)
@@ -383,9 +387,19 @@ class MicroVms:
                 self.errors[step.data[0]] = str(error)
             raise
 
-    def _apply_prepare(self, data: tuple[dict[str, tuple[str, int]], list[str]]) -> None:
-        for path, (text, mode) in data[0].items():
+    def _write(self, files: t.Mapping[str, tuple[str, int]], *readers: str) -> None:
+        """Write files, and that their readers (verbs of steps) have to read them."""
+        for verb in readers if files else ():
+            self.host.write(pending(verb), "")
+        for path, (text, mode) in files.items():
             self.host.write(path, text, mode)
+
+    def _filter(self) -> list[str]:
+        """Who has to read rules and policies: the packet filter, which the first microVM's start loads."""
+        return ["load"] if _network.in_use(self.host) else []
+
+    def _apply_prepare(self, data: tuple[dict[str, tuple[str, int]], list[str]]) -> None:
+        self._write(data[0], "reload", *(self._filter() if f"{LIBRARY}/network.nft" in data[0] else []))
         if data[1]:
             self.host.run(["modprobe", "-a", *data[1]])
         if data[1] and data[1][-1].startswith("kvm_") and not self.host.exists("/dev/kvm"):
@@ -401,16 +415,22 @@ class MicroVms:
         volumes.grow(self.host, *data[:2])
 
     def _apply_define(self, data: tuple[str, dict[str, tuple[str, int]], list[str]]) -> None:
-        for path in data[2]:
+        name, files, left_over = data
+        for path in left_over:
             self.host.remove(path)
-        for path, (text, mode) in data[1].items():
-            self.host.write(path, text, mode)
+        self._write(files, *(["reload"] if name else self._filter()))
 
-    def _apply_reload(self, _data: None) -> None:
+    def _apply_reload(self, afterwards: list[tuple[dict[str, tuple[str, int]], list[str]]]) -> None:
         self.host.run(["systemctl", "daemon-reload"], timeout_seconds=RELOAD_SECONDS)
+        for files, left_over in afterwards:
+            self._write(files)
+            for path in left_over:
+                self.host.remove(path)
+        self.host.remove(pending("reload"))
 
     def _apply_load(self, _data: None) -> None:
         self.host.run([f"{LIBRARY}/microvm-taps", "load"])
+        self.host.remove(pending("load"))
 
     def _apply_enable(self, names: list[str]) -> None:
         # Links for the next boot; nothing of the running systemd depends on them.
@@ -666,7 +686,7 @@ class MicroVms:
                 os.rmdir(self.host.path(f"{VOLUMES}/{name}"))
         if common:
             self._remove_common(common)
-        self.host.run(["systemctl", "daemon-reload"], timeout_seconds=RELOAD_SECONDS)
+        self._apply_reload([])
 
     def _remove_common(self, common: list[str]) -> None:
         self.host.run(["systemctl", "disable", "--quiet", "--no-reload", "agentfleet-microvms.target"], check=False)

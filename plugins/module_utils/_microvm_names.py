@@ -50,6 +50,14 @@ def slot(name: str) -> str:
     return f"{SLOTS}/{name}"
 
 
+def pending(verb: str) -> str:
+    """There from when files are written until systemd (``reload``) or the packet filter (``load``) has read them.
+
+    A call can end between the two, and the files do not tell. After a boot everything has been read.
+    """
+    return f"{RUN}/{verb}.pending"
+
+
 def cgroup(tenant: str, name: str) -> str:
     """The control group of a running microVM (version 2)."""
     return f"/sys/fs/cgroup/agentfleet.slice/agentfleet-{tenant}.slice/{unit(name)}"

@@ -17,7 +17,7 @@ import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _network_host as on_host
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import derived
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import derived, pending
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused, Step
 
 Prefix = t.Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -33,7 +33,7 @@ NETWORK = re.compile(r"[a-z0-9][a-z0-9_.-]{0,31}")
 MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 DEVICES = "/sys/class/net"
 DIRECTORIES = on_host.DIRECTORIES
-attached = on_host.attached
+attached, in_use = on_host.attached, on_host.in_use
 
 
 class Interface(t.TypedDict):
@@ -299,7 +299,8 @@ class Networks:
                     Step("define", f"network {_name_of(text)}", before=before or None, after=text,
                          data=("", {path: (text, 0o644)}, []))
                 )  # fmt: skip
-        if on_host.in_use(host) and (steps or on_host.stale(host) or not on_host.loaded(host)):
+        unread = steps or on_host.stale(host) or host.exists(pending("load"))
+        if on_host.in_use(host) and (unread or not on_host.loaded(host)):
             steps.append(Step("load", "packet filter", why="microVMs with networks are running"))
         return steps
 

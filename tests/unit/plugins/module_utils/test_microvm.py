@@ -999,6 +999,54 @@ def test_one_that_ran_before_is_not_stopped_when_it_stays_silent(metal: t.Any, m
     assert metal.systemd.active == {}
 
 
+DROP_IN = "/etc/systemd/system/agentfleet-microvm@a1.service.d/60-agentfleet.conf"
+
+
+def test_what_was_written_and_not_read_is_read_by_the_next_call(metal: t.Any) -> None:
+    run(metal, call({"name": "a1"}))
+    metal.files({DROP_IN: "of an older version of this collection"})
+    metal.answers["systemctl daemon-reload"] = (124, "", "no end after 300 s")
+    with pytest.raises(HostError, match="no end after 300 s"):
+        run(metal, call({"name": "a1"}))
+    metal.answers["systemctl daemon-reload"] = ""
+    assert words(run(metal, call({"name": "a1"}))) == ["reload systemd"]
+    assert run(metal, call({"name": "a1"})) == [] and metal.glob("/run/agentfleet/*.pending") == []
+
+
+def test_until_systemd_has_the_new_command_line_a_start_finds_what_the_old_one_needs(metal: t.Any) -> None:
+    run(metal, call({"name": "a1"}))
+    home = "/var/lib/agentfleet/microvms/a1"
+    before = {name: metal.read(f"{home}/{name}") for name in metal.names(home)}
+    changed = call({"name": "a1", "environment": {"ROLE": "x"}})
+    metal.answers["systemctl daemon-reload"] = (124, "", "no end after 300 s")
+    with pytest.raises(HostError, match="no end after 300 s"):
+        run(metal, changed)
+    assert {name: metal.read(f"{home}/{name}") for name in before} == before and "config-" in "".join(before)
+    metal.answers["systemctl daemon-reload"] = ""
+    assert words(run(metal, changed)) == ["define microVM a1", "reload systemd"]
+    assert len(metal.names(home)) == len(before)
+    assert run(metal, changed) == []
+    resource = MicroVms(metal, changed)
+    resource.plan(resource.observe())
+    assert resource.result(resource.observe())["instances"][0]["restart_required"]
+
+
+def test_a_policy_that_was_written_and_not_loaded_is_loaded_by_the_next_call(machines: t.Any) -> None:
+    run(machines, call({"name": "a1", "networks": ATTACHED}))
+    machines.files({"/run/agentfleet/a1.taps": "af1 m1 agentfleet0 n0 10.88.0.1/24 -\n"})
+    machines.answers["nft -t list table"] = ""
+    params = call({"name": "a1", "networks": ATTACHED}, networks=[{**NETWORK, "egress": "nat"}])
+    machines.answers["/usr/local/lib/agentfleet/microvm-taps load"] = (1, "", "Resource busy")
+    with pytest.raises(HostError, match="Resource busy"):
+        run(machines, params)
+    machines.answers["/usr/local/lib/agentfleet/microvm-taps load"] = ""
+    assert words(run(machines, params)) == ["load packet filter"]
+    assert run(machines, params) == []
+    params["parallel"] += 1  # no rule of the filter
+    assert words(run(machines, params)) == ["prepare host for microVMs", "reload systemd"]
+    assert run(machines, params) == []
+
+
 def test_who_changes_microvms_waits_for_who_saves_one_and_who_looks_does_not(metal: t.Any, monkeypatch: t.Any) -> None:
     monkeypatch.setattr(_microvm, "LOCK_SECONDS", 0)
     saving = Snapshots(metal, {"state": "present", "snapshots": [], "verify": False, "timeout_seconds": 1})
