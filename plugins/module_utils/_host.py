@@ -221,6 +221,15 @@ class Host:
             yield
 
 
+def sync(path: str) -> None:
+    """Have a file, or a directory's entries, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def open_directory(name: str, beneath: int | None = None) -> int:
     """A descriptor of a directory, which must be no link to one.
 

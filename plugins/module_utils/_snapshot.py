@@ -30,7 +30,7 @@ import time
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _vmm
-from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host, open_beneath, open_directory
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host, open_beneath, open_directory, sync
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_exec import exchange
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
     HOME,
@@ -508,7 +508,7 @@ class Snapshots:
             self._save(spec, work)
             self._seal(name, spec, work)
             os.rename(self.host.path(work), self.host.path(stored_at(name)))
-            _sync(store)
+            sync(store)
         finally:
             shutil.rmtree(self.host.path(work), ignore_errors=True)
 
@@ -547,7 +547,7 @@ class Snapshots:
         for file in self.host.names(work):
             path = self.host.path(f"{work}/{file}")
             os.chmod(path, 0o444)  # the directory above is closed
-            _sync(path)
+            sync(path)
             state = os.stat(path)
             files[file] = {"size_bytes": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": _sha256(path)}
         manifest = {
@@ -556,7 +556,7 @@ class Snapshots:
         }  # fmt: skip
         self.host.write(f"{work}/{MANIFEST}", json.dumps(manifest, indent=2, sort_keys=True) + "\n", 0o400)
         os.chmod(self.host.path(work), 0o755)
-        _sync(self.host.path(work))
+        sync(self.host.path(work))
 
     def _apply_delete(self, name: str) -> None:
         # Renamed first, so that what is left of an interrupted removal is no snapshot.
@@ -634,14 +634,6 @@ def _sha256(path: str) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sync(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # -- in the unit of a clone ------------------------------------------------------------

@@ -21,7 +21,7 @@ import tempfile
 import time
 import typing as t
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host, sync
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import IMAGES, RUN, VOLUMES
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 
@@ -165,17 +165,33 @@ class Store:
     # -- observe -----------------------------------------------------------------
 
     def observe(self) -> dict[str, t.Any]:
-        """All images, blobs and names on the host; damaged blobs when they are to be verified."""
+        """All images, blobs and names on the host; which are short, and damaged if that is to be verified."""
         images = stored(self.host)
+        known = [file for one in (*images.values(), *self.images) for file in one["files"].values()]
+        sizes = {file["sha256"]: int(file["size_bytes"]) for file in known}
         blobs: dict[str, int] = {}
         for digest in filter(DIGEST.fullmatch, self.host.names(BLOBS)):
-            blobs[digest] = os.path.getsize(self.host.path(f"{BLOBS}/{digest}"))
+            size = os.path.getsize(self.host.path(f"{BLOBS}/{digest}"))
+            if size == sizes.get(digest, size):  # a short one is as good as none
+                blobs[digest] = size
         return {
             "stored": images,
             "blobs": blobs,
             "names": named(self.host),
+            "short": {digest for digest, manifest in images.items() if self._is_short(digest, manifest)},
             "damaged": self._damaged(images) if self.verify else [],
         }
+
+    def _is_short(self, digest: str, manifest: t.Mapping[str, t.Any]) -> bool:
+        """Whether a file of an image has not its size, as after a power cut that came before it was on the disk."""
+        for name, entry in manifest["files"].items():
+            try:
+                size = os.path.getsize(self.host.path(image_path(digest, name)))
+            except OSError:
+                return True
+            if size != int(entry["size_bytes"]):
+                return True
+        return False
 
     def _damaged(self, images: t.Mapping[str, t.Mapping[str, t.Any]]) -> list[dict[str, str]]:
         found: list[dict[str, str]] = []
@@ -218,8 +234,8 @@ class Store:
         return found
 
     def _complete(self, image: t.Mapping[str, t.Any], observed: t.Mapping[str, t.Any]) -> bool:
-        damaged = {entry["digest"] for entry in observed["damaged"]}
-        return image["digest"] in observed["stored"] and image["digest"] not in damaged
+        spoilt = {entry["digest"] for entry in observed["damaged"]} | observed["short"]
+        return image["digest"] in observed["stored"] and image["digest"] not in spoilt
 
     # -- plan ----------------------------------------------------------------------
 
@@ -347,40 +363,43 @@ class Store:
         work = tempfile.mkdtemp(prefix=".arriving-", dir=store)
         try:
             os.mkdir(f"{work}/image")
-            arrived = set()
             for name, file in sorted(image["files"].items()):
-                if self._arrive(image, name, file, work):
-                    arrived.add(file["sha256"])
+                self._arrive(image, name, file, work)
                 os.link(self.host.path(f"{BLOBS}/{file['sha256']}"), f"{work}/image/{name}")
             self._check_manifest(image, f"{work}/image/{MANIFEST}")
             os.chmod(f"{work}/image", 0o755)
+            # A name that is on the disk before what it names is a damaged image after a power cut.
+            sync(self.host.path(BLOBS))
+            sync(f"{work}/image")
             if os.path.exists(f"{store}/{digest}"):  # it had a damaged file
                 os.replace(f"{work}/image/{MANIFEST}", f"{store}/{digest}/{MANIFEST}")
             else:
                 os.rename(f"{work}/image", f"{store}/{digest}")
-            self._relink(arrived, f"{work}/link")
+            self._relink({file["sha256"] for file in image["files"].values()}, f"{work}/link")
+            sync(f"{store}/{digest}")
+            sync(store)
         finally:
             shutil.rmtree(work, ignore_errors=True)
         for file in image["files"].values():
             for path in self.host.glob(f"{self.incoming}/{PREFIX}{file['sha256']}.*zst"):
                 self.host.remove(path)
 
-    def _relink(self, arrived: t.Collection[str], new: str) -> None:
-        """Let all images have the blobs that arrived; running microVMs keep the damaged files that they have open."""
+    def _relink(self, blobs: t.Collection[str], new: str) -> None:
+        """Let all images have these blobs, whichever call brought them; running microVMs keep what they have open."""
         for digest, manifest in stored(self.host).items():
             for name, entry in manifest["files"].items():
                 blob, path = (self.host.path(x) for x in (f"{BLOBS}/{entry['sha256']}", image_path(digest, name)))
-                if entry["sha256"] in arrived and not (os.path.exists(path) and os.path.samefile(blob, path)):
+                if entry["sha256"] in blobs and not (os.path.exists(path) and os.path.samefile(blob, path)):
                     os.link(blob, new)
                     os.replace(new, path)
 
-    def _arrive(self, image: t.Mapping[str, t.Any], name: str, file: t.Mapping[str, t.Any], work: str) -> bool:
-        """Make a blob of what arrived, verified; false when nothing did because it is there."""
+    def _arrive(self, image: t.Mapping[str, t.Any], name: str, file: t.Mapping[str, t.Any], work: str) -> None:
+        """Make a blob of what arrived, verified; nothing did if it is there."""
         digest, blob = file["sha256"], self.host.path(f"{BLOBS}/{file['sha256']}")
         sources = self.host.glob(f"{self.incoming}/{PREFIX}{digest}.*zst")
         if not sources:
             if os.path.exists(blob) and os.path.getsize(blob) == int(file["size_bytes"]):
-                return False
+                return
             raise HostError(
                 f"{name} of image {image['name']} did not arrive in {self.incoming}. Send what image_store names in blobs"
             )
@@ -405,8 +424,8 @@ class Store:
                 "Nothing was registered; send it again"
             )
         os.chmod(new, 0o444)
+        sync(new)
         os.replace(new, blob)
-        return True
 
     @staticmethod
     def _check_manifest(image: t.Mapping[str, t.Any], path: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import typing as t
@@ -280,6 +281,56 @@ def test_damage_of_a_shared_file_is_repaired_for_all_by_sending_one(tmp_path: Pa
     assert send(tmp_path, image, verify=True) == [f"{sha256(INITRD)}.zst"]
     assert path(tmp_path, other["digest"], "initrd").read_bytes() == INITRD
     assert run(store(Host(str(tmp_path)), verify=True)) == []
+
+
+@pytest.mark.parametrize("name", ["kernel", "rootfs.erofs"])
+def test_what_a_power_cut_left_short_is_sent_again_without_verification(tmp_path: Path, name: str) -> None:
+    image = built(tmp_path, "agent", b"one")
+    send(tmp_path, image)
+    whole = path(tmp_path, image["digest"], name).read_bytes()
+    path(tmp_path, image["digest"], name).chmod(0o644)
+    os.truncate(path(tmp_path, image["digest"], name), 0)
+    assert send(tmp_path, image) == [f"{sha256(whole)}.zst"]
+    assert path(tmp_path, image["digest"], name).read_bytes() == whole
+    assert run(store(Host(str(tmp_path)), image, incoming="/in")) == []
+
+
+def test_a_repair_that_was_cut_off_before_the_image_had_it_is_finished(tmp_path: Path) -> None:
+    image = built(tmp_path, "agent", b"one")
+    send(tmp_path, image)
+    kernel = path(tmp_path, image["digest"], "kernel")
+    kernel.unlink()
+    kernel.write_bytes(b"")
+    assert send(tmp_path, image) == []  # the blob is there
+    assert kernel.read_bytes() == KERNEL
+    assert run(store(Host(str(tmp_path)), image, incoming="/in")) == []
+
+
+def test_nothing_has_its_name_before_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, str]] = []
+    calls = {"fsync": os.fsync, "replace": os.replace, "rename": os.rename}
+
+    def spy(verb: str) -> t.Callable[..., None]:
+        def call(what: t.Any, *target: t.Any) -> None:
+            where = os.readlink(f"/proc/self/fd/{what}") if verb == "fsync" else str(target[0])
+            calls[verb](what, *target)
+            done.append((verb, re.sub(r"\.arriving-[^/]*", "arriving", os.path.relpath(where, tmp_path / STORE[1:]))))
+
+        return call
+
+    image = built(tmp_path, "agent", b"one")
+    for verb in calls:
+        monkeypatch.setattr(os, verb, spy(verb))
+    send(tmp_path, image)
+    blobs = [("replace", f"blobs/{file['sha256']}") for _name, file in sorted(image["files"].items())]
+    expected = [one for blob in blobs for one in (("fsync", "arriving/blob"), blob)]
+    expected += [
+        ("fsync", "blobs"),
+        ("fsync", "arriving/image"),
+        ("rename", image["digest"]),
+        ("fsync", image["digest"]),
+    ]
+    assert done == [*expected, ("fsync", "."), ("replace", "names/agent")]
 
 
 # -- garbage ------------------------------------------------------------------------
