@@ -266,9 +266,18 @@ class Resolver:
             )  # fmt: skip
 
     def _check_volumes(self, option: str, spec: _vmm.Spec) -> None:
+        before = self.observed["specs"].get(spec["name"], {})
+        made = {volume["name"] for volume in before.get("volumes", ())}
         for index, volume in enumerate(spec["volumes"]):
             where, size = f"{option}.volumes[{index}]", volume["size_bytes"]
-            has = size_of(self.host, volume_path(spec["name"], volume["name"]))
+            path = volume_path(spec["name"], volume["name"])
+            has = size_of(self.host, path)
+            if has is None and volume["name"] in made:  # a guest would go on with an empty one
+                self._lacking(
+                    f"{where}.name", volume["name"], f"it was made before, and {path} is not there",
+                    "Mount what it is on, or bring the file back; for an empty one, first declare the microVM without it",
+                )  # fmt: skip
+                continue
             if has is not None and has > size:
                 raise Refused(
                     f"{where}.size", format_size(size), f"the volume has {format_size(has)}, and data may be at its end",

@@ -1121,6 +1121,23 @@ def test_volumes_are_no_way_out_of_a_vmms_directory(metal: t.Any, verb: str) -> 
     assert os.stat(metal.path("/etc/shadow")).st_ctime_ns == before.st_ctime_ns
 
 
+def test_a_volume_that_is_lost_is_not_made_anew(metal: t.Any) -> None:
+    params = call({"name": "a1", "volumes": [{"name": "data", "size": "1MiB"}]})
+    run(metal, params)
+    metal.remove("/var/lib/agentfleet/volumes/a1/data")  # its disk is not mounted
+    with pytest.raises(
+        Refused, match="it was made before, and /var/lib/agentfleet/volumes/a1/data is not there"
+    ) as refused:
+        run(metal, params)
+    assert refused.value.option == "instances[0].volumes[0].name"
+    resource = MicroVms(metal, params)
+    resource.predicting = True  # an earlier task may mount it
+    resource.plan(resource.observe())
+    assert "is not there; an earlier task is expected to correct it" in resource.warnings[0]
+    run(metal, call({"name": "a1"}))
+    assert "create volume a1/data" in words(run(metal, params))
+
+
 def test_a_template_larger_than_its_volume_is_refused(metal: t.Any) -> None:
     metal.files({"/srv/template": None})
     with open(metal.path("/srv/big"), "wb") as file:
