@@ -671,6 +671,9 @@ class MicroVms:
                     f"{', '.join(alive)} did not stop ({told or 'systemctl says nothing'}), so that nothing is removed. "
                     f"journalctl -u {unit(alive[0])} may say why"
                 )
+        for name, _bridge in sorted(_network.attached(self.host)):
+            if name in names:  # its end did not get its turn
+                self.host.run([f"{LIBRARY}/microvm-taps", "down", name])
         for name in names:
             made = [path for path in self.made if path.startswith(volume_path(name, ""))]
             for path in self._own_files(name) + made:

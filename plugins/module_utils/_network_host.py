@@ -148,6 +148,7 @@ made={RUN}/${{2-}}
 [ "$1" != down ] || [ -e "$made.taps" ] || exit 0
 [ "$1" != up ] || [ -s "$wanted" ] || [ -e "$made.taps" ] || exit 0
 mkdir -p {RUN}
+[ "$1" != down ] || : >"$made.gone"
 exec 9>{RUN}/taps.lock
 flock -w 60 9
 
@@ -212,10 +213,34 @@ down() {{
     done
 }}
 
-delete() {{
-    [ ! -e "$made.nft" ] || sed 's/^add/delete/; s/ : .*/ }}/' "$made.nft"
+delete() {{ # MADE
+    [ ! -e "$1.nft" ] || sed 's/^add/delete/; s/ : .*/ }}/' "$1.nft"
 }}
 
+# Takes away what those had that have ended. Each leaves a mark and then waits for its turn: of many that end at once the
+# first takes all away, and who waits in vain has it taken away by the next.
+clear() {{
+    set -- {RUN}/*.gone
+    [ -e "$1" ] || return 0
+    for gone; do
+        [ ! -e "${{gone%.gone}}.taps" ] || down <"${{gone%.gone}}.taps" || :
+    done
+    failed=
+    for gone; do delete "${{gone%.gone}}"; done | nft -f - || failed=yes # the table may be gone
+    for gone; do rm -f "${{gone%.gone}}.taps" "${{gone%.gone}}.nft" "$gone"; done
+    forwarding
+    set -- {RUN}/*.taps
+    if [ -e "$1" ]; then
+        [ -z "$failed" ] || load
+        return
+    fi
+    rm -f {RUN}/taps.bridges.nft
+    for family in bridge inet; do
+        printf '%s\\n' "table $family agentfleet {{}}" "delete table $family agentfleet"
+    done | nft -f -
+}}
+
+clear
 case $1 in
 load)
     set -- {RUN}/*.taps
@@ -224,22 +249,10 @@ load)
     forwarding
     exit
     ;;
-down)
-    down <"$made.taps"
-    delete | nft -f - || : # the table may be gone
-    rm -f "$made.taps" "$made.nft"
-    forwarding
-    set -- {RUN}/*.taps
-    [ ! -e "$1" ] || exit 0
-    rm -f {RUN}/taps.bridges.nft
-    for family in bridge inet; do
-        printf '%s\\n' "table $family agentfleet {{}}" "delete table $family agentfleet"
-    done | nft -f -
-    exit
-    ;;
+down) exit ;;
 esac
 
-change=$(delete; cat "$wanted.nft")
+change=$(delete "$made"; cat "$wanted.nft")
 [ ! -e "$made.taps" ] || {{ grep -vxFf "$wanted" "$made.taps" || :; }} | down
 cp "$wanted" "$made.taps"
 cp "$wanted.nft" "$made.nft"

@@ -360,6 +360,16 @@ def test_absent_leaves_nothing(metal: t.Any) -> None:
     assert run(metal, {**call(), "state": "absent", "instances": [{"name": "a1"}]}) == []
 
 
+def test_absent_clears_up_after_an_end_that_did_not(metal: t.Any) -> None:
+    run(metal, call({"name": "a1"}, {"name": "a2"}))
+    metal.files({"/run/agentfleet/a1.taps": TAP, "/run/agentfleet/a2.taps": TAP})
+    metal.answers["/usr/local/lib/agentfleet/microvm-taps"] = ""
+    run(metal, {**call(), "state": "absent", "instances": [{"name": "a1"}]})
+    assert [line for line in metal.calls if "microvm-taps" in line] == [
+        "/usr/local/lib/agentfleet/microvm-taps down a1"
+    ]
+
+
 def test_absent_of_one_keeps_the_others(metal: t.Any) -> None:
     run(metal, call({"name": "a1"}, {"name": "a2", "tenant": "other"}))
     (step,) = run(metal, {**call(), "state": "absent", "instances": [{"name": "a1"}]})

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -207,54 +208,104 @@ esac
 """
 
 
+class Script:
+    """The script, with an ``ip`` that keeps its devices as directories and an ``nft`` that keeps its input."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.net, self.run, self.told = root, root / "sys/class/net", root / RUN[1:], root / "nft"
+        (root / "bin").mkdir()
+        told = f"#!/bin/sh\ncat ${{2#-}} >>{self.told}\n"
+        for name, text in (("ip", FAKE_IP), ("nft", told), ("bridge", "#!/bin/sh\n")):
+            program = root / "bin" / name
+            program.write_text(text)
+            program.chmod(0o755)
+        self.text = _network_host.TAPS
+        for path in ("/sys/class/net", "/proc/sys/net", RUN, HOME, LIBRARY, _network_host.NETWORKS):
+            (root / path[1:]).mkdir(parents=True, exist_ok=True)
+            self.text = self.text.replace(path, str(root / path[1:]))
+        (root / LIBRARY[1:] / "network.nft").write_text("all rules\n")
+
+    def define(self, name: str, taps: str) -> None:
+        """Declare a microVM with these taps."""
+        home = self.root / HOME[1:] / name
+        home.mkdir(exist_ok=True)
+        (home / "taps").write_text(taps)
+        (home / "taps.nft").write_text(f'add element bridge agentfleet tenants {{ "{taps.split()[0]}" : 0x7 }}\n')
+
+    def __call__(self, *arguments: t.Any, rc: int = 0) -> str:
+        """Run it; what nft is told."""
+        path = f"{self.root}/bin:/usr/bin:/bin:/usr/sbin"
+        environment = {"PATH": path, "NET": str(self.net), "CONF": str(self.root / "proc/sys/net")}
+        self.told.write_text("")
+        done = subprocess.run(["sh", "-c", self.text, "microvm-taps", *arguments], check=False, env=environment)
+        assert done.returncode == rc
+        return self.told.read_text()
+
+    def devices(self) -> list[str]:
+        return sorted(path.name for path in self.net.iterdir())
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    """The script, on a host without microVMs."""
+    return Script(tmp_path)
+
+
 @pytest.mark.parametrize("changed", ["", "af9 m9 br9 n9 10.9.0.1/24 -\n"])
-def test_taps_of_an_older_definition_are_removed(tmp_path: t.Any, changed: str) -> None:
-    """The script runs with an ``ip`` that keeps its devices as directories and an ``nft`` that keeps its input."""
-    net, told = tmp_path / "sys/class/net", tmp_path / "nft"
-    (tmp_path / "bin").mkdir()
-    for name, text in (("ip", FAKE_IP), ("nft", f"#!/bin/sh\ncat ${{2#-}} >>{told}\n"), ("bridge", "#!/bin/sh\n")):
-        program = tmp_path / "bin" / name
-        program.write_text(text)
-        program.chmod(0o755)
-    text = _network_host.TAPS
-    for path in ("/sys/class/net", "/proc/sys/net", RUN, HOME, LIBRARY, _network_host.NETWORKS):
-        (tmp_path / path[1:]).mkdir(parents=True, exist_ok=True)
-        text = text.replace(path, str(tmp_path / path[1:]))
-    (tmp_path / LIBRARY[1:] / "network.nft").write_text("all rules\n")
-    taps = tmp_path / HOME[1:] / "a1" / "taps"
-    taps.parent.mkdir()
-    taps.write_text("af1 m1 br0 n0 10.0.0.1/24 -\naf2 m2 br1 n1 10.1.0.1/24 -\n")
-    (taps.parent / "taps.nft").write_text('add element bridge agentfleet tenants { "af1" : 0x7 }\n')
-
-    def script(verb: str, *directory: t.Any) -> str:
-        path = f"{tmp_path}/bin:/usr/bin:/bin:/usr/sbin"
-        environment = {"PATH": path, "NET": str(net), "CONF": str(tmp_path / "proc/sys/net")}
-        told.write_text("")
-        subprocess.run(["sh", "-c", text, "microvm-taps", verb, "a1", *directory], check=True, env=environment)
-        return told.read_text()
-
-    assert script("up") == "all rules\n"
-    assert (tmp_path / RUN[1:] / "taps.bridges.nft").read_text().splitlines() == [
+def test_taps_of_an_older_definition_are_removed(script: Script, changed: str) -> None:
+    script.define("a1", "af1 m1 br0 n0 10.0.0.1/24 -\naf2 m2 br1 n1 10.1.0.1/24 -\n")
+    assert script("up", "a1") == "all rules\n"
+    assert (script.run / "taps.bridges.nft").read_text().splitlines() == [
         'add element inet agentfleet bridges { "br0" }',
         'add element inet agentfleet routers { "br0" . n0 }',
         'add element inet agentfleet bridges { "br1" }',
         'add element inet agentfleet routers { "br1" . n1 }',
     ]
-    assert sorted(path.name for path in net.iterdir()) == ["af1", "af2", "br0", "br1"]
+    assert script.devices() == ["af1", "af2", "br0", "br1"]
     added = 'add element bridge agentfleet tenants { "af1" : 0x7 }\n'
-    assert script("up") == 'delete element bridge agentfleet tenants { "af1" }\n' + added  # live: one transaction
-    other = tmp_path / "change"
+    assert script("up", "a1") == 'delete element bridge agentfleet tenants { "af1" }\n' + added  # live: one transaction
+    other = script.root / "change"
     other.mkdir()
     (other / "taps").write_text("af2 m2 br1 n1 10.1.0.1/24 -\n")
     (other / "taps.nft").write_text("")
-    script("up", other)  # not what the definition says
-    assert sorted(path.name for path in net.iterdir()) == ["af2", "br1"]
-    script("up")
-    assert sorted(path.name for path in net.iterdir()) == ["af1", "af2", "br0", "br1"]
-    taps.write_text(changed)
-    assert "delete table inet agentfleet" in script("down")
-    assert list(net.iterdir()) == [] and os.listdir(tmp_path / RUN[1:]) == ["taps.lock"]
-    assert script("down") == script("load") == ""
+    script("up", "a1", other)  # not what the definition says
+    assert script.devices() == ["af2", "br1"]
+    script("up", "a1")
+    assert script.devices() == ["af1", "af2", "br0", "br1"]
+    (script.root / HOME[1:] / "a1" / "taps").write_text(changed)
+    assert "delete table inet agentfleet" in script("down", "a1")
+    assert script.devices() == [] and os.listdir(script.run) == ["taps.lock"]
+    assert script("down", "a1") == script("load") == ""
+
+
+def test_who_ends_and_waits_in_vain_for_a_turn_is_cleared_up_for_by_the_next(script: Script) -> None:
+    script.text = script.text.replace("flock -w 60", "flock -w 0.1")
+    for number in range(4):
+        script.define(f"a{number}", f"af{number} m{number} br{number} n{number} 10.{number}.0.1/24 -\n")
+        script("up", f"a{number}")
+    with (script.run / "taps.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        script("down", "a0", rc=1)
+        script("down", "a1", rc=1)
+    told = [f'delete element bridge agentfleet tenants {{ "af{number}" }}\n' for number in range(3)]
+    assert script("down", "a2") == "".join(told)
+    assert script.devices() == ["af3", "br3"]
+    with (script.run / "taps.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        script("down", "a3", rc=1)
+    assert "delete table inet agentfleet" in script("load")
+    assert script.devices() == [] and os.listdir(script.run) == ["taps.lock"]
+
+
+def test_an_end_that_the_filter_does_not_know_of_loads_it_for_the_others(script: Script) -> None:
+    for number in range(2):
+        script.define(f"a{number}", f"af{number} m{number} br{number} n{number} 10.{number}.0.1/24 -\n")
+        script("up", f"a{number}")
+    nft = script.root / "bin" / "nft"
+    nft.write_text(nft.read_text() + '[ "$2" != - ]\n')
+    assert script("down", "a0").endswith("all rules\n")
+    assert script.devices() == ["af1", "br1"]
+    assert "br0" not in (script.run / "taps.bridges.nft").read_text()
 
 
 # -- the rules, on this machine's kernel -----------------------------------------------
