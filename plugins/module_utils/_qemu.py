@@ -530,7 +530,9 @@ class QemuMachine:
                 path = f"/objects/limits-{volume['name']}"
                 self.qmp.ask("qom-set", path=path, property="limits", value=_throttle(spec))
         elif change.key == "volumes" and change.before is not None and change.after is not None:
-            self.qmp.ask("block_resize", **{"node-name": f"disk-{change.item}", "size": change.after["size_bytes"]})
+            # The topmost node: one below a throttle grows without it, and the guest sees what the throttle has.
+            node = _part(change, self._spec).device["drive"]
+            self.qmp.ask("block_resize", **{"node-name": node, "size": change.after["size_bytes"]})
         elif change.after is None:
             self._remove(_part(change, self._spec))
         else:

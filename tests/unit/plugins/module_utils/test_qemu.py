@@ -126,6 +126,15 @@ def test_a_disk_comes_to_the_first_free_port_with_its_limits(microvm_spec: t.Any
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("limits", "node"), [({}, "disk-data"), ({"rate_limits": LIMITS}, "limited-data")])
+def test_the_node_that_the_guest_sees_grows(microvm_spec: t.Any, limits: dict[str, t.Any], node: str) -> None:
+    running, qmp = machine({**microvm_spec, **limits, "volumes": [VOLUME]})
+    argv = " ".join(_qemu.command({**microvm_spec, **limits, "volumes": [VOLUME]}))
+    running.change(Change("volumes", "data", VOLUME, {**VOLUME, "size_bytes": 2 << 30}), microvm_spec)
+    assert qmp.asked == [("block_resize", {"node-name": node, "size": 2 << 30})]
+    assert f'"drive": "{node}"' in argv
+
+
 def test_what_was_made_behind_a_device_goes_when_it_is_refused(microvm_spec: t.Any) -> None:
     running, qmp = machine({**microvm_spec, "rate_limits": LIMITS})
     qmp.refuse = "device_add"
