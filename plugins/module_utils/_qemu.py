@@ -35,6 +35,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import (
     Disk,
     Spec,
     Unsupported,
+    booted_bytes,
     booted_vcpus,
     disks,
     images_bytes,
@@ -380,7 +381,9 @@ def _vcpus(change: Change, running: Spec) -> str:
     return too_many_vcpus(change, running)
 
 
-def _balloon(_change: Change, running: Spec) -> str:
+def _balloon(change: Change, running: Spec) -> str:
+    if change.after >= booted_bytes(running):
+        return f"a balloon takes of the {booted_bytes(running) >> 20} MiB that it was started with alone"
     return "" if _has_balloon(running) else "it was started without a balloon"
 
 
@@ -521,10 +524,11 @@ class QemuMachine:
         if change.key == "vcpus":
             self._resize_cpus(change.after)
         elif change.key == "memory_bytes":
-            booted = sum(zone["size_bytes"] for zone in self._spec["memory_zones"])
-            self.qmp.ask("qom-set", path="plugged", property="requested-size", value=change.after - booted)
+            plugged = change.after - booted_bytes(self._spec)
+            self.qmp.ask("qom-set", path="plugged", property="requested-size", value=plugged)
         elif change.key == "balloon_bytes":
-            self.qmp.ask("balloon", value=self._spec["memory_bytes"] - change.after)
+            # What is left of what it was started with: QEMU does not count what virtio-mem plugged.
+            self.qmp.ask("balloon", value=booted_bytes(self._spec) - change.after)
         elif change.key == "rate_limits":
             for volume in self._spec["volumes"]:
                 path = f"/objects/limits-{volume['name']}"

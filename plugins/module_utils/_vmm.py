@@ -192,9 +192,14 @@ def too_many_vcpus(change: Change, running: Spec) -> str:
     return ""
 
 
+def booted_bytes(running: Spec) -> int:
+    """Memory that a machine was started with; what was plugged is in no zone."""
+    return sum(zone["size_bytes"] for zone in running["memory_zones"])
+
+
 def memory_does_not_plug(change: Change, running: Spec) -> str:
     """Why memory cannot be plugged or unplugged by virtio-mem, or empty."""
-    booted = sum(zone["size_bytes"] for zone in running["memory_zones"])
+    booted = booted_bytes(running)
     if change.after > running["memory_max_bytes"]:
         return f"it was started for at most {running['memory_max_bytes'] >> 20} MiB"
     if change.after < booted:

@@ -251,7 +251,7 @@ def test_memory_is_what_comes_on_top_of_what_was_booted(microvm_spec: t.Any) -> 
     running.change(Change("balloon_bytes", "", 0, 64 << 20), microvm_spec)
     assert qmp.asked == [
         ("qom-set", {"path": "plugged", "property": "requested-size", "value": 256 << 20}),
-        ("balloon", {"value": 320 << 20}),
+        ("balloon", {"value": 192 << 20}),
     ]
 
 
@@ -285,6 +285,8 @@ def test_cpus_come_and_go_but_not_those_of_the_boot(microvm_spec: t.Any) -> None
         (Change("memory_bytes", "", 256 << 20, 128 << 20), {}, "cannot be unplugged"),
         (Change("memory_bytes", "", 256 << 20, 384 << 20), {"memory_max_bytes": 512 << 20}, ""),
         (Change("balloon_bytes", "", 0, 1 << 20), {"free_page_reporting": False}, "without a balloon"),
+        (Change("balloon_bytes", "", 0, 255 << 20), {"memory_bytes": 512 << 20}, ""),
+        (Change("balloon_bytes", "", 0, 256 << 20), {"memory_bytes": 512 << 20}, "takes of the 256 MiB"),
         (Change("volumes", "data", None, VOLUME), {}, "without hotplug_slots"),
         (Change("volumes", "data", None, VOLUME), {"hotplug_slots": 1}, ""),
         (Change("volumes", "data", VOLUME, {**VOLUME, "size_bytes": 2 << 30}), {}, ""),
