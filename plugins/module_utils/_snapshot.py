@@ -505,17 +505,28 @@ class Snapshots:
         shutil.rmtree(self.host.path(work), ignore_errors=True)
         os.mkdir(self.host.path(work))
         try:
-            self._save(spec, work)
-            self._seal(name, spec, work)
+            version = self._save(spec, work)
+            self._seal(name, spec, work, version)
             os.rename(self.host.path(work), self.host.path(stored_at(name)))
             sync(store)
         finally:
             shutil.rmtree(self.host.path(work), ignore_errors=True)
 
-    def _save(self, spec: _vmm.Spec, work: str) -> None:
-        """State and RAM of one moment; the microVM is paused for as long as that takes, and no longer."""
+    def _save(self, spec: _vmm.Spec, work: str) -> str:
+        """State and RAM of one moment; the microVM is paused for as long as that takes, and no longer.
+
+        :returns: the version of the VMM whose state it is
+        """
         given = f"{run_directory(spec['name'])}/snapshot"
         with contextlib.ExitStack() as stack:
+            driver = _vmm.driver(spec["driver"])
+            machine = stack.enter_context(driver.machine(self.host, spec))
+            version, program = machine.version(), driver.version(self.host, spec["program"])
+            if version != program:  # a clone is a process of the program, and would read another one's state
+                raise HostError(
+                    f"microVM {spec['name']} runs on version {version!r}, and {spec['program']} has become {program!r} since. "
+                    "Restart it (module microvm with state restarted), and run this again"
+                )
             # The VMM can put there what it likes: a link to what is root's, or to another tenant's.
             own = stack.enter_context(self.host.directory(run_directory(spec["name"])))
             shutil.rmtree(self.host.path(given), ignore_errors=True)
@@ -523,7 +534,6 @@ class Snapshots:
             saved = open_directory("snapshot", own)
             stack.callback(os.close, saved)
             os.chown(saved, os.fstat(own).st_uid, os.fstat(own).st_gid)
-            machine = stack.enter_context(_vmm.driver(spec["driver"]).machine(self.host, spec))
             before = machine.state()
             if before == "running":
                 self.host.write(f"{work}/paused.json", json.dumps(spec), 0o600)
@@ -540,8 +550,9 @@ class Snapshots:
                 if before == "running":
                     machine.resume()
                     self.host.remove(f"{work}/paused.json")
+        return version
 
-    def _seal(self, name: str, spec: _vmm.Spec, work: str) -> None:
+    def _seal(self, name: str, spec: _vmm.Spec, work: str, version: str) -> None:
         """Write the manifest last: what it lists is on the disk."""
         files = {}
         for file in self.host.names(work):
@@ -551,7 +562,7 @@ class Snapshots:
             state = os.stat(path)
             files[file] = {"size_bytes": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": _sha256(path)}
         manifest = {
-            "format": FORMAT, "name": name, "microvm": spec["name"], "key": key_of(self.host, spec),
+            "format": FORMAT, "name": name, "microvm": spec["name"], "key": key_of(self.host, spec, version),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "spec": spec, "files": files,
         }  # fmt: skip
         self.host.write(f"{work}/{MANIFEST}", json.dumps(manifest, indent=2, sort_keys=True) + "\n", 0o400)

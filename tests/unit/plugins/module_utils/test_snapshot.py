@@ -56,7 +56,7 @@ class Machine:
         self.log.append("disconnect")
 
     def version(self) -> str:
-        return str(self.host.version)
+        return str(self.host.running_version or self.host.version)
 
     def state(self) -> str:
         return str(self.host.machine_state)
@@ -100,7 +100,7 @@ def metal(fake_host: t.Any, monkeypatch: t.Any) -> t.Any:
         ram.seek(8 * MIB - 3)
         ram.write(b"end")
     fake_host.machine_state, fake_host.fails, fake_host.log, fake_host.version = "running", "", [], "10.0.2"
-    fake_host.planted = {}
+    fake_host.planted, fake_host.running_version = {}, ""
     fake_host.answers["systemctl show"] = "Id=agentfleet-microvm@parent.service\nMainPID=7"
     fake_host.answers["systemctl restart"] = ""
 
@@ -278,6 +278,14 @@ def test_one_of_another_version_is_made_anew(metal: t.Any) -> None:
     assert [step.verb for step in steps] == ["delete", "create"]
     assert "it was made with version '10.0.2'" in steps[0].why
     assert listed(metal)[0]["version"] == "10.0.3"
+
+
+def test_a_program_that_was_updated_under_its_microvm_is_named_and_nothing_is_saved(metal: t.Any) -> None:
+    metal.version, metal.running_version = "10.0.3", "10.0.2"
+    with pytest.raises(HostError, match=r"parent runs on version '10\.0\.2', and .* has become '10\.0\.3' since"):
+        run(metal, call(WARM))
+    assert metal.log == ["disconnect"] and metal.names("/var/lib/agentfleet/snapshots") == []
+    assert metal.names("/run/agentfleet/parent") == ["qmp", "ram"]
 
 
 def damage(host: t.Any, what: str) -> None:
