@@ -382,7 +382,7 @@ class MicroVms:
         """Carry out one step."""
         try:
             getattr(self, f"_apply_{step.verb}")(step.data)
-        except HostError as error:
+        except (HostError, OSError) as error:
             if step.verb == "change":
                 self.errors[step.data[0]] = str(error)
             raise
@@ -453,17 +453,25 @@ class MicroVms:
         self._machines(names, "resume")
 
     def _machines(self, names: list[str], verb: str) -> None:
-        running = state_of.running(self.host, names)
-
         def one(name: str) -> str:
             try:
-                with _vmm.driver(running[name]["driver"]).machine(self.host, running[name]) as machine:
+                running = self._running(name)
+                with _vmm.driver(running["driver"]).machine(self.host, running) as machine:
                     getattr(machine, verb)()
-            except (OSError, HostError, ValueError, KeyError) as error:
-                return repr(error) if isinstance(error, KeyError) else str(error)
+            except (OSError, HostError, ValueError) as error:
+                return str(error)
             return ""
 
         self._report({name: why for name, why in state_of.together(one, names).items() if why})
+
+    def _running(self, name: str) -> _vmm.Spec:
+        """What a microVM runs with, which may have ended since it was seen."""
+        found = state_of.running(self.host, [name])
+        if not found:
+            raise HostError(
+                f"microVM {name} ended while this was done. See whether systemd starts it, and run this again"
+            )
+        return found[name]
 
     def _report(self, failed: dict[str, str]) -> None:
         """Fail if any microVM did, with each one's reason."""
@@ -476,7 +484,7 @@ class MicroVms:
     def _apply_change(self, data: tuple[str, list[_vmm.Change]]) -> None:
         """Removals come before additions; what is behind a device on the host goes after it and comes before it."""
         name, changes = data
-        running = state_of.running(self.host, [name])[name]
+        running = self._running(name)
         for change in changes:
             if change.key in ("shares", "data_images") and change.after is None:
                 self._unmount(running, change)

@@ -62,13 +62,14 @@ class Qmp:
         raise HostError(f"QEMU ended while {command} was asked")
 
     def _line(self, command: str) -> str:
-        """What QEMU says next, or nothing if it ended."""
+        """What QEMU says next, or nothing if it ended, which may be within a line."""
         seconds = SLOW.get(command, self._timeout_seconds)
         self._socket.settimeout(seconds)
         try:
-            return self._file.readline()
+            line = self._file.readline()
         except socket.timeout as error:
             raise HostError(f"QEMU did not answer {command} within {seconds:g} seconds. Run this again") from error
+        return line if line.endswith("\n") else ""
 
     def last(self, command: str) -> None:
         """Send a command that ends QEMU; no answer is an answer."""

@@ -831,6 +831,35 @@ def test_an_interrupted_change_goes_on_where_it_was(machines: t.Any, monkeypatch
     assert machines.asked == ["a1: vcpus 1 -> 2", "a1: memory_bytes 268435456 -> 402653184"]
 
 
+@pytest.mark.parametrize(
+    ("params", "wish"),
+    [({}, {"vcpus": 2}), ({"state": "paused"}, {})],
+)
+def test_one_that_ended_since_it_was_seen_is_an_error_of_its_own(
+    machines: t.Any, params: dict[str, t.Any], wish: dict[str, t.Any]
+) -> None:
+    run(machines, call({"name": "a1", "vcpus_max": 4}))
+    resource = MicroVms(machines, call({"name": "a1", "vcpus_max": 4, **wish}, **params))
+    steps = resource.plan(resource.observe())
+    machines.remove("/run/agentfleet/a1.spec.json")
+    with pytest.raises(HostError, match="microVM a1: it ended while this was done"):
+        apply_all(resource, steps)
+    assert "ended while this was done" in resource.failure()["instances"][0]["error"]
+
+
+def test_a_change_that_finds_no_vmm_is_an_error_of_its_own(machines: t.Any, monkeypatch: t.Any) -> None:
+    def gone(_self: t.Any, _change: t.Any, _spec: t.Any) -> None:
+        raise ConnectionRefusedError("nobody listens")
+
+    run(machines, call({"name": "a1", "vcpus_max": 4}))
+    monkeypatch.setattr(FakeMachine, "change", gone)
+    resource = MicroVms(machines, call({"name": "a1", "vcpus_max": 4, "vcpus": 2}))
+    steps = resource.plan(resource.observe())
+    with pytest.raises(HostError, match="nobody listens"):
+        apply_all(resource, steps)
+    assert resource.failure()["instances"][0]["error"] == "nobody listens"
+
+
 def test_what_cannot_be_applied_is_named_with_its_reason(machines: t.Any) -> None:
     run(machines, call({"name": "a1"}))
     params = call({"name": "a1", "volumes": [{"name": "data", "size": "1GiB"}], "environment": {"A": "b"}})

@@ -41,7 +41,9 @@ def qemu(tmp_path: t.Any) -> t.Iterator[str]:
                 file.flush()
                 line = file.readline()
                 command = json.loads(line)["execute"] if line else "quit"
-                if command == "quit":
+                if command == "crash":
+                    file.write('{"return": {"sta')
+                if command in ("quit", "crash"):
                     return
                 if command == "device_add":
                     time.sleep(0.3)
@@ -94,9 +96,10 @@ def test_a_device_may_take_longer_than_other_commands(qemu: str, monkeypatch: t.
             qmp.ask("device_add")
 
 
-def test_an_end_is_told_from_an_answer(qemu: str) -> None:
-    with Qmp(qemu) as qmp, pytest.raises(HostError, match="QEMU ended while quit was asked"):
-        qmp.ask("quit")
+@pytest.mark.parametrize("command", ["quit", "crash"])
+def test_an_end_is_told_from_an_answer(qemu: str, command: str) -> None:
+    with Qmp(qemu) as qmp, pytest.raises(HostError, match=f"QEMU ended while {command} was asked"):
+        qmp.ask(command)
 
 
 def test_a_missing_qemu_is_an_os_error(tmp_path: t.Any) -> None:
