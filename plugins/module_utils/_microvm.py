@@ -468,9 +468,7 @@ class MicroVms:
         """What a microVM runs with, which may have ended since it was seen."""
         found = state_of.running(self.host, [name])
         if not found:
-            raise HostError(
-                f"microVM {name} ended while this was done. See whether systemd starts it, and run this again"
-            )
+            raise HostError("it ended while this was done. See whether systemd starts it, and run this again")
         return found[name]
 
     def _report(self, failed: dict[str, str]) -> None:
