@@ -33,6 +33,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names im
     LOCK,
     LOCK_SECONDS,
     NAME,
+    RESERVED,
     RUN,
     SHARES,
     SYSTEM,
@@ -101,6 +102,11 @@ class MicroVms:
                 raise Refused(
                     f"{option}.name", name, "not a name of a microVM",
                     "Use 1 to 48 of a-z, 0-9 and hyphen, beginning and ending with a letter or digit",
+                )  # fmt: skip
+            if name in RESERVED and self.state.exists:
+                raise Refused(
+                    f"{option}.name", name, f"{run_directory(name)} is a directory of all microVMs",
+                    "Choose another name; one that is there already is removed with state absent",
                 )  # fmt: skip
             if name in self.wanted:
                 raise Refused(f"{option}.name", name, "named twice", "Give each microVM its own name")
@@ -689,7 +695,8 @@ class MicroVms:
         for path in _network.unused_policies(self.host, left):
             self.host.remove(path)
         for name in names:
-            for directory in (f"{HOME}/{name}", f"{SYSTEM}/{unit(name)}.d", run_directory(name)):
+            its = [f"{HOME}/{name}", f"{SYSTEM}/{unit(name)}.d", *([] if name in RESERVED else [run_directory(name)])]
+            for directory in its:
                 shutil.rmtree(self.host.path(directory), ignore_errors=True)
             with contextlib.suppress(OSError):  # volumes stay
                 os.rmdir(self.host.path(f"{VOLUMES}/{name}"))

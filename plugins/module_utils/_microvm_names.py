@@ -22,6 +22,7 @@ SLOTS = f"{RUN}/slots"
 # Held by who changes microVMs or snapshots of them, so long that a call can start all of a crowded host.
 LOCK, LOCK_SECONDS = "microvms", 1800
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?")
+RESERVED = ("shares", "slots", "snapshots")  # directories below RUN that all microVMs have in common
 WORD = re.compile(r"[a-z0-9][a-z0-9_]{0,31}")
 
 

@@ -38,6 +38,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names im
     LOCK,
     LOCK_SECONDS,
     NAME,
+    RESERVED,
     RUN,
     derived,
     home,
@@ -362,6 +363,8 @@ class Snapshots:
                         f"{option}.{key}", value, "not a name",
                         "Use 1 to 48 of a-z, 0-9 and hyphen, beginning and ending with a letter or digit",
                     )  # fmt: skip
+            if item["microvm"] in RESERVED and self.state != "absent":
+                raise Refused(f"{option}.microvm", item["microvm"], "no name of a microVM", "Name one that is declared")
             taken = name if self.state != "restored" else item["microvm"]
             if taken in self.wanted:
                 raise Refused(

@@ -43,7 +43,7 @@ options:
     suboptions:
       name:
         description:
-          - Name, also the guest's host name. Of V(a-z), V(0-9) and hyphen.
+          - Name, also the guest's host name. Of V(a-z), V(0-9) and hyphen; not V(shares), V(slots) or V(snapshots).
           - With O(instances[].count) it has the number in it, as in V(agent-{index}) or V(agent-{index:03d}).
         type: str
         required: true

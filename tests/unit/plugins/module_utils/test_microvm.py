@@ -370,6 +370,18 @@ def test_absent_clears_up_after_an_end_that_did_not(metal: t.Any) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", _microvm_names.RESERVED)
+def test_a_name_that_a_directory_of_all_has_is_refused_and_can_be_removed(metal: t.Any, name: str) -> None:
+    with pytest.raises(Refused, match=f"/run/agentfleet/{name} is a directory of all microVMs"):
+        MicroVms(metal, call({"name": name}))
+    run(metal, call({"name": "a1"}))
+    spec = json.loads(metal.read("/var/lib/agentfleet/microvms/a1/spec.json"))  # one of an older version
+    metal.files({f"/var/lib/agentfleet/microvms/{name}/spec.json": json.dumps({**spec, "name": name})})
+    metal.files({f"/run/agentfleet/{name}/of-a1": ""})
+    run(metal, {**call(state="absent"), "instances": [{"name": name}]})
+    assert list(_microvm_state.declared(metal)) == ["a1"] and metal.exists(f"/run/agentfleet/{name}/of-a1")
+
+
 def test_absent_of_one_keeps_the_others(metal: t.Any) -> None:
     run(metal, call({"name": "a1"}, {"name": "a2", "tenant": "other"}))
     (step,) = run(metal, {**call(), "state": "absent", "instances": [{"name": "a1"}]})
