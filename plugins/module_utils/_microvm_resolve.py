@@ -67,7 +67,7 @@ class Resolver:
         self.host, self.params, self.wanted, self.observed = host, params, wanted, observed
         self.predicting, self.warnings = predicting, warnings
         self.others: dict[str, _vmm.Spec] = {n: s for n, s in observed["specs"].items() if n not in wanted}
-        self.snapshots = _snapshot.Sources(host, predicting, warnings)
+        self.snapshots = _snapshot.Sources(host, predicting, warnings, self._counted().values())
         self.accelerator = self._accelerator()
 
     def specs(self, networks: _network.Networks) -> dict[str, _vmm.Spec]:
@@ -296,17 +296,24 @@ class Resolver:
                     f"Give at least {format_size(template)}",
                 )  # fmt: skip
 
+    def _counted(self) -> dict[str, _vmm.Spec]:
+        """The microVMs of the host that are not of this call, and take memory: they run, or will after a reboot."""
+        return {
+            name: spec
+            for name, spec in self.others.items()
+            if name in self.observed["enabled"]
+            or state_of.public_state(self.observed["units"].get(name)) not in ("stopped", "failed")
+        }
+
     def _check_memory(self, found: t.Mapping[str, _vmm.Spec]) -> None:
         """Each kind of memory for itself: all of it, the pages of each huge size, and either of each node that is bound to."""
         if not self.observed["memory_bytes"]:
             return
         room = {ANY: int(self.observed["memory_bytes"] * self.params["memory_overcommit"])}
         used: dict[Kind, int] = {}
-        for name, spec in self.others.items():
-            runs = state_of.public_state(self.observed["units"].get(name)) not in ("stopped", "failed")
-            if runs or name in self.observed["enabled"]:
-                for kind, size in _demands(spec):
-                    used[kind] = used.get(kind, 0) + size
+        for spec in self._counted().values():
+            for kind, size in _demands(spec):
+                used[kind] = used.get(kind, 0) + size
         for name, spec in found.items():
             for kind, size in _demands(spec):
                 used[kind] = used.get(kind, 0) + size

@@ -61,6 +61,7 @@ TMPFILES_TEXT = f"""\
 R! {STORE}/.new-*
 """
 BLOCK = 1 << 16
+RUN_RESERVE_BYTES = 64 << 20  # of /run, for what systemd, udev and all others have there
 ANEW = "Make it anew on this host: microvm_snapshot with state present"
 IDENTITY_SECONDS = 60
 AGENT_SECONDS = 10  # of these, to reach the agent once, and then for its whole answer
@@ -237,12 +238,15 @@ class Sources:
 
     :param predicting: a missing snapshot is expected to be made by an earlier task
     :param warnings: takes what this means
+    :param others: microVMs of the host that are not of this call, and run or will
     """
 
-    def __init__(self, host: Host, predicting: bool, warnings: list[str]) -> None:
+    def __init__(self, host: Host, predicting: bool, warnings: list[str], others: t.Iterable[_vmm.Spec] = ()) -> None:
         self.host, self.predicting, self.warnings = host, predicting, warnings
         self._manifests: dict[str, dict[str, t.Any]] | None = None
         self._problems: dict[str, str] = {}
+        files = [one for one in others if one.get("memory_file") == memory_file(one["name"])]
+        self._ram_bytes = sum(one["memory_bytes"] for one in files)
 
     def settle(self, item: t.Mapping[str, t.Any], spec: _vmm.Spec) -> None:
         """Complete a resolved spec by the options ``snapshots`` and ``from_snapshot`` of its instance."""
@@ -253,7 +257,7 @@ class Sources:
             self._inherit(item, spec)
 
     def _check_ram(self, option: str, spec: _vmm.Spec) -> None:
-        """A guest whose RAM does not fit into its file system is killed when it touches too much of it."""
+        """Guests whose RAM together does not fit into /run are killed when they touch too much of it, and systemd stops."""
         zones = len(spec["memory_zones"])
         if zones > 1:
             raise Refused(
@@ -263,11 +267,13 @@ class Sources:
         if not self.host.exists("/run"):
             return
         state = os.statvfs(self.host.path("/run"))
-        if state.f_blocks * state.f_frsize < spec["memory_bytes"]:
+        self._ram_bytes += spec["memory_bytes"]
+        room = state.f_blocks * state.f_frsize - RUN_RESERVE_BYTES
+        if self._ram_bytes > room:
             raise Refused(
                 f"{option}.snapshots", True,
-                f"its RAM of {spec['memory_bytes'] >> 20} MiB is kept in /run, which has "
-                f"{state.f_blocks * state.f_frsize >> 20} MiB",
+                f"its RAM of {spec['memory_bytes'] >> 20} MiB is kept in /run, which has room for {max(0, room) >> 20} MiB "
+                f"of guests' RAM, and {self._ram_bytes >> 20} MiB are declared with it",
                 "Make /run larger (mount -o remount,size=50% /run, and so in /etc/fstab), or give it less memory",
             )  # fmt: skip
 

@@ -1134,6 +1134,18 @@ def test_starts_are_as_few_commands_as_turns(metal: t.Any) -> None:
     assert metal.read("/usr/local/lib/agentfleet/microvm-parallel") == "3"
 
 
+def test_ram_in_run_counts_that_of_other_calls(metal: t.Any, monkeypatch: t.Any) -> None:
+    room = os.statvfs_result((4096, 1 << 20, 700, 700, 700, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda _path: room)
+    run(metal, call({"name": "a1", "memory": "512MiB", "snapshots": True}))
+    params = call({"name": "a2", "memory": "256MiB", "snapshots": True})
+    with pytest.raises(Refused, match="room for 636 MiB of guests' RAM, and 768 MiB are declared"):
+        run(metal, params)
+    assert run(metal, call({"name": "a1", "memory": "512MiB", "snapshots": True})) == []
+    run(metal, call({"name": "a1", "memory": "512MiB", "snapshots": True}, state="absent"))
+    assert run(metal, params)
+
+
 def test_volumes_grow_stay_and_go_only_when_told(metal: t.Any) -> None:
     metal.files({"/srv/template": "x" * 3000})
     volume = {"name": "data", "size": "1MiB", "template": "/srv/template"}

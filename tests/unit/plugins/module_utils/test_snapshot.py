@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+import types
 import typing as t
 
 import pytest
@@ -427,6 +428,24 @@ def test_ram_that_does_not_fit_into_run_or_is_in_zones_is_refused(metal: t.Any) 
         Sources(metal, False, []).settle(item(from_snapshot="", snapshots=True), spec)
     assert refused.value.option == "instances[0].snapshots"
     assert "remount" in refused.value.remedy
+
+
+def test_the_ram_of_all_together_must_fit_into_run(metal: t.Any, monkeypatch: t.Any) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _path: types.SimpleNamespace(f_blocks=3 << 10, f_frsize=MIB))
+
+    def parent(number: int, size: int = 512 * MIB) -> _vmm.Spec:
+        return t.cast(_vmm.Spec, clone(name=f"vm{number}", memory_bytes=size))
+
+    others = [parent(number) for number in range(4)]
+    for one in others[1:]:
+        one["memory_file"] = _snapshot.memory_file(one["name"])
+    others[0]["memory_file"] = "/run/agentfleet/snapshots/warm/ram"  # a clone's is on the disk
+    sources = Sources(metal, False, [], others)
+    sources.settle(item(from_snapshot="", snapshots=True), parent(4))
+    sources.settle(item(from_snapshot="", snapshots=True), parent(5))  # 2560 of 3072 MiB, of which 64 are kept free
+    with pytest.raises(Refused, match="room for 3008 MiB of guests' RAM, and 3072 MiB are declared") as refused:
+        sources.settle(item(option="instances[7]", from_snapshot="", snapshots=True), parent(6))
+    assert refused.value.option == "instances[7].snapshots"
 
 
 def test_clones_of_another_shape_are_refused(metal: t.Any) -> None:
