@@ -31,6 +31,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import Spec
 
 LADDER_SECONDS = STOP_SECONDS + 2 * RUNG_SECONDS + 20
 STOPPED_SECONDS = 4 * LADDER_SECONDS + 60  # systemd gives ExecStop, TERM, KILL and ExecStopPost as much each
+CLONE_LIMIT_SECONDS = 1800  # five starts of a clone in this time are too many
 RESTART = {"always": "always", "on-failure": "on-failure", "never": "no"}
 PACKAGE = "ansible_collections.agentfleet.metal.plugins.module_utils"
 # What _microvm_unit imports.
@@ -271,7 +272,8 @@ def drop_in(spec: Spec, argv: t.Sequence[str], memory_max: int) -> str:
 
 
 def _needs(spec: Spec) -> list[str]:
-    """What a microVM needs of the host's other units: the servers of its shares, and what is mounted below them."""
+    """What a microVM needs of the host's other units (the servers of its shares, what is mounted below them), and when
+    it is given up."""
     name, lines = spec["name"], []
     shares = [f"agentfleet-virtiofsd@{name}:{share['tag']}" for share in spec["shares"]]
     paths = [share["source"] for share in spec["shares"]] + ([f"{VOLUMES}/{name}"] if spec["volumes"] else [])
@@ -282,6 +284,10 @@ def _needs(spec: Spec) -> list[str]:
         lines += [f"Requires={sockets}", f"After={sockets} {services}"]
     if paths:  # of which, as they are checked, none has a space or a quote
         lines.append("RequiresMountsFor=" + " ".join(path.replace("%", "%%") for path in paths))
+    if spec[
+        "restore_from"
+    ]:  # a start that fails takes a minute, or as long as it waits for its turn: five are never in 300 s
+        lines.append(f"StartLimitIntervalSec={CLONE_LIMIT_SECONDS}")
     return ["[Unit]", *lines, ""] if lines else []
 
 

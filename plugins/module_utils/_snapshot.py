@@ -592,7 +592,8 @@ class Snapshots:
             self.host.remove(TMPFILES)
 
     def _apply_restore(self, microvm: str) -> None:
-        # The unit's own start loads the snapshot and gives the identity.
+        # The unit's own start loads the snapshot and gives the identity. What is asked for is no start too many.
+        self.host.run(["systemctl", "reset-failed", unit(microvm)], check=False)
         self.host.run(["systemctl", "restart", unit(microvm)], timeout_seconds=self.timeout_seconds)
 
     # -- result ----------------------------------------------------------------

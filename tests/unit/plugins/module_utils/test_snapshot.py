@@ -362,7 +362,8 @@ def test_setting_back_restarts_the_unit(metal: t.Any) -> None:
     metal.files({"/var/lib/agentfleet/microvms/worker/spec.json": json.dumps(worker)})
     (step,) = run(metal, call({"name": "warm", "microvm": "worker"}, state="restored"))
     assert (step.verb, step.object, step.disruptive) == ("restore", "microVM worker", True)
-    assert "systemctl restart agentfleet-microvm@worker.service" in metal.calls
+    restart = metal.calls.index("systemctl restart agentfleet-microvm@worker.service")
+    assert metal.calls[restart - 1] == "systemctl reset-failed agentfleet-microvm@worker.service"  # it counts starts
 
 
 # -- clones -------------------------------------------------------------------------------
