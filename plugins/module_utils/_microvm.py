@@ -502,9 +502,9 @@ class MicroVms:
             # Written at once: whoever is interrupted here goes on with the next change.
             self.host.write(running_spec(name), json.dumps(running, indent=2, sort_keys=True) + "\n", 0o600)
             self._after(name, change, running)
-        self._tell(name, changes)
+        self._tell(running, changes)
 
-    def _tell(self, name: str, changes: list[_vmm.Change]) -> None:
+    def _tell(self, running: _vmm.Spec, changes: list[_vmm.Change]) -> None:
         """Let the guest use CPUs, networks, images and shares that are new; its kernel only sees them."""
         new = {change.item for change in changes if change.key == "networks" and change.after is not None}
         images, shares = (
@@ -513,6 +513,7 @@ class MicroVms:
         )
         if not new and not images and not shares and not any(change.key == "vcpus" for change in changes):
             return
+        name = running["name"]
         networks = self.specs[name]["networks"]
         lines = zip(networks, _network.guest_lines(networks))
         message = {
@@ -520,7 +521,7 @@ class MicroVms:
             "images": _microvm_data.image_lines(images),
             "shares": _microvm_data.share_lines(shares),
         }
-        told = state_of.ask_agent(self.host, self.specs[name], 20, "/attached", message) or {"error": "no answer"}
+        told = state_of.ask_agent(self.host, running, 20, "/attached", message) or {"error": "no answer"}
         if "error" in told:
             self.warnings.append(f"microVM {name}: its agent does not use what was attached: {told['error']}")
 
@@ -617,7 +618,7 @@ class MicroVms:
                 del waiting[: len(wave)]
                 self.host.run(["systemctl", "start", *map(unit, wave)], timeout_seconds=START_SECONDS, check=False)
                 booting.update({name: time.monotonic() + self.params["ready_timeout_seconds"] for name in wave})
-            asked = state_of.together(lambda name: state_of.ask_agent(self.host, self.specs[name], 2), list(booting))
+            asked = state_of.together(self._answer, list(booting))
             silent = [name for name, told in asked.items() if not told]
             outcomes = {name: "" for name in asked if name not in silent}
             vanished = [name for name in silent if not self._has_process(name)]
@@ -636,6 +637,11 @@ class MicroVms:
             if booting and not outcomes:
                 time.sleep(0.3)
         return failed
+
+    def _answer(self, name: str) -> dict[str, t.Any] | None:
+        """What the agent of a microVM says; with the cid that it is declared with, another one may run."""
+        running = state_of.running(self.host, [name]).get(name)
+        return state_of.ask_agent(self.host, running, 2) if running else None
 
     def _has_process(self, name: str) -> bool:
         """Whether the unit has processes; cheaper than to ask systemd while guests boot."""

@@ -91,20 +91,26 @@ def exchange(connection: socket.socket, message: bytes, timeout_seconds: float, 
     return bytes(answer)
 
 
+def cid_of(name: str) -> int:
+    """The cid that a microVM runs with, which another one may be declared with now, or else the one that it would start with."""
+    for path in (f"{RUN}/{name}.spec.json", f"{HOME}/{name}/spec.json"):
+        try:
+            with open(path, encoding="utf-8") as file:
+                return int(json.load(file)["cid"])
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError) as error:
+            raise Unreachable(f"{name}: its definition cannot be read ({error}). Run as root") from None
+    raise Unreachable(f"{name}: this host has no microVM of this name")
+
+
 def connect(name: str, timeout_seconds: float) -> socket.socket:
     """A connection to the server in a microVM, which may still be booting."""
-    try:
-        with open(f"{HOME}/{name}/spec.json", encoding="utf-8") as file:
-            cid = json.load(file)["cid"]
-    except FileNotFoundError:
-        raise Unreachable(f"{name}: this host has no microVM of this name") from None
-    except (OSError, ValueError, KeyError) as error:
-        raise Unreachable(f"{name}: its definition cannot be read ({error}). Run as root") from None
     end = time.monotonic() + timeout_seconds
     while True:
         try:
             unix = f"{RUN}/{name}/vsock"
-            return _unix(unix) if os.path.exists(unix) else _vsock(cid)
+            return _unix(unix) if os.path.exists(unix) else _vsock(cid_of(name))
         except PermissionError:
             raise Unreachable(f"{name}: only root may run commands in microVMs") from None
         except OSError as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import inspect
+import json
 import os
 import pwd
 import shlex
@@ -255,6 +256,21 @@ def test_it_waits_for_a_microvm_that_boots(microvm: MicroVm) -> None:
     assert done.returncode == _microvm_exec.NOT_REACHED and b"no answer on vsock port 1023 within 0.5 s" in done.stderr
     threading.Timer(0.5, setattr, (microvm, "answering", True)).start()
     assert microvm.run("true", timeout=10).returncode == 0
+
+
+def test_one_that_runs_is_reached_by_the_cid_that_it_runs_with(tmp_path: Path, monkeypatch: t.Any) -> None:
+    monkeypatch.setattr(_microvm_exec, "HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(_microvm_exec, "RUN", str(tmp_path))
+    for name, cid in (("a", 4), ("b", 3)):  # swapped, and not restarted yet
+        (tmp_path / "home" / name).mkdir(parents=True)
+        (tmp_path / "home" / name / "spec.json").write_text(json.dumps({"cid": cid}))
+    (tmp_path / "a.spec.json").write_text('{"cid": 3}')
+    monkeypatch.setattr(_microvm_exec, "_vsock", lambda cid: cid)
+    assert _microvm_exec.connect("a", 1) == 3
+    assert _microvm_exec.connect("b", 1) == 3  # it does not run
+    (tmp_path / "a.spec.json").write_text("{")
+    with pytest.raises(_microvm_exec.Unreachable, match="a: its definition cannot be read"):
+        _microvm_exec.connect("a", 1)
 
 
 def test_what_is_not_there_is_said(microvm: MicroVm) -> None:

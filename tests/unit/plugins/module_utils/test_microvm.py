@@ -101,7 +101,7 @@ class Systemd:
         )
 
     def start(self, host: t.Any) -> str:
-        for name in self._names():
+        for name in [one for one in self._names() if one not in self.active]:  # what runs is not started again
             self.active[name] = 100 + len(self.active)
             host.files(
                 {f"/run/agentfleet/{name}.spec.json": host.read(f"/var/lib/agentfleet/microvms/{name}/spec.json")}
@@ -671,6 +671,29 @@ def test_an_image_of_data_comes_while_it_runs(models: t.Any, monkeypatch: t.Any)
     line = f"{'21' * 16} /opt/model erofs ro,dax=always"
     assert told == [("/attached", {"networks": [], "images": [line], "shares": []})]
     assert run(models, params) == []
+
+
+def test_a_guest_is_told_by_the_cid_that_it_runs_with(models: t.Any, monkeypatch: t.Any) -> None:
+    cids: list[int] = []
+    run(models, call({"name": "a1", "hotplug_slots": 1, "cid": 7}))
+    monkeypatch.setattr(
+        _microvm_state, "ask_agent", lambda _host, spec, *_more: cids.append(spec["cid"]) or {"hostname": "a1"}
+    )
+    image = [{"image": "model", "target": "/opt/model"}]
+    run(models, call({"name": "a1", "hotplug_slots": 1, "cid": 8, "data_images": image}))
+    assert cids == [7]
+
+
+def test_one_that_boots_already_is_awaited_by_the_cid_that_it_runs_with(metal: t.Any, monkeypatch: t.Any) -> None:
+    cids: list[int] = []
+    run(metal, call({"name": "a1", "cid": 7}))
+    metal.files({"/run/agentfleet/slots/a1": "1\n"})
+    answers = iter([None, {"hostname": "a1"}])
+    monkeypatch.setattr(
+        _microvm_state, "ask_agent", lambda _host, spec, *_more: cids.append(spec["cid"]) or next(answers)
+    )
+    assert words(run(metal, call({"name": "a1", "cid": 8})))[-1] == "start microVMs"
+    assert cids == [7, 7]
 
 
 def test_a_name_that_moved_is_another_image(models: t.Any) -> None:
