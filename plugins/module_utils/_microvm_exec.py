@@ -99,8 +99,8 @@ def cid_of(name: str) -> int:
                 return int(json.load(file)["cid"])
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError) as error:
-            raise Unreachable(f"{name}: its definition cannot be read ({error}). Run as root") from None
+        except (ValueError, KeyError) as error:  # it is being written: look again
+            raise OSError(f"{path} cannot be read: {error}") from None
     raise Unreachable(f"{name}: this host has no microVM of this name")
 
 

@@ -269,8 +269,10 @@ def test_one_that_runs_is_reached_by_the_cid_that_it_runs_with(tmp_path: Path, m
     assert _microvm_exec.connect("a", 1) == 3
     assert _microvm_exec.connect("b", 1) == 3  # it does not run
     (tmp_path / "a.spec.json").write_text("{")
-    with pytest.raises(_microvm_exec.Unreachable, match="a: its definition cannot be read"):
-        _microvm_exec.connect("a", 1)
+    with pytest.raises(_microvm_exec.Unreachable, match=r"within 0.3 s \(.*a.spec.json cannot be read"):
+        _microvm_exec.connect("a", 0.3)
+    threading.Timer(0.3, (tmp_path / "a.spec.json").write_text, ['{"cid": 5}']).start()  # it starts anew
+    assert _microvm_exec.connect("a", 10) == 5
 
 
 def test_what_is_not_there_is_said(microvm: MicroVm) -> None:
