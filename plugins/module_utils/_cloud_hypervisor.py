@@ -588,7 +588,8 @@ class CloudHypervisorMachine:
         document = json.loads(self._host.read(f"{directory_seen}/config.json"))
         view = f"{run_directory(self._spec['name'])}/restore"
         shutil.rmtree(self._host.path(view), ignore_errors=True)
-        os.makedirs(self._host.path(view), mode=0o755)
+        os.makedirs(self._host.path(view))
+        os.chmod(self._host.path(view), 0o755)  # the unit's umask would keep the VMM out
         try:
             self._host.write(f"{view}/config.json", json.dumps(adapted(document, self._spec)))
             for name in self._host.names(directory_seen):

@@ -284,9 +284,7 @@ def _needs(spec: Spec) -> list[str]:
         lines += [f"Requires={sockets}", f"After={sockets} {services}"]
     if paths:  # of which, as they are checked, none has a space or a quote
         lines.append("RequiresMountsFor=" + " ".join(path.replace("%", "%%") for path in paths))
-    if spec[
-        "restore_from"
-    ]:  # a start that fails takes a minute, or as long as it waits for its turn: five are never in 300 s
+    if spec["restore_from"]:  # a start that fails takes a minute or more: five of them are never within 300 s
         lines.append(f"StartLimitIntervalSec={CLONE_LIMIT_SECONDS}")
     return ["[Unit]", *lines, ""] if lines else []
 

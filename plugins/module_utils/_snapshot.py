@@ -683,7 +683,7 @@ def resume(host: Host, name: str) -> None:
     end = time.monotonic() + IDENTITY_SECONDS
     with contextlib.ExitStack() as stack:
         machine = _connected(lambda: stack.enter_context(driver.machine(host, spec)), end)
-        why = problem(host, snapshot, manifest, version=machine.version())
+        why = problem(host, snapshot, manifest, version=_connected(machine.version, end))
         if why:
             raise HostError(f"microVM {name} cannot start from snapshot {snapshot}: {why}. Make the snapshot anew")
         for network in spec["networks"]:
@@ -713,7 +713,7 @@ def _connected(connect: t.Callable[[], t.Any], end: float) -> t.Any:
     while True:
         try:
             return connect()
-        except OSError as error:
+        except (OSError, HostError) as error:
             if time.monotonic() > end:
                 raise HostError(f"the VMM does not answer: {error}") from error
             time.sleep(0.05)

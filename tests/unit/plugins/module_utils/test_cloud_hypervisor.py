@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import socketserver
+import stat
 import tempfile
 import threading
 import typing as t
@@ -532,16 +533,21 @@ def test_snapshots_are_read_as_this_microvm(machine: t.Any, spec: t.Any) -> None
 
     def look() -> None:
         view = host.path("/run/agentfleet/a1/restore")
-        seen["names"] = sorted(os.listdir(view))
+        seen["names"], seen["mode"] = sorted(os.listdir(view)), stat.S_IMODE(os.stat(view).st_mode)
         seen["state"] = os.readlink(f"{view}/state.json")
         with open(f"{view}/config.json", encoding="utf-8") as file:
             seen["config"] = json.load(file)
 
     put = found._api.put
     found._api.put = lambda *arguments, **more: (look(), put(*arguments, **more))[1]
-    found.load("/run/agentfleet/snapshots/s")
+    mask = os.umask(0o077)  # of the unit
+    try:
+        found.load("/run/agentfleet/snapshots/s")
+    finally:
+        os.umask(mask)
     assert server.puts() == [("vm.restore", {"source_url": "file:///run/agentfleet/a1/restore"})]
     assert seen["names"] == ["config.json", "ram", "state.json"]
+    assert seen["mode"] == 0o755, "the VMM is another user"
     assert seen["state"] == "/run/agentfleet/snapshots/s/state.json"
     own = seen["config"]
     assert own["payload"] == {"kernel": "/k"} and own["disks"][0]["queue_size"] == 128
