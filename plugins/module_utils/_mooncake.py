@@ -12,13 +12,13 @@ interpreter and engine stay where they are, which matters when the node is slow.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
 import mmap
 import os
 import platform
-import pwd
 import re
 import signal
 import socket
@@ -29,7 +29,7 @@ import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _bindguard
 from ansible_collections.agentfleet.metal.plugins.module_utils._cxl import observe_cxl
-from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host, open_beneath
 from ansible_collections.agentfleet.metal.plugins.module_utils._mooncake_admin import Admin
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import parse_list
@@ -217,15 +217,20 @@ def guard(pool_name: str) -> None:
 
 def policy(pool_name: str) -> None:
     """Write the tenants' quotas where the unprivileged master reads them, as root."""
-    pool, path = _pool(pool_name), f"{RUNTIME}/{pool_name}/quotas.yaml"
+    pool, name = _pool(pool_name), "quotas.yaml"
     if not pool["tenants"]:
         return
     ids = _tenant_ids(pool_name)
     # JSON is YAML.
     tenants = [{"name": ids[tenant["name"]], "quota": tenant["quota_bytes"]} for tenant in pool["tenants"]]
-    Host().write(path, json.dumps({"version": 1, "tenants": tenants}), 0o600)
-    user = pwd.getpwnam(USER)
-    os.chown(path, user.pw_uid, user.pw_gid)
+    # The directory is the master's user's, who could lead root elsewhere by a link.
+    with Host().directory(f"{RUNTIME}/{pool_name}") as beneath:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=beneath)
+        with open_beneath(beneath, name, os.O_RDWR | os.O_CREAT | os.O_EXCL, or_ours=True) as file:
+            owner = os.fstat(beneath)
+            os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
+            file.write(json.dumps({"version": 1, "tenants": tenants}).encode())
 
 
 def master_flags(pool: t.Mapping[str, t.Any]) -> dict[str, t.Any]:

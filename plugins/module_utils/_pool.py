@@ -235,7 +235,7 @@ class Pools:
         for connector in pool["connectors"]:
             for slab in _connectors.slabs(pool, connector):
                 there = self.host.exists(slab.path)
-                observed["slabs"][slab.path] = os.path.getsize(self.host.path(slab.path)) if there else None
+                observed["slabs"][slab.path] = os.lstat(self.host.path(slab.path)).st_size if there else None
             if connector["backend"] == "hf3fs" and connector["python"]:
                 module = _connectors.CLIENT[connector["engine"]]
                 done = self.host.run([connector["python"], "-c", f"import {module}"], check=False)
@@ -418,16 +418,12 @@ class Pools:
                     had = f"of {', '.join(names) or there['uid']}, mode {there['mode']:04o}"
                     now = f"of {owner}, mode {_OWN_MODE:04o}, with all that is in it"
                     steps.append(Step("own", path, before=had, after=now, data=owner, disruptive=True))
-        owners = {
-            path: owner for tier in pool["tiers"] if tier.get("path") for path, _size, owner in _directories(pool, tier)
-        }
         for connector in pool["connectors"]:
             for slab in _connectors.slabs(pool, connector):
                 had = observed["slabs"][slab.path]
                 if had != slab.file_bytes:
                     why = f"{slab.pages} pages of {slab.page_bytes} bytes"
-                    owner = owners[os.path.dirname(slab.path)]
-                    steps.append(Step("lay out", slab.path, before=had, after=slab.file_bytes, why=why, data=owner))
+                    steps.append(Step("lay out", slab.path, before=had, after=slab.file_bytes, why=why))
         return steps
 
     def _plan_files(self, name: str, pool: dict[str, t.Any] | None, observed: dict[str, t.Any]) -> list[Step]:
@@ -605,8 +601,6 @@ class Pools:
             os.chmod(real, _OWN_MODE)
         elif step.verb == "lay out":
             _slab.make(self.host.path(step.object), step.after)
-            if step.data and step.before is None:
-                self.host.run(["chown", f"{step.data}:", self.host.path(step.object)])
         elif step.verb == "declare":
             self.host.write(step.object, json.dumps(step.data, indent=2, sort_keys=True) + "\n")
         elif step.verb in ("forget", "remove"):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -164,12 +165,12 @@ def _probe_pages(
 
 def _probe_files(directory: str, size: int, samples: int) -> dict[str, t.Any]:
     put_seconds, get_seconds, same = [], [], True
-    path = os.path.join(directory, f".agentfleet-probe-{os.urandom(8).hex()}")
-    try:
-        for _sample in range(samples):
+    for _sample in range(samples):
+        path = os.path.join(directory, f".agentfleet-probe-{os.urandom(8).hex()}")
+        try:
             data = os.urandom(size)
             start = time.perf_counter()
-            with open(path, "wb") as file:
+            with open(path, "xb") as file:  # a new one each time: its directory's owner could put a link in its place
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -179,9 +180,9 @@ def _probe_files(directory: str, size: int, samples: int) -> dict[str, t.Any]:
                 start = time.perf_counter()
                 same = raw.read() == data and same
                 get_seconds.append(time.perf_counter() - start)
-    finally:
-        if os.path.exists(path):
-            os.unlink(path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
     return _judged(summary(put_seconds, get_seconds, size), same)
 
 

@@ -80,9 +80,17 @@ def slabs(pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.Any], directo
 
 
 def make(path: str, size: int) -> None:
-    """Make a file or give it its size. 3FS gives it space as chunks are written, and knows no other preallocation."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    """Make a file for the owner of its directory, or give it its size.
+
+    3FS gives it space as chunks are written, and knows no other preallocation.
+    """
+    new = not os.path.lexists(path)
+    # That owner could lead root elsewhere by a link.
+    handle = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if new else os.O_NOFOLLOW), 0o600)
     try:
+        if new:
+            owner = os.stat(os.path.dirname(path))
+            os.fchown(handle, owner.st_uid, owner.st_gid)
         os.ftruncate(handle, size)
         os.fsync(handle)
     finally:
@@ -204,7 +212,7 @@ class Pages:
     def __init__(self, slab: Slab, path: str, mapped: PageMap) -> None:
         self.slab, self.map = slab, mapped
         self._mapped: set[str] = set()  # keys with a page that the map gave, and not the idle one
-        self.file = os.open(path, os.O_RDWR)
+        self.file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)  # no link of a tenant to another one's file
         size = os.fstat(self.file).st_size
         if size != slab.file_bytes:
             os.close(self.file)

@@ -276,6 +276,24 @@ def test_tenants_become_those_declared_and_who_goes_is_emptied(
     }
 
 
+def test_quotas_are_given_to_the_masters_user_by_no_name_that_he_could_make_a_link(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: t.Any
+) -> None:
+    declared(tmp_path, {"red": "red-1"}, tenants=[{"name": "red", "quota_bytes": 8}])
+    path, other = tmp_path / "run/a/quotas.yaml", tmp_path / "shadow"
+    path.parent.mkdir(parents=True)
+    other.write_text("of root")
+    other.chmod(0o640)
+    path.symlink_to(other)
+    for name in ("chown", "chmod"):
+        monkeypatch.setattr(os, name, lambda *_arguments, name=name: pytest.fail(f"{name} by name"))
+    for _start in range(2):
+        _mooncake.policy("a")
+    assert json.loads(path.read_text()) == {"version": 1, "tenants": [{"name": "red-1", "quota": 8}]}
+    assert not path.is_symlink() and path.stat().st_mode & 0o777 == 0o600
+    assert other.read_text() == "of root" and other.stat().st_mode & 0o777 == 0o640
+
+
 def test_stores_of_this_host_are_known_by_their_tier(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: t.Any
 ) -> None:

@@ -61,6 +61,28 @@ def declared(engine: str, model: str, **more: t.Any) -> tuple[dict[str, t.Any], 
     return pool, pool["connectors"][0]
 
 
+def test_the_owner_of_its_directory_has_a_file_and_leads_nobody_elsewhere(
+    tmp_path: Path, slab: _slab.Slab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, link = tmp_path / "there", tmp_path / "link"
+    there.write_bytes(b"of somebody else")
+    given: list[tuple[t.Any, ...]] = []
+    monkeypatch.setattr(os, "fchown", lambda _file, *owner: given.append(owner))
+    for target in (there, tmp_path / "missing"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        with pytest.raises(OSError, match="symbolic links"):
+            _slab.make(str(link), PAGE)
+        with pytest.raises(OSError, match="symbolic links"):
+            _slab.Pages(slab, str(link), _slab.page_map("sglang", "http://127.0.0.1:1"))
+    assert there.read_bytes() == b"of somebody else" and not (tmp_path / "missing").exists() and given == []
+
+    for size in (PAGE, 2 * PAGE):
+        _slab.make(str(tmp_path / "new"), size)
+    state = tmp_path.stat()
+    assert given == [(state.st_uid, state.st_gid)] and (tmp_path / "new").stat().st_size == 2 * PAGE
+
+
 @pytest.mark.parametrize(
     ("name", "model", "files", "page"),
     [
