@@ -133,6 +133,8 @@ def cluster(lab: t.Any, request: pytest.FixtureRequest) -> Cluster:
 
 
 def test_from_nothing_interrupted_and_continued(cluster: Cluster) -> None:
+    alone = cluster.lab.play("threefs", "--limit=metal4", **cluster.variables)
+    assert alone.changed() == [] and "metal3, metal5 were not asked" in alone.failures(), "no database beside another"
     steps = {"Run the servers", "Configure all services of the host", "Make targets, chains and tables"}
     assert {f"metal3: {step}" for step in steps} <= done(cluster.play("threefs", "--check"))
     half = cluster.interrupt("create-target", "threefs", after=3)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import typing as t
 
 from ansible_collections.agentfleet.metal.tests.unit.role_lab import rendered
@@ -55,3 +56,30 @@ def test_backups_and_drills_that_no_host_would_make_are_refused() -> None:
     )
     assert "foundationdb_backup_host: f9 is not in the group foundationdb" in nobody and "Hosts: f1, f2, f3" in nobody
     assert nothing.startswith("foundationdb_drill_port: 4600: there are no backups") and nothing.endswith("or set 0")
+
+
+def found(**lines: str | None) -> dict[str, t.Any]:
+    """What hosts said of their cluster files: a line, or None for no file; others were not asked."""
+    hosts: dict[str, t.Any] = {f"f{number}": {"foundationdb_address": f"10.0.0.{number}"} for number in (1, 2, 3)}
+    for host, line in lines.items():
+        text = base64.b64encode(f"# by the servers\n{line}\n".encode()).decode()
+        hosts[host]["foundationdb__file"] = {"content": text} if line else {"failed": False, "msg": "file not found"}
+    return {"hostvars": hosts}
+
+
+def test_a_new_database_only_where_no_host_can_have_one() -> None:
+    new, moved = "foundationdb:0d6c", "foundationdb:Xy12@10.0.0.2:4500"
+    names = ["foundationdb__connection", "foundationdb__unclear"]
+    fresh, limited, given, rebuilt, several = render(
+        names,
+        found(f1=None, f2=None, f3=None),
+        found(f1=None),
+        found(f1=moved),
+        found(f1=None, f2=moved, f3=moved),
+        found(f1=f"{new}@10.0.0.1:4500", f2=moved, f3=moved),
+    )
+    assert fresh[0].startswith("foundationdb:") and fresh[0].endswith("@10.0.0.1:4500,10.0.0.2:4500,10.0.0.3:4500")
+    assert given == rebuilt == [moved, ""] and fresh[1] == ""
+    assert "f2, f3 were not asked" in limited[1] and "Run without --limit" in limited[1]
+    assert "f1 has foundationdb:0d6c, f2 has foundationdb:Xy12, f3 has foundationdb:Xy12. " in several[1]
+    assert "stop foundationdb where" in several[1]
