@@ -364,6 +364,7 @@ class Servers:
                 if path
             },
             "others": self._others(),
+            "sharing": self._sharing(),
             "old": self.old.observe(self._backup_units()),
         }
 
@@ -403,6 +404,18 @@ class Servers:
                 taken.update(dict.fromkeys(_ports(self.host.read(path)), os.path.dirname(path)))
         return taken
 
+    def _sharing(self) -> str:
+        """The unit that takes backups of another database to our directory, where each deletes those of the other."""
+        own = f"{UNITS}/{dashed(self.name)}-backup.service"
+        for path in self.host.glob(f"{UNITS}/foundationdb*-backup.service") if self.backup else ():
+            found = re.search(r" -d file://(\S+) -w$", self.host.read(path), re.MULTILINE)
+            if path != own and found and self._real(found.group(1)) == self._real(self.backup["directory"]):
+                return os.path.basename(path)
+        return ""
+
+    def _real(self, path: str) -> str:
+        return os.path.realpath(self.host.path(path))
+
     def _refuse_loss(self, conf: str) -> None:
         """Servers that end, or begin in an empty directory, take their share of the data with them; on all hosts at once, all of it."""
         going = [port for port in _ports(conf) if not self.port <= port < self.port + self.processes]
@@ -436,6 +449,13 @@ class Servers:
                 raise Refused(
                     "port", self.port, f"{observed['others'][port]} has port {port} on this host", "Choose other ports"
                 )
+        if observed["sharing"]:
+            raise Refused(
+                "backup.directory",
+                self.backup["directory"],
+                f"{observed['sharing']} has it, and each database would delete, check and restore the backups of the other",
+                "Give each database a directory of its own",
+            )
         if not self.lose_data:
             self._refuse_loss(observed["files"][f"{etc(self.name)}/foundationdb.conf"])
         now = observed["cluster"]

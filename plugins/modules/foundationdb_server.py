@@ -94,7 +94,10 @@ options:
     default: {}
     suboptions:
       directory:
-        description: Directory for the backups. Without it there are none.
+        description:
+          - Directory for the backups of this database alone, also where hosts share the storage that it is on. Without it there
+            are none.
+          - One that another database of this host has is refused.
         type: path
       on_calendar:
         description: When, as systemd writes it.

@@ -156,6 +156,22 @@ def test_a_second_database_has_everything_of_its_own(host: t.Any) -> None:
     assert "/var/lib/foundationdb-second" in objects and "/var/lib/foundationdb " not in objects
 
 
+def test_backups_of_two_databases_have_a_directory_each(host: t.Any) -> None:
+    (Path(host.root) / "srv").mkdir()
+    host.files({"/backup": "-> srv"})
+    one = {**SERVERS, "backup_agents": 1, "backup": {"directory": "/srv/fdb"}}
+    first = Servers(host, one)
+    apply_all(first, first.plan(first.observe()))
+    Servers(host, one).plan(Servers(host, one).observe())
+    other = {**one, "name": "second", "port": 4600}
+    same, apart = (
+        Servers(host, {**other, "backup": {"directory": path}}) for path in ("/backup/fdb", "/backup/second")
+    )
+    with pytest.raises(Refused, match=r"backup.directory: '/backup/fdb': foundationdb-backup.service has it"):
+        same.plan(same.observe())
+    assert apart.plan(apart.observe())
+
+
 def test_a_database_is_created_once(host: t.Any) -> None:
     cli = Cli(host)
     database = Database(host, DATABASE)
