@@ -48,6 +48,7 @@ CLIENT = {"sglang": "hf3fs_fuse.io", "vllm": "hf3fs_fuse.io", "lmcache": "hf3fs_
 DIRECTORY = "/etc/agentfleet/connectors"
 # What fills files up to a size that it is told; the others keep no account of theirs.
 _FILL = {("sglang", "file"), ("sglang", "hf3fs"), ("vllm", "hf3fs"), ("lmcache", "disk")}
+_GB = 10**9  # SGLang takes whole decimal gigabytes
 _EVICTION = {  # policy -> what each engine calls it; absent where the engine has no such policy
     "lru": {"vllm": "lru", "lmcache": "LRU"},
     "fifo": {"lmcache": "FIFO"},
@@ -154,6 +155,13 @@ def check(option: str, pool: t.Mapping[str, t.Any], connector: t.Mapping[str, t.
             f"a rank's share holds fewer than two pages of {size} bytes",
             "Make the tier larger",
         )
+    if engine == "sglang" and _memory(made) < _GB:
+        raise Refused(
+            f"{option}.host_memory",
+            format_size(made["host_memory_bytes"]),
+            f"less than SGLang's unit of 1 GB for each of {gpus} GPUs",
+            f"Give at least {gpus}GiB",
+        )
     if made["metadata_run"] and (engine not in METADATA or backend != "hf3fs"):
         raise Refused(f"{option}.metadata_run", True, f"{engine} {backend} has no metadata service", "Leave it out")
     if made["metadata_run"] and not made["python"]:
@@ -235,7 +243,7 @@ def _sglang(made: Rendered, pool: t.Mapping[str, t.Any], connector: t.Mapping[st
     made.arguments += [
         "--enable-hierarchical-cache",
         f"--page-size={pool['page_tokens']}",
-        f"--hicache-size={_gigabytes(connector['host_memory_bytes'])}",
+        f"--hicache-size={_memory(connector) // _GB}",  # of each rank
         f"--hicache-write-policy={pool['write_policy']}",
         f"--hicache-storage-backend={backend}",
         "--hicache-storage-prefetch-policy=timeout",
@@ -294,7 +302,7 @@ def _vllm(made: Rendered, pool: t.Mapping[str, t.Any], connector: t.Mapping[str,
                 "device_name": ",".join(pool["rdma_devices"]),
                 "mode": "standalone-store",
                 "global_segment_size": 0,
-                "local_buffer_size": connector["host_memory_bytes"],
+                "local_buffer_size": _memory(connector),  # of each rank
                 "enable_offload": any(tier["medium"] == "ssd" for tier in pool["tiers"]),
                 **({"tenant_id": tenant_id} if tenant_id else {}),
             }
@@ -377,7 +385,7 @@ def _lmcache(made: Rendered, pool: t.Mapping[str, t.Any], connector: t.Mapping[s
             "mooncake_master_server_addr": address,
             "mooncake_rdma_devices": ",".join(pool["rdma_devices"]),
             "mooncake_global_segment_size": "0",
-            "mooncake_local_buffer_size": str(connector["host_memory_bytes"] // gpus),
+            "mooncake_local_buffer_size": str(_memory(connector)),
             **({"mooncake_tenant_id": tenant_id} if tenant_id else {}),
         }
         made.environment.update(_cluster(pool))
@@ -466,11 +474,9 @@ def url(connector: t.Mapping[str, t.Any]) -> str:
     return f"http://{connector['metadata_address']}:{connector['metadata_port']}"
 
 
-def _gigabytes(size: int) -> int:
-    """SGLang takes whole decimal gigabytes."""
-    if size < 10**9:
-        raise Refused("host_memory", format_size(size), "less than SGLang's unit of 1 GB", "Give at least 1GiB")
-    return size // 10**9
+def _memory(connector: t.Mapping[str, t.Any]) -> int:
+    """Bytes of host memory that one rank takes: its share of the engine's."""
+    return int(connector["host_memory_bytes"]) // int(connector["tensor_parallel"])
 
 
 def _lines(arguments: t.Iterable[str]) -> str:

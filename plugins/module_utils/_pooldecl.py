@@ -363,8 +363,9 @@ def _made_connectors(option: str, pool: t.Mapping[str, t.Any], made: t.Mapping[s
     shares: dict[str, str] = {}
     for index, connector in enumerate(pool.get("connectors") or []):
         where = f"{option}.connectors[{index}]"
-        memory = parse_size(f"{where}.host_memory", connector.get("host_memory") or "4GiB")
         wish = {"tensor_parallel": made["tensor_parallel"], **{k: v for k, v in connector.items() if v is not None}}
+        told = connector.get("host_memory")
+        memory = parse_size(f"{where}.host_memory", told) if told else max(4, int(wish["tensor_parallel"])) << 30
         one = _connectors.check(where, made, {**wish, "host_memory_bytes": memory})
         name = _connectors.name_of(one)
         if name in found:

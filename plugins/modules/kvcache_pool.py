@@ -255,9 +255,10 @@ options:
                 O(pools[].model), which tells the size of their pages.
             type: int
           host_memory:
-            description: Host memory that the engine takes for its own first tier or for staging.
+            description:
+              - Host memory that the engine takes for its own first tier or for staging, its GPUs together.
+              - V(4GiB), or 1GiB for each GPU if that is more, if left out. SGLang needs no less.
             type: str
-            default: 4GiB
           address:
             description: Address of the engine's host; the pool's, if left out.
             type: str
@@ -382,7 +383,7 @@ CONNECTOR = {
     "backend": {"type": "str", "required": True},
     "tenant": {"type": "str"},
     "tensor_parallel": {"type": "int"},
-    "host_memory": {"type": "str", "default": "4GiB"},
+    "host_memory": {"type": "str"},
     "address": {"type": "str"},
     "python": {"type": "str"},
     "metadata_address": {"type": "str"},

@@ -198,7 +198,14 @@ def test_a_tenants_connector_is_secret_and_has_its_own_directory_and_quota() -> 
 
 def test_sizes_in_the_engines_units() -> None:
     made = rendered("mooncake", "sglang-mooncake", connector={"host_memory": "64GiB"})
-    assert arguments(made.arguments)["hicache-size"] == "68"
+    assert arguments(made.arguments)["hicache-size"] == "8", "for each of 8 ranks"
+    assert arguments(rendered("mooncake", "sglang-mooncake").arguments)["hicache-size"] == "1", "if left out"
+    one = rendered("mooncake", "sglang-mooncake", connector={"host_memory": "64GiB", "tensor_parallel": 1})
+    assert arguments(one.arguments)["hicache-size"] == "68"
+    config = json.loads(
+        rendered("mooncake", "vllm-mooncake", connector={"host_memory": "64GiB"}).files["mooncake.json"]
+    )
+    assert config["local_buffer_size"] == 8 << 30
     config = json.loads(rendered("mooncake", "lmcache-cpu", connector={"host_memory": "64GiB"}).files["lmcache.yaml"])
     assert config["max_local_cpu_size"] == 8
     dax = json.loads(rendered("filesystem", "lmcache-dax", connector={"tensor_parallel": 1}).files["lmcache.yaml"])
