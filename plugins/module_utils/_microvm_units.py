@@ -30,7 +30,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_unit imp
 from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import Spec
 
 LADDER_SECONDS = STOP_SECONDS + 2 * RUNG_SECONDS + 20
-STOPPED_SECONDS = 4 * LADDER_SECONDS + 60  # systemd gives ExecStop, TERM, KILL and ExecStopPost as much each
+STOPPED_SECONDS = 4 * LADDER_SECONDS + 60  # ExecStop, TERM, KILL and ExecStopPost have as much each
 CLONE_LIMIT_SECONDS = 1800  # five starts of a clone in this time are too many
 RESTART = {"always": "always", "on-failure": "on-failure", "never": "no"}
 PACKAGE = "ansible_collections.agentfleet.metal.plugins.module_utils"

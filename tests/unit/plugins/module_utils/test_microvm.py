@@ -406,6 +406,20 @@ def test_what_does_not_stop_is_not_removed(metal: t.Any) -> None:
     assert not any(map(metal.exists, files))
 
 
+def test_nor_is_what_systemd_gave_up_and_still_lives(metal: t.Any) -> None:
+    run(metal, call({"name": "a1", "tenant": "red", "volumes": [{"name": "data", "size": "1MiB"}]}))
+    procs = "/sys/fs/cgroup/agentfleet.slice/agentfleet-red.slice/agentfleet-microvm@a1.service/cgroup.procs"
+    metal.files({procs: "4711\n"})
+    absent = {**call(state="absent", delete_volumes=True), "instances": [{"name": "a1"}]}
+    for _again in range(2):  # for systemd it is stopped
+        with pytest.raises(HostError, match=r"^a1 did not stop .*, so that nothing is removed"):
+            run(metal, absent)
+        assert metal.systemd.active == {} and metal.names("/var/lib/agentfleet/volumes/a1") == ["data"]
+    metal.files({procs: ""})
+    run(metal, absent)
+    assert not metal.exists("/var/lib/agentfleet/volumes/a1")
+
+
 def test_a_failed_start_that_does_not_stop_is_told_too(metal: t.Any, monkeypatch: t.Any) -> None:
     monkeypatch.setattr(_microvm_state, "ask_agent", lambda host, spec, *_more: None)
     metal.answers["systemctl stop"] = (124, "", "no end")
