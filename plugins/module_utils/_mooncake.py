@@ -176,11 +176,20 @@ def _client(
 
 def _bound_memory(name: str, size: int, node: int | None) -> tuple[int, mmap.mmap, int]:
     """Make, bind and lock the memory; returns (file descriptor, mapping, address)."""
+    with contextlib.ExitStack() as undo:
+        fd = os.memfd_create(name)
+        undo.callback(os.close, fd)
+        os.ftruncate(fd, size)
+        memory = mmap.mmap(fd, size)
+        undo.callback(memory.close)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        _bind(name, address, size, node)
+        undo.pop_all()
+    return fd, memory, address
+
+
+def _bind(name: str, address: int, size: int, node: int | None) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    fd = os.memfd_create(name)
-    os.ftruncate(fd, size)
-    memory = mmap.mmap(fd, size)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     where, length = ctypes.c_void_p(address), ctypes.c_ulong(size)
     if node is not None:
         number = _MBIND.get(platform.machine())
@@ -198,7 +207,6 @@ def _bound_memory(name: str, size: int, node: int | None) -> tuple[int, mmap.mma
         lies = pages(file.read(), name).get(address, {})
     if sum(lies.values()) != size or (node is not None and set(lies) != {node}):
         raise HostError(f"of {size} bytes meant for NUMA node {node} the kernel put {lies}")
-    return fd, memory, address
 
 
 def _notify(text: str) -> None:
@@ -313,7 +321,10 @@ def store(pool_name: str, tier_name: str) -> None:
     _notify("READY=1")
     while signal.sigwait(signals) == signal.SIGHUP:
         _notify("RELOADING=1\nMONOTONIC_USEC=" + str(time.monotonic_ns() // 1000))
-        serving.grow(_pool_tier(pool_name, tier_name)[1]["size_bytes"])
+        try:
+            serving.grow(_pool_tier(pool_name, tier_name)[1]["size_bytes"])
+        except (HostError, OSError) as error:  # what it holds is worth more than the size
+            serving.tell(str(error))
         _notify("READY=1")
     _notify("STOPPING=1")
     serving.close()
@@ -345,28 +356,51 @@ class _Store:
         self.client = _client(pool, 0, offload, patience_seconds=_MASTER_SECONDS)
         self.memory: list[tuple[int, mmap.mmap, int, int]] = []  # file, mapping, address, size
         self.segments: list[str] = []
+        self.attempts = 0
 
     def grow(self, size: int) -> None:
-        """Serve this many bytes; smaller than what there is takes a restart."""
+        """Serve this many bytes; smaller than what there is takes a restart.
+
+        :raises HostError: it serves what it served before
+        """
         more = size - sum(part[3] for part in self.memory)
         if more > 0:
+            if self.memory:
+                self._await_master()
             fd, mapping, address = _bound_memory(memory_name(self.pool["name"], self.name), more, self.node)
             # "*" lets the engine find out where the memory lies, and choose RDMA devices that are near.
             mounted = self.client.mount_segment(f"/proc/self/fd/{fd}", more, 0, self.pool["protocol"], "*")
             if mounted["ret"] != 0:
+                mapping.close()
+                os.close(fd)
                 raise HostError(f"the engine does not take the segment of {more} bytes: error {mounted['ret']}")
             self.memory.append((fd, mapping, address, more))
             self.segments += mounted["segment_ids"]
+        self.tell()
+
+    def _await_master(self) -> None:
+        """Wait for a master that was restarted: of a segment that it did not take the engine keeps the address for ever."""
+        end = time.monotonic() + _MASTER_SECONDS
+        while (rc := self.client.is_exist("agentfleet")) < 0:
+            if time.monotonic() > end or signal.sigpending() & {signal.SIGTERM, signal.SIGINT}:
+                raise HostError(f"the master does not answer: error {rc}")
+            time.sleep(1)
+
+    def tell(self, problem: str = "") -> None:
+        """Say what is served, and why it is not more."""
+        self.attempts += 1
         status = {
             "pid": os.getpid(),
             "addresses": [part[2] for part in self.memory],
             "size_bytes": sum(part[3] for part in self.memory),
             "numa_node": self.node,
             "segment": self.client.get_hostname(),
+            "attempts": self.attempts,
+            "problem": problem,
         }
         Host().write(f"{RUNTIME}/{self.pool['name']}-{self.name}/status.json", json.dumps(status))
         where = "any NUMA node" if self.node is None else f"NUMA node {self.node}"
-        _notify(f"STATUS=serving {status['size_bytes']} bytes on {where}")
+        _notify(f"STATUS=serving {status['size_bytes']} bytes on {where}{problem and ', does not grow: ' + problem}")
 
     def close(self) -> None:
         """Take leave of the master."""

@@ -23,6 +23,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._mooncake import 
     USER,
     devdax_of_memdevs,
     offload_share,
+    status_of,
     tier_node,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._numa import observe_numa
@@ -34,6 +35,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._units import for
 UNITS = _poolfiles.UNITS
 SYSUSERS = "/etc/sysusers.d/60-agentfleet-kv.conf"
 DRAIN_SECONDS = 600
+_GROW_SECONDS = 300  # with the wait for a master that was restarted
 _OWN_MODE, _OWN_SECONDS = 0o700, 600  # of a directory with an owner; to make him the owner of what is in it
 _SERVICE = f"""\
 Environment=PYTHONPATH={_boot.LIBRARY} PYTHONDONTWRITEBYTECODE=1
@@ -119,12 +121,14 @@ def parts(pool: t.Mapping[str, t.Any] | None) -> dict[str, t.Any]:
     return found
 
 
+def _size(part: t.Any) -> int:
+    """Bytes of a store by its part of the declaration; 0 for other units."""
+    return part[1].get("size_bytes", 0) if isinstance(part, list) and isinstance(part[1], dict) else 0
+
+
 def _grows(old: t.Any, new: t.Any) -> bool:
     """Whether a store only becomes larger, which it can do while it serves."""
-    if not (isinstance(old, list) and isinstance(new, list) and len(old) == len(new) == 3):
-        return False
-    sizes = [part[1].get("size_bytes", 0) if isinstance(part[1], dict) else 0 for part in (old, new)]
-    return 0 < sizes[0] < sizes[1] and [old[0], {**old[1], "size_bytes": sizes[1]}, old[2]] == new
+    return 0 < _size(old) < _size(new) and [old[0], {**old[1], "size_bytes": _size(new)}, old[2]] == new
 
 
 def _forgets(unit: str) -> bool:
@@ -202,6 +206,11 @@ class Pools:
                 if words[2:] and words[2].isdigit()
             },
             "rdma": self.host.names("/sys/class/infiniband"),
+            "stores": {
+                store_unit(name, tier["name"]): status_of(self.host, name, tier["name"])
+                for name in self.wanted
+                for tier in now.get(name, {}).get("tiers", [])
+            },
             "clients": {},
             "nodes": {},
             "devdax": {name: {} for name in self.wanted},
@@ -332,6 +341,12 @@ class Pools:
             if new.get(unit) != old[unit] and not _grows(old[unit], new.get(unit)) and self._running(unit, observed)
         ]
 
+    @staticmethod
+    def _serves(unit: str, old: t.Mapping[str, t.Any], observed: t.Mapping[str, t.Any]) -> int:
+        """Bytes of a running store: less than declared if it could not grow. One that only starts will have what is declared."""
+        status = observed["stores"].get(unit)
+        return int(status["size_bytes"]) if status else _size(old.get(unit))
+
     def plan(self, observed: dict[str, t.Any]) -> list[Step]:
         """Drain and stop what changes, write declaration and files, start what should run."""
         self._check(observed)
@@ -387,9 +402,8 @@ class Pools:
             enabled = observed["units"].get(unit, {}).get("UnitFileState") == "enabled"
             if unit in stops or not enabled or not self._running(unit, observed):
                 starts.append(unit)
-            elif _grows(old_parts.get(unit), new_parts[unit]):
-                sizes = [part[unit][1]["size_bytes"] for part in (old_parts, new_parts)]
-                grows.append(Step("grow", unit, before=sizes[0], after=sizes[1], data=name))
+            elif (has := self._serves(unit, old_parts, observed)) < _size(new_parts[unit]):
+                grows.append(Step("grow", unit, before=has, after=_size(new_parts[unit])))
         if starts:  # at once: a store's memory takes its time to be made, and stores wait for their master themselves
             steps.append(Step("start", ", ".join(starts), after="active, enabled", data=starts))
         steps += grows
@@ -517,10 +531,10 @@ class Pools:
         old = parts(observed["declared"].get(name)).get(unit)
         new = parts(self.wanted[name]).get(unit)
         more = tier["size_bytes"]
-        if self._running(unit, observed) and old == new:
+        if self._running(unit, observed) and (old == new or _grows(old, new)):
+            more -= self._serves(unit, {unit: old}, observed)
+        if more <= 0:
             return
-        if old and self._running(unit, observed) and _grows(old, new):
-            more -= old[1]["size_bytes"]
         place = -1 if node is None else node
         free = sum(observed["free"].values()) if node is None else observed["free"][node]
         need[place] = need.get(place, 0) + more
@@ -631,14 +645,25 @@ class Pools:
             self.host.run(["systemctl", "daemon-reload"])
 
     def _grow(self, step: Step) -> None:
-        self.host.run(["systemctl", "reload", step.object])
         pool_tier = step.object.partition("@")[2].rpartition(".")[0]
-        path = f"/run/agentfleet-mooncake/{pool_tier}/status.json"
 
-        def grown() -> bool:
-            return bool(json.loads(self.host.read(path) or "{}").get("size_bytes") == step.after)
+        def status() -> dict[str, t.Any]:
+            return status_of(self.host, *pool_tier.split("-")) or {}
 
-        self.host.wait(grown, f"{step.object} serves {step.after} bytes", 300, 0.5)
+        before = status()
+        done = self.host.run(["systemctl", "reload", step.object], timeout_seconds=_GROW_SECONDS, check=False)
+
+        def answered() -> bool:
+            now = status()
+            if before and now.get("pid") != before["pid"]:
+                raise HostError("its store ended instead of growing, and what it held in memory is lost")
+            if done.rc != 0 and now == before:
+                raise HostError(done.text)
+            if now.get("problem") and now != before:
+                raise HostError(f"it serves {now['size_bytes']} bytes as before: {now['problem']}")
+            return bool(now.get("size_bytes") == step.after)
+
+        self.host.wait(answered, f"{step.object} serves {step.after} bytes", _GROW_SECONDS, 0.5)
 
     def _start(self, units: t.Sequence[str]) -> None:
         done = self.host.run(["systemctl", "enable", "--quiet", "--now", *units], timeout_seconds=600, check=False)

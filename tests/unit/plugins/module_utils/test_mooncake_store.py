@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
+import signal
 import types
 import typing as t
 
@@ -29,6 +31,7 @@ class Engine:
         self.mounted: list[tuple[t.Any, ...]] = []
         self.objects: dict[str, bytes] = {}
         self.replicas, self.at, self.refusals = 1, ADDRESS, 0
+        self.silent, self.full = 0, False  # questions that no master answers, and whether it takes no segment
         self.unmounted: list[str] = []
         self.emptied: list[str] = []
 
@@ -54,7 +57,11 @@ class Client:
 
     def mount_segment(self, *arguments: t.Any) -> dict[str, t.Any]:
         self.engine.mounted.append(arguments)
-        return {"ret": 0 if arguments[1] else -1, "segment_ids": [f"segment-{len(self.engine.mounted)}"]}
+        return {"ret": -1 if self.engine.full else 0, "segment_ids": [f"segment-{len(self.engine.mounted)}"]}
+
+    def is_exist(self, key: str) -> int:
+        self.engine.silent -= 1
+        return -900 if self.engine.silent >= 0 else 0
 
     def unmount_segment(self, segments: list[str], grace: int) -> int:
         self.engine.unmounted += segments
@@ -159,6 +166,61 @@ def test_a_store_serves_memory_of_its_own_and_grows(
     assert engine.unmounted == ["segment-1", "segment-2"]
 
 
+def test_a_store_that_cannot_grow_goes_on_serving(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: t.Any
+) -> None:
+    """Of three times that it is told to grow, the memory fails at the first and the engine at the second."""
+    parts: list[tuple[int, mmap.mmap]] = []
+    told: list[str] = []
+    statuses: list[dict[str, t.Any]] = []
+    path = tmp_path / "run" / "a-dram" / "status.json"
+
+    def memory(name: str, size: int, node: int | None) -> tuple[int, mmap.mmap, int]:
+        if len(statuses) == 1:
+            raise HostError("no memory")
+        fd = os.memfd_create(name)
+        os.ftruncate(fd, size)
+        parts.append((fd, mmap.mmap(fd, size)))
+        return *parts[-1], ADDRESS + len(parts)
+
+    def sigwait(signals: set[int]) -> int:
+        statuses.append(json.loads(path.read_text()))
+        declared(tmp_path, tiers=[{**TIER, "size_bytes": 6 * MIB}])
+        engine.full, engine.silent = len(statuses) == 2, 3
+        return signal.SIGTERM if len(statuses) == 4 else signal.SIGHUP
+
+    monkeypatch.setattr(_mooncake, "_bound_memory", memory)
+    monkeypatch.setattr(_mooncake, "_notify", told.append)
+    monkeypatch.setattr(_mooncake.signal, "pthread_sigmask", lambda how, signals: None)
+    monkeypatch.setattr(_mooncake.signal, "sigwait", sigwait)
+    declared(tmp_path)
+
+    _mooncake.store("a", "dram")
+
+    assert [status["size_bytes"] // MIB for status in statuses] == [4, 4, 4, 6]
+    assert [status["attempts"] for status in statuses] == [1, 2, 3, 4]
+    segment = "the engine does not take the segment of 2097152 bytes: error -1"
+    assert [status["problem"] for status in statuses] == ["", "no memory", segment, ""]
+    assert f"STATUS=serving {4 * MIB} bytes on NUMA node 0, does not grow: no memory" in told
+    assert told.count("READY=1") == 4
+    assert [part.closed for _fd, part in parts] == [False, True, False], "what the engine did not take is given back"
+    assert parts[1][0] == parts[2][0], "its descriptor too"
+    for fd in (parts[0][0], parts[2][0]):
+        os.close(fd)
+    assert engine.unmounted == ["segment-1", "segment-3"]
+
+
+def test_a_store_grows_only_with_a_master_that_answers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_mooncake, "_bound_memory", lambda *_wish: (40, None, ADDRESS))
+    monkeypatch.setattr(_mooncake.signal, "sigpending", lambda: {signal.SIGTERM})
+    store = _mooncake._Store(pool(), TIER, "")
+    engine.silent = 1
+    store.grow(4 * MIB)
+    with pytest.raises(HostError, match="the master does not answer: error -900"):
+        store.grow(6 * MIB)
+    assert len(engine.mounted) == 1
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/numa_maps"), reason="the kernel has no NUMA")
 def test_memory_is_there_named_and_locked_before_the_engine_sees_it() -> None:
     fd, memory, address = _mooncake._bound_memory("agentfleet-unit-test", 16 * PAGE, None)
@@ -171,8 +233,11 @@ def test_memory_is_there_named_and_locked_before_the_engine_sees_it() -> None:
     finally:
         os.close(fd)
         assert len(memory) == 16 * PAGE
+    memory.close()
     with pytest.raises(HostError, match="binding .* to NUMA node 1000: "):
         _mooncake._bound_memory("agentfleet-unit-test", PAGE, 1000)
+    with open("/proc/self/maps", encoding="utf-8") as file:
+        assert "agentfleet-unit-test" not in file.read(), "what failed is given back"
 
 
 # -- the probe ----------------------------------------------------------------------

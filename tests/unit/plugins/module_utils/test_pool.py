@@ -47,6 +47,8 @@ class Machine:
         self.answering = True
         self.quotas: dict[str, dict[str, int]] = {}
         self.agents: list[str] = []
+        self.grows = "grows"  # or "dies", or why it does not
+        self.starts = 0
         host.files(
             {
                 "/sys/devices/system/node/node0/meminfo": "Node 0 MemTotal: 65536 kB\nNode 0 MemFree: 32768 kB\n",
@@ -97,19 +99,41 @@ class Machine:
                 f"UnitFileState={'enabled' if unit in self.enabled else 'disabled'}"
                 for unit in units
             )
+        stores = [unit for unit in units if "-store@" in unit]
         if verb == "reload":
-            tier = units[0].partition("@")[2].rpartition(".")[0]
-            pool = json.loads(host.read(f"/etc/agentfleet/pools/{tier.partition('-')[0]}.json"))
-            size = next(x["size_bytes"] for x in pool["tiers"] if x["name"] == tier.partition("-")[2])
-            host.files({f"/run/agentfleet-mooncake/{tier}/status.json": json.dumps({"size_bytes": size})})
+            self.store(stores[0], new=self.grows == "dies")
         if verb == "enable":
+            for unit in set(stores) - self.active:
+                self.store(unit)
             self.enabled.update(units)
             self.active.update(units)
         if verb == "stop":
             self.active.difference_update(units)
+            for unit in stores:
+                host.remove(self.status_path(unit))
         if verb == "disable":
             self.enabled.difference_update(units)
         return ""
+
+    @staticmethod
+    def status_path(unit: str) -> str:
+        return f"/run/agentfleet-mooncake/{unit.partition('@')[2].rpartition('.')[0]}/status.json"
+
+    def store(self, unit: str, new: bool = True) -> None:
+        """A store that starts, or is told to grow, reads the declaration and says what it serves."""
+        pool_name, _dash, name = unit.partition("@")[2].rpartition(".")[0].partition("-")
+        pool = json.loads(self.host.read(f"/etc/agentfleet/pools/{pool_name}.json"))
+        tier = next(tier for tier in pool["tiers"] if tier["name"] == name)
+        status = json.loads(self.host.read(self.status_path(unit)) or "{}")
+        if new:
+            self.starts += 1
+            status = {"pid": self.starts, "attempts": 0, "numa_node": tier["numa_node"]}
+        status.update(attempts=status["attempts"] + 1, problem="")
+        if new or self.grows == "grows":
+            status["size_bytes"] = tier["size_bytes"]
+        else:
+            status["problem"] = self.grows
+        self.host.files({self.status_path(unit): json.dumps(status)})
 
     def run(self, pools: list[dict[str, t.Any]]) -> list[str]:
         resource = _pool.Pools(self.host, pools)
@@ -150,6 +174,31 @@ def test_a_tier_grows_while_it_serves(machine: Machine) -> None:
     other[0]["tiers"][1]["size"] = "12MiB"
 
     assert machine.run(other) == ["declare /etc/agentfleet/pools/a.json", f"grow {SECOND}"]
+    assert machine.run(other) == []
+
+
+def test_a_tier_that_could_not_grow_is_told_of_and_grows_in_the_next_run(machine: Machine) -> None:
+    machine.run(wish())
+    other = wish()
+    other[0]["tiers"][1]["size"] = "12MiB"
+
+    for _run in range(2):
+        machine.grows = "locking 4194304 bytes on NUMA node 0: Cannot allocate memory"
+        with pytest.raises(HostError, match="it serves 8388608 bytes as before: locking 4194304 bytes"):
+            machine.run(other)
+    machine.grows = "grows"
+    assert machine.run(other) == [f"grow {SECOND}"]
+    assert machine.run(other) == []
+
+
+def test_a_store_that_died_of_growing_is_no_success(machine: Machine) -> None:
+    machine.run(wish())
+    machine.grows = "dies"
+    other = wish()
+    other[0]["tiers"][1]["size"] = "12MiB"
+
+    with pytest.raises(HostError, match="its store ended instead of growing, and what it held in memory is lost"):
+        machine.run(other)
     assert machine.run(other) == []
 
 
