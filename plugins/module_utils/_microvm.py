@@ -68,6 +68,7 @@ STATES = {
 }
 RELOAD_SECONDS = 300  # takes a minute on a crowded emulated host
 START_SECONDS = 900  # others may boot before
+TAPS_SECONDS = 180  # of which it may wait a minute for others
 LOOK_SECONDS = 5  # between two questions to systemd while guests boot
 OVERHEAD = 192 << 20  # of a VMM besides guest RAM and privately written image pages
 
@@ -435,7 +436,7 @@ class MicroVms:
         self.host.remove(pending("reload"))
 
     def _apply_load(self, _data: None) -> None:
-        self.host.run([f"{LIBRARY}/microvm-taps", "load"])
+        self._run_taps("load")
         self.host.remove(pending("load"))
 
     def _apply_enable(self, names: list[str]) -> None:
@@ -541,9 +542,13 @@ class MicroVms:
         for path, (text, mode) in _network.files_of(directory, running["networks"]).items():
             self.host.write(path, text, mode)
         try:
-            self.host.run([f"{LIBRARY}/microvm-taps", "up", running["name"], directory])
+            self._run_taps("up", running["name"], directory)
         finally:
             shutil.rmtree(self.host.path(directory))
+
+    def _run_taps(self, *arguments: str) -> None:
+        """It waits for its turn, and is not ended in the middle of it."""
+        self.host.run([f"{LIBRARY}/microvm-taps", *arguments], timeout_seconds=TAPS_SECONDS)
 
     def _limit(self, name: str) -> None:
         """Apply the limits of the drop-in to the control group; reloading systemd alone does not."""
@@ -695,7 +700,7 @@ class MicroVms:
                 )
         for name, _bridge in sorted(_network.attached(self.host)):
             if name in names:  # its end did not get its turn
-                self.host.run([f"{LIBRARY}/microvm-taps", "down", name])
+                self._run_taps("down", name)
         for name in names:
             made = [path for path in self.made if path.startswith(volume_path(name, ""))]
             for path in self._own_files(name) + made:

@@ -199,6 +199,8 @@ bridge_up() {{ # BRIDGE MAC ADDRESS ADDRESS6
         fi
         fresh=yes
     fi
+    # Who made it may have been ended before it had the filter loaded, without which guests reach all of the host.
+    nft get element inet agentfleet bridges "{{ \\"$1\\" }}" >/dev/null 2>&1 || fresh=yes
     [ "$(cat "/sys/class/net/$1/ifalias")" = {ALIAS} ] || {{ echo "$1: not a bridge of microVMs" >&2; exit 1; }}
     ip link set "$1" up
     [ "$3" = - ] || ip address replace "$3" dev "$1"
@@ -254,13 +256,14 @@ esac
 
 change=$(delete "$made"; cat "$wanted.nft")
 [ ! -e "$made.taps" ] || {{ grep -vxFf "$wanted" "$made.taps" || :; }} | down
+fresh=
+ls {RUN}/*.taps >/dev/null 2>&1 || fresh=yes # whatever is loaded: its policies were not kept up to date
 cp "$wanted" "$made.taps"
 cp "$wanted.nft" "$made.nft"
-fresh=
 while read -r _tap _mac bridge bridge_mac address address6; do
     bridge_up "$bridge" "$bridge_mac" "$address" "$address6"
 done <"$made.taps"
-# The filter knows a tap device before there is one. It is loaded with the first, and for each bridge.
+# The filter knows a tap device before there is one. It is loaded with the first, and for each bridge that it does not have.
 [ -n "$fresh" ] || echo "$change" | nft -f - || fresh=yes
 [ -z "$fresh" ] || load
 forwarding

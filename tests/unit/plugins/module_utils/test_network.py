@@ -214,7 +214,15 @@ class Script:
     def __init__(self, root: Path) -> None:
         self.root, self.net, self.run, self.told = root, root / "sys/class/net", root / RUN[1:], root / "nft"
         (root / "bin").mkdir()
-        told = f"#!/bin/sh\ncat ${{2#-}} >>{self.told}\n"
+        bridges, loaded = root / RUN[1:] / "taps.bridges.nft", root / "loaded"
+        told = f"""\
+#!/bin/sh
+case "$1 $2" in
+"get element") exec grep -qsF "bridges $6" {loaded} ;;
+*.nft) cp {bridges} {loaded} ;;
+esac
+cat ${{2#-}} >>{self.told}
+"""
         for name, text in (("ip", FAKE_IP), ("nft", told), ("bridge", "#!/bin/sh\n")):
             program = root / "bin" / name
             program.write_text(text)
@@ -276,6 +284,24 @@ def test_taps_of_an_older_definition_are_removed(script: Script, changed: str) -
     assert "delete table inet agentfleet" in script("down", "a1")
     assert script.devices() == [] and os.listdir(script.run) == ["taps.lock"]
     assert script("down", "a1") == script("load") == ""
+
+
+def test_no_bridge_is_used_that_the_filter_does_not_have(script: Script) -> None:
+    for number, bridge in enumerate(("br0", "br1", "br1")):
+        script.define(f"a{number}", f"af{number} m{number} {bridge} n{number} 10.{number}.0.1/24 -\n")
+    script("up", "a0")
+    (script.net / "br1").mkdir()  # by an "up" that was ended then
+    (script.net / "br1" / "ifalias").write_text("agentfleet\n")
+    assert script("up", "a1") == "all rules\n"
+    assert script("up", "a2") == 'add element bridge agentfleet tenants { "af2" : 0x7 }\n'
+
+
+def test_the_first_one_loads_the_filter_whatever_an_older_version_left(script: Script) -> None:
+    script.define("a0", "af0 m0 br0 n0 10.0.0.1/24 -\n")
+    script("up", "a0")
+    for path in script.run.iterdir():
+        path.unlink()
+    assert script("up", "a0") == "all rules\n"
 
 
 def test_who_ends_and_waits_in_vain_for_a_turn_is_cleared_up_for_by_the_next(script: Script) -> None:
