@@ -70,6 +70,7 @@ RELOAD_SECONDS = 300  # takes a minute on a crowded emulated host
 START_SECONDS = 900  # others may boot before
 TAPS_SECONDS = 180  # of which it may wait a minute for others
 LOOK_SECONDS = 5  # between two questions to systemd while guests boot
+ATTACH_SECONDS = 60  # until a guest uses what was attached; its agent gives up after 45
 OVERHEAD = 192 << 20  # of a VMM besides guest RAM and privately written image pages
 
 
@@ -522,14 +523,14 @@ class MicroVms:
             "images": _microvm_data.image_lines(images),
             "shares": _microvm_data.share_lines(shares),
         }
-        told = state_of.ask_agent(self.host, running, 20, "/attached", message) or {"error": "no answer"}
+        told = state_of.ask_agent(self.host, running, ATTACH_SECONDS, "/attached", message) or {"error": "no answer"}
         if "error" in told:
             self.warnings.append(f"microVM {name}: its agent does not use what was attached: {told['error']}")
 
     def _unmount(self, running: _vmm.Spec, change: _vmm.Change) -> None:
         """Have an image or a share unmounted before it goes: a guest that uses it keeps it."""
         message = {"targets": [change.before["target"]]}
-        told = state_of.ask_agent(self.host, running, 20, "/detaching", message) or {"error": "no answer"}
+        told = state_of.ask_agent(self.host, running, ATTACH_SECONDS, "/detaching", message) or {"error": "no answer"}
         if "error" in told:
             raise HostError(
                 f"microVM {running['name']}: its agent does not let go of {change.key} {change.item}: {told['error']}. "
