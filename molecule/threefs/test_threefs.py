@@ -72,9 +72,9 @@ class Cluster:
         assert played.rc != 0 and "provoked" in played.failures(), played.failures()
         return played
 
-    def refused(self, playbook: str, **more: t.Any) -> str:
+    def refused(self, playbook: str, *arguments: str, **more: t.Any) -> str:
         """Run a playbook that must end at its gate with nothing changed; what it says."""
-        played = self.lab.play(playbook, **{**self.variables, "threefs_wait_seconds": 3, **more})
+        played = self.lab.play(playbook, *arguments, **{**self.variables, "threefs_wait_seconds": 3, **more})
         assert played.rc != 0 and played.changed() == []
         return str(played.failures())
 
@@ -276,6 +276,8 @@ def test_the_newest_backup_is_restored_for_trial_beside_the_database(cluster: Cl
 
 def test_a_node_is_drained_and_forgotten(cluster: Cluster) -> None:
     drain = {"threefs_drain_hosts": ["metal5"], "threefs_targets_per_disk": 6, "threefs_drain_retire": True}
+    said = cluster.refused("threefs_drain", "--limit=metal5", **drain)
+    assert "metal3 is not in it" in said, "nobody would have moved the targets of the storage that is stopped"
     cluster.interrupt("offline-target", "threefs_drain", after=1, **drain)
     assert any(len(row) > FIRST_TARGET + 2 for row in cluster.chains()), "new targets serve before old ones go"
     cluster.play("threefs_drain", **drain)

@@ -40,7 +40,7 @@ def threefs_users(users: list, secret: str, cluster: str) -> list:
     return found
 
 
-def threefs_layout(members: list, wish: dict, leaving: list = ()) -> dict:
+def threefs_layout(members: list, wish: dict, leaving: list = (), playing: list | None = None) -> dict:
     """The cluster that the inventory describes; see threefs_layout.yml."""
     mounts = wish["mounts"]
     hosts = {
@@ -57,6 +57,8 @@ def threefs_layout(members: list, wish: dict, leaving: list = ()) -> dict:
     }
     try:
         _threefs_layout.check(hosts, wish, leaving)
+        if playing is not None:
+            _threefs_layout.check_limit(hosts, playing)
     except Refused as refusal:
         raise AnsibleFilterError(str(refusal)) from refusal
     by_service = {name: _threefs_layout.having(hosts, name) for name in ("mgmtd", "meta", "storage", "fuse", "monitor")}

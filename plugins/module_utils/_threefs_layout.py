@@ -139,6 +139,18 @@ def check(hosts: Hosts, wish: t.Mapping[str, t.Any], leaving: t.Collection[str] 
         )
 
 
+def check_limit(hosts: Hosts, playing: t.Collection[str]) -> None:
+    """Refuse a play without the host that administrates: what it looks at before, and does for, the others would be left out."""
+    admin = having(hosts, "mgmtd")[0]
+    if admin not in playing:
+        raise Refused(
+            "--limit",
+            sorted(set(playing) & set(hosts)),
+            f"{admin} is not in it, on which the cluster is looked at and administrated",
+            f"Add {admin} to --limit",
+        )
+
+
 def _check_hosts(hosts: Hosts) -> None:
     for service in ("mgmtd", "meta", "storage"):
         if not having(hosts, service):

@@ -10,6 +10,7 @@ import typing as t
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytest.importorskip("tomllib", reason="the doubles read TOML as only Python 3.11 and newer can")
 
@@ -55,6 +56,7 @@ def render(name: str, **variables: t.Any) -> list[dict[str, t.Any]]:
         "threefs__chains": {},
         "groups": {"threefs": [member["inventory_hostname"] for member in members], "foundationdb": ["h1"]},
         "hostvars": {member["inventory_hostname"]: member for member in members},
+        "ansible_play_hosts_all": [member["inventory_hostname"] for member in members],
         **variables,
     }
     return rendered("threefs", RENDER, name=name, variables=given)
@@ -94,6 +96,20 @@ def test_gpu_direct_and_usrbio_are_settings_of_client_hosts() -> None:
     assert render("prepare", **facts, **shared, threefs_services=["fuse"])[0]["modules"] == []
     (config,) = render("configure", **facts, **shared, **CONFIGURE, threefs_services=["fuse"])
     assert "usrbio_memory" not in config
+
+
+def test_a_limit_without_the_host_that_administrates_is_refused() -> None:
+    with pytest.raises(AssertionError, match=r"--limit: \['h2', 'h3'\]: h1 is not in it.*Add h1 to --limit"):
+        render("chains", ansible_play_hosts_all=["h2", "h3", "a host of another group"])
+    assert render("chains", ansible_play_hosts_all=["h1", "h3"], threefs_table_directory="/tables")
+
+
+def test_storage_of_a_drained_host_stops_only_when_it_was_seen_to_be_empty() -> None:
+    (play,) = yaml.safe_load((HERE / "playbooks/threefs_drain.yml").read_text())
+    tasks = {task["name"]: task for task in play["tasks"]}
+    look, stop = tasks["See that they are empty"], tasks["Stop storage on the drained hosts"]
+    assert look["run_once"] and "when" not in look and look["delegate_to"] == "{{ threefs_cluster_layout.admin }}"
+    assert f"{look['register']} is success" in stop["when"]
 
 
 def converge(resource: t.Any) -> None:
