@@ -171,6 +171,11 @@ def test_secrets_are_in_files_for_root_alone(cluster: Cluster) -> None:
             f"grep -rlF -e '{token}' -e '{SECRET}' /etc /var/lib/3fs | xargs -r stat -c '%a %n' | grep -v '^600 '"
         )
         assert loose.stdout == ""
+        assert host.check_output("stat -c %a /etc/foundationdb/fdb.cluster") == "600"
+    for host in (cluster.admin, cluster.second):
+        assert host.check_output("stat -c %a /var/lib/3fs/stage/fdb.cluster") == "600"
+    assert not cluster.third.file("/var/lib/3fs/stage/fdb.cluster").exists, "nothing there opens the database"
+    assert cluster.admin.check_output("stat -c %a /backup/fdb") == "700"
 
 
 def test_a_service_that_dies_is_started_again(cluster: Cluster) -> None:

@@ -38,6 +38,7 @@ NEVER_CREATED = "configuration_never_created"
 ENDED = ("The previous backup", "No previous backups")
 NOT_RUNNING = "was not running"
 ALREADY_EXISTS = "already exists"
+_OTHERS = 0o077  # of a mode: what others than root may do
 _NAME = re.compile(r"^[a-z0-9][a-z0-9_]{0,30}$")
 _CONNECTION = re.compile(r"^([A-Za-z0-9_]+):([A-Za-z0-9]+)@(\S+)$")
 _DEFAULT = "foundationdb"
@@ -365,6 +366,8 @@ class Servers:
             },
             "others": self._others(),
             "sharing": self._sharing(),
+            "mode": self.host.mode(cluster_file(self.name)),
+            "backups": self._observe_backups(),
             "old": self.old.observe(self._backup_units()),
         }
 
@@ -412,6 +415,15 @@ class Servers:
             if path != own and found and self._real(found.group(1)) == self._real(self.backup["directory"]):
                 return os.path.basename(path)
         return ""
+
+    def _observe_backups(self) -> dict[str, t.Any]:
+        """The directory's mode, and whether it is ours alone, so that closing it takes nothing from others."""
+        directory = self.backup.get("directory")
+        if not directory or not self.host.exists(directory):
+            return {"mode": 0, "ours": True}
+        alone = all(name.startswith("backup-") or name == "lost+found" for name in self.host.names(directory))
+        owner = os.stat(self.host.path(directory)).st_uid
+        return {"mode": self.host.mode(directory), "ours": alone and owner == os.geteuid()}
 
     def _real(self, path: str) -> str:
         return os.path.realpath(self.host.path(path))
@@ -475,6 +487,13 @@ class Servers:
         if not now:
             path = cluster_file(self.name)
             steps.append(Step("create", path, after=self.connection))
+        backups, why = observed["backups"], "others can read it, and FoundationDB asks nobody who he is"
+        if observed["mode"] & _OTHERS:
+            before = f"{observed['mode']:04o}"
+            steps.append(Step("close", cluster_file(self.name), before=before, after="0600", why=why))
+        if backups["mode"] & _OTHERS and backups["ours"]:
+            before = f"{backups['mode']:04o}"
+            steps.append(Step("close", self.backup["directory"], before=before, after="0700", why=why))
         writes, starts = [], []
         for path, text in self._files().items():
             if observed["files"][path] != text.strip():
@@ -598,9 +617,12 @@ class Servers:
     def apply(self, step: Step) -> None:
         """Carry out one step."""
         if step.after == "directory":
-            os.makedirs(self.host.path(step.object), mode=0o755, exist_ok=True)
+            mode = 0o700 if step.object == self.backup.get("directory") else 0o755
+            os.makedirs(self.host.path(step.object), mode=mode, exist_ok=True)
         elif step.verb == "create":
-            self.host.write(step.object, self.connection + "\n")
+            self.host.write(step.object, self.connection + "\n", 0o600)
+        elif step.verb == "close":
+            os.chmod(self.host.path(step.object), int(step.after, 8))
         elif step.verb == "write":
             self.host.write(step.object, step.data.text)
             step.data.tell(self.host)
@@ -612,7 +634,15 @@ class Servers:
 
     def result(self, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         """The connection string that this host has."""
-        return {"connection": connection(observed["cluster"]) or self.connection}
+        backups, directory = observed["backups"], self.backup.get("directory")
+        exposed = (
+            f"{directory}: other users can read the backups, and with them all of the database. The directory has other"
+        )
+        exposed += " things or another owner, so that its mode stays: give the backups one of their own, with mode 0700"
+        return {
+            "connection": connection(observed["cluster"]) or self.connection,
+            "warnings": [exposed] if backups["mode"] & _OTHERS and not backups["ours"] else [],
+        }
 
 
 class Database:

@@ -120,6 +120,13 @@ class Host:
         except OSError:
             return ""
 
+    def mode(self, path: str) -> int:
+        """The permissions of a file or directory, links followed; 0 if missing."""
+        try:
+            return stat.S_IMODE(os.stat(self.path(path)).st_mode)
+        except OSError:
+            return 0
+
     # -- writing -------------------------------------------------------------
 
     def write(self, path: str, text: str, mode: int = 0o644) -> None:

@@ -31,6 +31,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import (
     check_cluster,
     check_token,
     description_path,
+    unit_name,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_publish import Published
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_toml import Toml, TomlError
@@ -314,6 +315,10 @@ class Config:
         # The daemons' own library rewrites the file, so that it lies where they may write.
         return f"{STATE}/{self.cluster}/fdb.cluster"
 
+    def _opens_fdb(self, observed: t.Mapping[str, t.Any]) -> bool:
+        """Whether mgmtd, meta or who administrates with ``admin_cli`` is here. A mgmtd runs on until somebody removes it."""
+        return bool({"mgmtd", "meta"} & {*self.services} or self.token or self.publish or observed["mgmtd"])
+
     # -- observe -----------------------------------------------------------------------------
 
     def observe(self) -> dict[str, t.Any]:
@@ -335,6 +340,8 @@ class Config:
                 path: self.host.exists(path) for path in (f"{LOGS}/{self.cluster}", self.mountpoint) if path
             },
             "others": self._others(),
+            "fdb_mode": self.host.mode(self._fdb_path()),
+            "mgmtd": self.host.exists(f"/etc/systemd/system/{unit_name(self.cluster, 'mgmtd')}"),
             "published": self.published.observe(self.predicting) if self.published else None,
             "host": _threefs_checks.observe(self.host),
         }
@@ -417,15 +424,19 @@ class Config:
         ]
         for path, (text, mode) in self._wanted(observed).items():
             now = observed["now"].get(path)
-            if now == text or (path == self._fdb_path() and _connection(now or "") == self.fdb):
+            database = path == self._fdb_path()
+            same = _connection(now or "") == _connection(text) if database else now == text
+            readable = database and observed["fdb_mode"] & 0o077
+            if same and not readable:
                 continue
-            secret = mode == 0o600
+            secret = mode == 0o600 and not database
             steps.append(
                 Step(
                     "change" if now is not None else "create",
                     path,
                     before="(hidden)" if secret and now is not None else _short(now, text),
                     after="(hidden)" if secret else _short(text, now or ""),
+                    why="others can read it, and FoundationDB asks nobody who he is" if readable else "",
                     data=(text, mode),
                 )
             )
@@ -433,6 +444,9 @@ class Config:
         token = f"{self.directory}/fuse.token"
         if "fuse" not in self.services and observed["now"][token] is not None:
             steps.append(Step("remove", token, before="(hidden)", why="this host has no FUSE any more"))
+        if observed["now"][self._fdb_path()] is not None and not self._opens_fdb(observed):
+            why = "nothing on this host opens the database, and FoundationDB asks nobody who he is"
+            steps.append(Step("remove", self._fdb_path(), before="cluster file", why=why))
         return steps + (self.published.plan(observed["published"], self._mains(observed)) if self.published else [])
 
     def _check_indices(self, before: t.Sequence[str]) -> None:
@@ -490,12 +504,13 @@ class Config:
             found[f"{self.directory}/fuse.token"] = (self.fuse_token + "\n", 0o600)
         if "monitor" in self.services:
             found[self._clickhouse_path()] = (self._clickhouse_client(), 0o600)
-        if self.fdb:
-            found[self._fdb_path()] = (self.fdb + "\n", 0o644)
-        elif observed["now"][self._fdb_path()] is None:
-            raise Refused(
-                "fdb_cluster", "", "this host has no cluster file yet", "Give the database's connection string"
-            )
+        if self._opens_fdb(observed):
+            text = f"{self.fdb}\n" if self.fdb else observed["now"][self._fdb_path()]
+            if text is None:
+                raise Refused(
+                    "fdb_cluster", "", "this host has no cluster file yet", "Give the database's connection string"
+                )
+            found[self._fdb_path()] = (text, 0o600)
         found[description_path(self.cluster)] = (
             json.dumps(self.description(observed), indent=2, sort_keys=True) + "\n",
             0o644,

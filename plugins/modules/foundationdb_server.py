@@ -13,7 +13,7 @@ version_added: 0.1.0
 author: agentfleet.metal contributors (@agentfleet)
 description:
   - Writes cluster file, C(foundationdb.conf) and units, and runs them. Several databases can share a host.
-  - An existing cluster file is left as it is, since the servers rewrite it when coordinators change.
+  - An existing cluster file is left as it is, since the servers rewrite it when coordinators change; but only root may read it.
   - Machines and coordinators must suffice for the redundancy, else nothing is changed.
   - Timers and units of backups and drills that are no longer declared are stopped and removed; backups never are.
 extends_documentation_fragment:
@@ -98,6 +98,7 @@ options:
           - Directory for the backups of this database alone, also where hosts share the storage that it is on. Without it there
             are none.
           - One that another database of this host has is refused.
+          - Only root may enter it. One that has other things than backups, or another owner, stays as open as it is, with a warning.
         type: path
       on_calendar:
         description: When, as systemd writes it.

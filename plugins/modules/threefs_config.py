@@ -61,6 +61,8 @@ options:
     description:
       - Connection string of the cluster's own FoundationDB database (its keys have no prefix).
       - A host that has it already keeps what it has, if this is left out.
+      - It is written for root alone, on hosts with mgmtd or meta and where O(token) or O(publish) is given. Other hosts do not open
+        the database; a cluster file that is there is removed.
     type: str
   ports:
     description: Ports, the same on all hosts. The RDMA handshake needs its port over TCP, too.

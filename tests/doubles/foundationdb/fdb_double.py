@@ -32,6 +32,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import socketserver
@@ -189,6 +190,7 @@ class Cluster:
             temporary = self.path + ".new"
             with open(temporary, "w", encoding="utf-8") as file:
                 file.write(text + "\n")
+            shutil.copymode(self.path, temporary)
             os.replace(temporary, self.path)
         except OSError:
             pass

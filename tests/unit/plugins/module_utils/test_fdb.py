@@ -128,7 +128,7 @@ def test_a_host_from_nothing(host: t.Any) -> None:
 
 
 def test_a_cluster_file_that_servers_rewrote_is_left_alone(host: t.Any) -> None:
-    host.files({FILE: "# by the servers\nmetal:abc@10.0.0.9:4500\n"})
+    host.write(FILE, "# by the servers\nmetal:abc@10.0.0.9:4500\n", 0o600)
     servers = Servers(host, SERVERS)
     assert FILE not in [step.object for step in servers.plan(servers.observe())]
     assert servers.result(servers.observe())["connection"] == "metal:abc@10.0.0.9:4500"
@@ -154,6 +154,33 @@ def test_a_second_database_has_everything_of_its_own(host: t.Any) -> None:
     objects = " ".join(step.object for step in servers.plan(servers.observe()))
     assert "/etc/foundationdb-second/fdb.cluster" in objects and "foundationdb-second.service" in objects
     assert "/var/lib/foundationdb-second" in objects and "/var/lib/foundationdb " not in objects
+
+
+def test_what_leads_to_the_database_is_for_root_alone_also_on_a_host_of_before(host: t.Any) -> None:
+    wish = {**SERVERS, "backup_agents": 1, "backup": {"directory": "/backup/fdb"}}
+    servers = Servers(host, wish)
+    apply_all(servers, servers.plan(servers.observe()))
+    assert (host.mode(FILE), host.mode("/backup/fdb")) == (0o600, 0o700)
+
+    host.files({FILE: "# by the servers\nmetal:abc@10.0.0.9:4500\n", "/backup/fdb/backup-1/file": ""})
+    for path in (FILE, "/backup/fdb"):
+        os.chmod(host.path(path), 0o755)
+    steps = [step for step in servers.plan(servers.observe()) if step.verb == "close"]
+    assert [(step.object, step.before) for step in steps] == [(FILE, "0755"), ("/backup/fdb", "0755")]
+    apply_all(servers, steps)
+    assert (host.mode(FILE), host.mode("/backup/fdb")) == (0o600, 0o700) and "10.0.0.9" in host.read(FILE)
+    assert [step for step in servers.plan(servers.observe()) if step.verb == "close"] == []
+    assert servers.result(servers.observe())["warnings"] == []
+
+
+def test_a_directory_with_other_things_than_backups_is_not_closed_to_others(host: t.Any) -> None:
+    host.files({"/backup/of-others": "", "/backup/backup-1/file": ""})
+    os.chmod(host.path("/backup"), 0o755)
+    servers = Servers(host, {**SERVERS, "backup_agents": 1, "backup": {"directory": "/backup"}})
+    apply_all(servers, servers.plan(servers.observe()))
+    assert host.mode("/backup") == 0o755
+    (warning,) = servers.result(servers.observe())["warnings"]
+    assert warning.startswith("/backup: other users can read the backups") and "0700" in warning
 
 
 def test_backups_of_two_databases_have_a_directory_each(host: t.Any) -> None:

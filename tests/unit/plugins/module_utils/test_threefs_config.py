@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import typing as t
 from pathlib import Path
 
@@ -294,10 +295,42 @@ def test_comments_of_the_files_that_ship_stay(host: t.Any) -> None:
 def test_a_cluster_file_that_the_daemons_rewrote_is_the_same(host: t.Any) -> None:
     resource = config(host, publish=False)
     apply_all(resource, resource.plan(resource.observe()))
-    host.write("/var/lib/3fs/stage/fdb.cluster", "# DO NOT EDIT!\n" + BASE["fdb_cluster"] + "\n")
+    host.write("/var/lib/3fs/stage/fdb.cluster", "# DO NOT EDIT!\n" + BASE["fdb_cluster"] + "\n", 0o600)
     assert resource.plan(resource.observe()) == []
     moved = config(host, publish=False, fdb_cluster="metal:new@10.0.0.9:4500")
     assert [step.object for step in moved.plan(moved.observe())] == ["/var/lib/3fs/stage/fdb.cluster"]
+
+
+CLUSTER_FILE = "/var/lib/3fs/stage/fdb.cluster"
+CLIENT: dict[str, t.Any] = {"services": ["storage", "fuse"], "token": None, "publish": False}
+
+
+def test_a_cluster_file_is_for_root_alone_also_on_a_host_of_before(host: t.Any) -> None:
+    for given in (BASE["fdb_cluster"], None):
+        resource = config(host, publish=False, fdb_cluster=given)
+        apply_all(resource, resource.plan(resource.observe()))
+        assert host.mode(CLUSTER_FILE) == 0o600 and resource.plan(resource.observe()) == []
+        os.chmod(host.path(CLUSTER_FILE), 0o644)
+        (step,) = resource.plan(resource.observe())
+        assert (step.verb, step.object, step.disruptive) == ("change", CLUSTER_FILE, False)
+        apply_all(resource, [step])
+        assert host.mode(CLUSTER_FILE) == 0o600 and host.read(CLUSTER_FILE) == BASE["fdb_cluster"]
+        assert resource.result(resource.observe())["restarts"] == []
+
+
+def test_a_host_that_does_not_open_the_database_has_no_cluster_file(host: t.Any) -> None:
+    client = config(host, **CLIENT)
+    apply_all(client, client.plan(client.observe()))
+    assert not host.exists(CLUSTER_FILE) and client.plan(client.observe()) == []
+
+    host.files({CLUSTER_FILE: BASE["fdb_cluster"]})  # as each host had it
+    assert [(step.verb, step.object) for step in client.plan(client.observe())] == [("remove", CLUSTER_FILE)]
+    unit = "/etc/systemd/system/threefs-stage-mgmtd.service"
+    host.files({unit: "[Unit]"})
+    assert [step.verb for step in client.plan(client.observe())] == ["change"], "a mgmtd that runs on still needs it"
+    host.remove(unit)
+    apply_all(client, client.plan(client.observe()))
+    assert not host.exists(CLUSTER_FILE) and client.result(client.observe())["restarts"] == []
 
 
 @pytest.mark.parametrize(
