@@ -1,7 +1,7 @@
 # Copyright: agentfleet.metal contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""PCI functions, what they are used for, and the IOMMU groups they are in; read from sysfs and procfs alone."""
+"""PCI functions, what they are used for, and the IOMMU groups they are in; read from sysfs, procfs and `ip`."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ _KINDS = {"dmar": "intel", "ivhd": "amd", "smmu": "smmu", "ummu": "ummu", "viomm
 _TABLES = {"DMAR": "intel", "IVRS": "amd", "IORT": "smmu", "VIOT": "virtio"}
 
 
-def observe_pci(host: Host) -> dict[str, t.Any]:
+def observe_pci(host: Host, booting: bool = False) -> dict[str, t.Any]:
     """All PCI functions of the host.
 
     ``in_use`` gives each use that a rebind would break as a text; ``boot_critical``
     says that one of them is the running system or the way to reach it.
+
+    :param booting: what an interface got by itself since the start (addresses, a place below another) is no use
     """
     addresses = sorted(host.names(DEVICES))  # hexadecimal, so plain order
     uses = {address: list[str]() for address in addresses}
     vital: set[str] = set()
-    blocks, nets = _block_uses(host, uses, vital), _network_uses(host, uses, vital)
+    blocks, nets = _block_uses(host, uses, vital), _network_uses(host, uses, vital, booting)
     return {
         "functions": [
             {
@@ -95,10 +97,25 @@ def _function(host: Host, address: str) -> dict[str, t.Any]:
     }
 
 
-def _owner(host: Host, path: str) -> str:
-    """The PCI function that a class device belongs to, or the empty string."""
-    parts = os.path.realpath(host.path(path)).split("/")
-    return next((part for part in reversed(parts) if ADDRESS.match(part)), "")
+def _owners(host: Host, path: str) -> set[str]:
+    """The PCI functions that a class device belongs to: its own, and one that has others behind it (Intel VMD)."""
+    found = {part for part in os.path.realpath(host.path(path)).split("/") if ADDRESS.match(part)}
+    return {address for address in found if not host.read(f"{DEVICES}/{address}/class").startswith("0x06")}
+
+
+def _open_nodes(host: Host) -> t.Iterator[tuple[str, str]]:
+    """(device node, ``pid name`` of a process that has it open); udev's, which only look at what a disk has, left out."""
+    names: dict[str, str] = {}
+    for link in host.glob("/proc/[0-9]*/fd/*"):
+        try:
+            node = os.readlink(host.path(link))
+        except OSError:  # the process has ended
+            continue
+        if node.startswith("/dev/"):
+            process = link.split("/")[2]
+            name = names.setdefault(process, host.read(f"/proc/{process}/comm"))
+            if name not in ("(udev-worker)", "systemd-udevd"):
+                yield node, f"{process} {name}"
 
 
 # -- block devices ---------------------------------------------------------------
@@ -113,11 +130,11 @@ def _block_owners(host: Host, name: str) -> set[str]:
     if "/nvme-subsystem/" in real:  # the multipath head is a virtual device; its controllers are links beside it
         subsystem = f"/sys/class/nvme-subsystem/{os.path.basename(os.path.dirname(real))}"
         links = [f"{subsystem}/{link}" for link in host.names(subsystem) if re.match(r"^nvme\d+$", link)]
-        return {_owner(host, link) for link in links} - {""}
+        return set().union(*(_owners(host, link) for link in links))
     slaves = host.names(f"{path}/slaves")
     if slaves:
         return set().union(*(_block_owners(host, slave) for slave in slaves))
-    return {_owner(host, path)} - {""}
+    return _owners(host, path)
 
 
 def _block_uses(host: Host, uses: dict[str, list[str]], vital: set[str]) -> dict[str, list[str]]:
@@ -137,6 +154,8 @@ def _block_uses(host: Host, uses: dict[str, list[str]], vital: set[str]) -> dict
     for line in host.read("/proc/swaps").splitlines()[1:]:
         name = _device_name(host, line.split()[0])
         use(name, f"{name} is swap", True)
+    for node, process in _open_nodes(host):  # a virtual machine's or a database's raw disk, which need not claim it
+        use(node[5:], f"{node[5:]} is open in process {process}")
     for name, addresses in owners.items():
         path = f"/sys/class/block/{name}"
         for holder in host.names(f"{path}/holders"):
@@ -184,27 +203,61 @@ def _lower(host: Host, name: str) -> set[str]:
     return {name}.union(*(_lower(host, link) for link in below))
 
 
-def _network_uses(host: Host, uses: dict[str, list[str]], vital: set[str]) -> dict[str, list[str]]:
+def _network_uses(host: Host, uses: dict[str, list[str]], vital: set[str], booting: bool) -> dict[str, list[str]]:
     """Add the uses of network interfaces; returns function -> its interfaces."""
-    owners = {name: _owner(host, f"/sys/class/net/{name}") for name in host.names("/sys/class/net")}
+    owners = {name: _owners(host, f"/sys/class/net/{name}") for name in host.names("/sys/class/net")}
     found: dict[str, list[str]] = {}
-    for name, address in owners.items():
-        if address:
+    for name, on in owners.items():
+        for address in on:
             found.setdefault(address, []).append(name)
-    routes = list(_routes(host))
-    reasons = [(name, "the default route") for network, name in routes if network.prefixlen == 0]
-    peer = _ssh_peer(host)
-    if peer is not None:
-        matching = [(network.prefixlen, name) for network, name in routes if peer in network]
-        reasons += [(name, f"this connection (ssh from {peer})") for _length, name in sorted(matching)[-1:]]
-    for top, what in reasons:
+
+    def use(top: str, what: str, is_vital: bool = False, is_automatic: bool = False) -> None:
         for name in sorted(_lower(host, top)):
-            address = owners.get(name, "")
             text = f"{name} carries {what}"
-            if address in uses and text not in uses[address]:
-                uses[address].append(text)
-                vital.add(address)
+            for address in owners.get(name, set()) & set(uses):
+                if is_automatic and host.exists(f"{DEVICES}/{address}/physfn"):
+                    continue  # DHCP for whatever there is takes new VFs, too
+                if text not in uses[address]:
+                    uses[address].append(text)
+                if is_vital:
+                    vital.add(address)
+
+    routes, addresses = list(_routes(host)), list(_addresses(host))
+    for network, name in routes:
+        if network.prefixlen == 0:
+            use(name, "the default route", True)
+    peer, server, zone = _ssh_ends(host)
+    if peer is not None:
+        names = [zone] if zone else [name for name, held, _dynamic in addresses if held == server]
+        nearest = sorted((network.prefixlen, name) for network, name in routes if peer in network)[-1:]
+        for name in names or [name for _length, name in nearest]:
+            use(name, f"this connection (ssh from {peer})", True)
+    if not booting:
+        up = [name for name in owners if (host.read_int(f"/sys/class/net/{name}/flags", 0) or 0) & 1]
+        for name, held, dynamic in addresses:
+            if name in up:
+                use(name, f"the address {held}", is_automatic=dynamic)
+        for name in up:
+            for upper in host.names(f"/sys/class/net/{name}"):
+                if upper.startswith("upper_"):
+                    use(name, f"the interface {upper[6:]}")
+    for address, texts in uses.items():
+        path = f"{DEVICES}/{address}"
+        if any(not host.names(net) for net in host.glob(f"{path}/net") + host.glob(f"{path}/virtio*/net")):
+            texts.append("its network interface is in another network namespace")
     return found
+
+
+def _addresses(host: Host) -> t.Iterator[tuple[str, t.Any, bool]]:
+    """(interface, address, whether it is a lease) of each address that reaches further than its link."""
+    try:
+        shown = host.run_json(["ip", "-json", "address", "show"])
+    except HostError:
+        return
+    for interface in shown:
+        for entry in interface.get("addr_info", []):
+            if entry.get("scope") not in ("link", "host") and "local" in entry:
+                yield interface["ifname"], ipaddress.ip_address(entry["local"]), bool(entry.get("dynamic"))
 
 
 def _routes(host: Host) -> t.Iterator[tuple[t.Any, str]]:
@@ -219,20 +272,28 @@ def _routes(host: Host) -> t.Iterator[tuple[t.Any, str]]:
             yield ipaddress.ip_network((bytes.fromhex(fields[0]), int(fields[1], 16)), strict=False), fields[9]
 
 
-def _ssh_peer(host: Host) -> t.Any:
-    """The address at the other end of the ssh connection that this process runs under (sudo hides the variable)."""
+def _ssh_ends(host: Host) -> tuple[t.Any, t.Any, str]:
+    """(peer, own address, interface if it is link-local) of the ssh connection that this process runs under.
+
+    sudo hides the variable, so that a process above is asked.
+    """
     process = str(os.getpid())
     while process not in ("", "0", "1"):
         for entry in host.read(f"/proc/{process}/environ").split("\0"):
             if entry.startswith("SSH_CONNECTION="):
                 try:
-                    address = ipaddress.ip_address(entry[15:].split()[0].partition("%")[0])
-                except (ValueError, IndexError):
-                    return None
-                return getattr(address, "ipv4_mapped", None) or address
+                    peer, _port, server = entry[15:].split()[:3]
+                    return _ip(peer), _ip(server), server.partition("%")[2]
+                except ValueError:
+                    return None, None, ""
         parent = re.search(r"^PPid:\s*(\d+)", host.read(f"/proc/{process}/status"), re.MULTILINE)
         process = parent.group(1) if parent else ""
-    return None
+    return None, None, ""
+
+
+def _ip(text: str) -> t.Any:
+    address = ipaddress.ip_address(text.partition("%")[0])
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 # -- what bindings and VFs share ----------------------------------------------------
@@ -288,16 +349,10 @@ def vfio_users(host: Host, addresses: t.Iterable[str]) -> dict[str, list[str]]:
     for address in users:
         for node in vfio_nodes(host, address):
             owners.setdefault(node, []).append(address)
-    for link in host.glob("/proc/[0-9]*/fd/*") if owners else []:
-        try:
-            node = os.readlink(host.path(link))
-        except OSError:  # the process has ended
-            continue
+    for node, process in _open_nodes(host) if owners else []:
         for address in owners.get(node, []):
-            process = link.split("/")[2]
-            text = f"{process} {host.read(f'/proc/{process}/comm')}"
-            if text not in users[address]:
-                users[address].append(text)
+            if process not in users[address]:
+                users[address].append(process)
     return users
 
 

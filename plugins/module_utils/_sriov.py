@@ -199,15 +199,17 @@ class SriovVfs:
         def listed(uses: t.Callable[[dict[str, t.Any]], list[str]]) -> str:
             return ", ".join(f"{vf['address']} ({'; '.join(uses(vf))})" for vf in lost if uses(vf))
 
-        kept = listed(
-            lambda vf: vf["in_use"] + [f"open in process {user}" for user in observed["users"][vf["address"]]]
-        )
+        def fixed(vf: dict[str, t.Any]) -> list[str]:
+            uses = vf["in_use"] if vf["boot_critical"] or vf["blockdevs"] else []
+            return uses + [f"open in process {user}" for user in observed["users"][vf["address"]]]
+
+        kept = listed(fixed)
         if kept:
             remedy = f"End that use first, or keep vfs: {len(lost)}"
             raise Refused(f"{option}.vfs", vfs, f"{all_go}, and these cannot: {kept}", remedy)
-        used = listed(lambda vf: [f"{name} is up" for name in vf["netdevs"] if name in observed["up"]])
+        used = listed(lambda vf: vf["in_use"] or [f"{name} is up" for name in vf["netdevs"] if name in observed["up"]])
         if used and not self.destroy:
-            remedy = f"Set these down, keep vfs: {len(lost)}, or set destroy_used_vfs"
+            remedy = f"End that use, keep vfs: {len(lost)}, or set destroy_used_vfs"
             raise Refused(f"{option}.vfs", vfs, f"{all_go}, and these are in use: {used}", remedy)
         if pf["boot_critical"]:
             self.warnings.append(f"{pf['address']}: {'; '.join(pf['in_use'])}. Its link may drop for some seconds")

@@ -139,7 +139,7 @@ class VfioBindings:
         """PCI functions, IOMMU groups, users of vfio nodes, and the access that the nodes have."""
         if self.wait_seconds:
             _pci.wait_for(self.host, [item["address"] for item in self.items], self.wait_seconds)
-        functions = _pci.observe_pci(self.host)["functions"]
+        functions = _pci.observe_pci(self.host, booting=bool(self.wait_seconds))["functions"]
         bound = [function for function in functions if "vfio" in function["driver"]]
         return {
             "functions": functions,

@@ -12,9 +12,9 @@ version_added: 0.1.0
 description:
   - Sets the number of virtual functions (VFs) of physical functions (PFs) of any class, such as NICs and NVMe drives.
     The kernel allows a change only through 0, so that all VFs of a PF go when their number changes.
-  - A change that would take away a VF whose network interface is up is refused unless O(destroy_used_vfs). VFs that a
-    virtual machine has open (the kernel would wait for it without end), or with mounted file systems or the default
-    route, are never taken away.
+  - A change that would take away a VF whose network interface is up, or in another network namespace, is refused unless
+    O(destroy_used_vfs). VFs that a virtual machine has open (the kernel would wait for it without end), or with mounted
+    file systems or the default route, are never taken away.
   - A number that the driver refuses is undone to the earlier one.
   - The numbers and settings are stored by address and restored at boot by C(agentfleet-restore.service), without
     Ansible. Several calls add up; O(functions[].vfs=0) takes a function out. No other tool (NetworkManager, netplan,
@@ -58,7 +58,7 @@ options:
           - Whether the PF drops frames whose source address is not the VF's. Without it the check is left as it is.
         type: bool
   destroy_used_vfs:
-    description: Change the number although network interfaces of VFs are up; what uses them loses its connection.
+    description: Change the number although network interfaces of VFs are in use; what uses them loses its connection.
     type: bool
     default: false
 extends_documentation_fragment: agentfleet.metal.attributes

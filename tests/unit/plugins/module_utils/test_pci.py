@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import typing as t
 
 import pytest
@@ -87,6 +89,116 @@ def test_the_ssh_connection_is_seen_through_a_bond(lab: LabHost) -> None:
     found = functions(lab)["0000:00:07.0"]
     assert found["in_use"] == ["enp0s7 carries this connection (ssh from 192.168.7.9)"]
     assert found["boot_critical"]
+
+
+def addresses(lab: LabHost, **held: t.Any) -> None:
+    """What `ip -json address show` prints, shortened."""
+    lab.answers["ip -json address show"] = json.dumps(
+        [{"ifname": name, "addr_info": [entry]} for name, entry in held.items()]
+    )
+
+
+def test_the_ssh_connection_is_on_the_interface_with_the_servers_address(lab: LabHost) -> None:
+    lab.files({f"/proc/{os.getpid()}/environ": "SSH_CONNECTION=192.168.7.9 50000 192.168.7.1 22\0"})
+    addresses(lab, enp0s7={"local": "192.168.7.1", "scope": "global"})  # in a VRF: the main table knows nothing of it
+    found = functions(lab)
+    assert found["0000:00:07.0"]["in_use"] == [
+        "enp0s7 carries this connection (ssh from 192.168.7.9)",
+        "enp0s7 carries the address 192.168.7.1",
+    ]
+    assert found["0000:00:07.0"]["boot_critical"]
+    assert found["0000:00:06.0"]["in_use"] == ["enp0s6 carries the default route"]
+
+
+def test_the_ssh_connection_of_a_link_local_address_names_its_interface(lab: LabHost) -> None:
+    lab.files({f"/proc/{os.getpid()}/environ": "SSH_CONNECTION=fe80::9%enp0s7 50000 fe80::1%enp0s7 22\0"})
+    assert functions(lab)["0000:00:07.0"]["in_use"] == ["enp0s7 carries this connection (ssh from fe80::9)"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "entry", "used"),
+    [
+        ("0x1003", {"local": "10.20.0.5", "scope": "global"}, ["enp0s7 carries the address 10.20.0.5"]),
+        (
+            "0x1003",
+            {"local": "10.20.0.5", "scope": "global", "dynamic": True},
+            ["enp0s7 carries the address 10.20.0.5"],
+        ),
+        ("0x1003", {"local": "fe80::1", "scope": "link"}, []),
+        ("0x1002", {"local": "10.20.0.5", "scope": "global"}, []),
+    ],
+)
+def test_an_address_is_a_use_of_an_interface_that_is_up(
+    lab: LabHost, flags: str, entry: dict[str, t.Any], used: list[str]
+) -> None:
+    lab.files({"/sys/devices/pci0000:00/0000:00:07.0/net/enp0s7/flags": flags})
+    addresses(lab, enp0s7=entry)
+    assert functions(lab)["0000:00:07.0"]["in_use"] == used
+    assert not functions(lab)["0000:00:07.0"]["boot_critical"]
+
+
+@pytest.mark.parametrize(("dynamic", "used"), [(True, []), (False, ["eth0 carries the address 10.20.0.5"])])
+def test_a_lease_is_no_use_of_a_vf(lab: LabHost, dynamic: bool, used: list[str]) -> None:
+    lab.poke(f"{_pci.DEVICES}/0000:00:07.0/sriov_numvfs", "1")
+    lab.files(
+        {
+            "/sys/devices/pci0000:00/0000:00:17.0/net/eth0/flags": "0x1003",
+            "/sys/class/net/eth0": "-> ../../devices/pci0000:00/0000:00:17.0/net/eth0",
+        }
+    )
+    addresses(lab, eth0={"local": "10.20.0.5", "scope": "global", "dynamic": dynamic})
+    assert functions(lab)["0000:00:17.0"]["in_use"] == used
+
+
+def test_an_interface_below_another_is_in_use(lab: LabHost) -> None:
+    lab.files({"/sys/devices/pci0000:00/0000:00:07.0/net/enp0s7/upper_ovs-system": "-> ../ovs-system"})
+    assert functions(lab)["0000:00:07.0"]["in_use"] == ["enp0s7 carries the interface ovs-system"]
+
+
+def test_an_interface_in_another_network_namespace_is_in_use(lab: LabHost) -> None:
+    shutil.rmtree(lab.path("/sys/devices/pci0000:00/0000:00:06.0/virtio1/net/enp0s6"))
+    lab.remove("/sys/class/net/enp0s6")
+    assert functions(lab)["0000:00:06.0"]["in_use"] == ["its network interface is in another network namespace"]
+
+
+def test_what_a_function_has_behind_it_is_its_use_too(lab: LabHost) -> None:
+    """A boot disk behind Intel VMD, which is a function and no bridge; the port between them is one."""
+    vmd, port, disk = "0000:00:0e.0", "10000:e0:06.0", "10000:e1:00.0"
+    below = f"/sys/devices/pci0000:00/{vmd}/pci10000:e0/{port}"
+    lab.files(
+        {
+            f"/sys/devices/pci0000:00/{vmd}/class": "0x010400",
+            f"{below}/class": "0x060400",
+            f"{below}/{disk}/class": "0x010802",
+            f"{below}/{disk}/nvme/nvme1/nvme1n1/uevent": "",
+            f"{_pci.DEVICES}/{vmd}": f"-> ../../../devices/pci0000:00/{vmd}",
+            f"{_pci.DEVICES}/{port}": f"-> ../../..{below[4:]}",
+            f"{_pci.DEVICES}/{disk}": f"-> ../../..{below[4:]}/{disk}",
+            "/sys/class/block/nvme1n1": f"-> ../..{below[4:]}/{disk}/nvme/nvme1/nvme1n1",
+            "/sys/dev/block/259:0": f"-> ../..{below[4:]}/{disk}/nvme/nvme1/nvme1n1",
+        }
+    )
+    lab.write("/proc/self/mountinfo", "29 1 259:0 / / rw - xfs /dev/nvme1n1 rw\n")
+    found = functions(lab)
+    assert [found[address]["in_use"] for address in (vmd, port, disk)] == [
+        ["nvme1n1 is mounted at /"],
+        [],
+        ["nvme1n1 is mounted at /"],
+    ]
+    assert found[vmd]["boot_critical"] and not found[port]["boot_critical"]
+
+
+def test_a_disk_that_a_process_has_open_is_in_use(lab: LabHost) -> None:
+    lab.files(
+        {
+            "/proc/700/fd/9": "-> /dev/nvme0n1",
+            "/proc/701/comm": "(udev-worker)\n",
+            "/proc/701/fd/3": "-> /dev/sr0",
+        }
+    )
+    found = functions(lab)
+    assert found["0000:00:05.0"]["in_use"] == ["nvme0n1 is open in process 700 qemu-system-x86"]
+    assert found["0000:00:1f.2"]["in_use"] == []
 
 
 def test_a_device_that_only_the_kernel_knows_to_be_taken(lab: LabHost, monkeypatch: pytest.MonkeyPatch) -> None:

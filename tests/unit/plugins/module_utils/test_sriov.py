@@ -112,8 +112,16 @@ def test_a_vf_whose_interface_is_up_goes_only_with_the_option(lab: LabHost) -> N
         plan(lab, {"pf": IGB, "vfs": 2})
     assert str(refused.value) == (
         "functions[0].vfs: 2: all 1 VFs would go, and these are in use: 0000:00:17.0 (eth0 is up). "
-        "Set these down, keep vfs: 1, or set destroy_used_vfs"
+        "End that use, keep vfs: 1, or set destroy_used_vfs"
     )
+    assert [step.verb for step in plan(lab, {"pf": IGB, "vfs": 2}, destroy_used_vfs=True)] == ["resize", "persist"]
+
+
+def test_a_vf_whose_interface_is_in_another_namespace_goes_only_with_the_option(lab: LabHost) -> None:
+    run(lab, {"pf": IGB, "vfs": 1})
+    lab.files({"/sys/devices/pci0000:00/0000:00:17.0/net": None})  # what sysfs shows of a pod's VF
+    with pytest.raises(Refused, match=r"0000:00:17.0 \(its network interface is in another network namespace\)"):
+        plan(lab, {"pf": IGB, "vfs": 2})
     assert [step.verb for step in plan(lab, {"pf": IGB, "vfs": 2}, destroy_used_vfs=True)] == ["resize", "persist"]
 
 

@@ -195,6 +195,16 @@ def test_boot_binds_what_is_there_and_fails_for_what_is_not(lab: LabHost) -> Non
     assert driver(lab, NVME) == "vfio-pci"
 
 
+def test_a_boot_binds_what_the_network_took_meanwhile(lab: LabHost) -> None:
+    shown = [{"ifname": "enp0s7", "addr_info": [{"family": "inet", "local": "10.9.0.5", "scope": "global"}]}]
+    lab.answers["ip -json address show"] = json.dumps(shown)
+    igb = {"address": "0000:00:07.0", "driver": "vfio-pci"}
+    with pytest.raises(Refused, match="in use by this host: enp0s7 carries the address 10.9.0.5"):
+        run(lab, functions=[igb])
+    run(lab, functions=[igb], wait_seconds=0.01)
+    assert driver(lab, "0000:00:07.0") == "vfio-pci"
+
+
 def test_one_bad_item_stops_all(lab: LabHost) -> None:
     with pytest.raises(Refused) as refused:
         run(lab, functions=[{"address": NVME}, {"address": "0000:00:04.0"}])
