@@ -14,7 +14,8 @@ description:
     The option C(vfio-pci.ids), which takes all functions of a kind, the boot disk included, is never used.
   - All functions are checked before the first one is touched. Refused are functions that this host needs (mounted file
     systems, swap, RAID, LVM and the like, disks that a process has open, the default route, the present ssh connection,
-    interfaces that are up with an address or below another one), bridges, functions that a virtual machine has open, parts of an IOMMU group, and any binding on a host without an active IOMMU.
+    interfaces that are up with an address or below another one), bridges, functions that a virtual machine has open,
+    parts of an IOMMU group, and any binding on a host without an active IOMMU.
   - A binding that fails is undone to the earlier driver.
   - The bindings are stored by address and restored at boot by C(agentfleet-restore.service), without Ansible.
     Several calls add up; O(functions[].state=unbound) takes a function out.
