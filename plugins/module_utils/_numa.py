@@ -84,6 +84,7 @@ def _node(host: Host, number: int, tier: int | None, zones: dict[str, int]) -> d
         "cpus": parse_list(host.read(f"{base}/cpulist")),
         "size_bytes": meminfo.get("MemTotal", 0),
         "free_bytes": meminfo.get("MemFree", 0),
+        "cache_bytes": _spare_cache(meminfo),
         "distances": [int(word) for word in host.read(f"{base}/distance").split()],
         "hugepages": {
             name[len("hugepages-") :]: {
@@ -104,6 +105,19 @@ def _node(host: Host, number: int, tier: int | None, zones: dict[str, int]) -> d
         "normal_bytes": sum(size for zone, size in zones.items() if zone not in ("Movable", "Device")),
         "movable_bytes": zones.get("Movable", 0),
     }
+
+
+def _spare_cache(meminfo: t.Mapping[str, int]) -> int:
+    """Bytes of files' pages that the kernel surely gives to who asks for memory of this node.
+
+    Half of those that are neither dirty, nor being written, nor in a program's address space: of the other half some are
+    held by file systems, and some are read again at once. ``Mapped`` has shared memory, too, which is no file's; what is
+    locked of it (a store's) is in ``Mlocked``.
+    """
+    get = meminfo.get
+    files = get("Active(file)", 0) + get("Inactive(file)", 0)
+    mapped = max(0, get("Mapped", 0) - get("Mlocked", 0))
+    return max(0, files - get("Dirty", 0) - get("Writeback", 0) - mapped) // 2
 
 
 def _access(host: Host, base: str) -> dict[str, t.Any]:

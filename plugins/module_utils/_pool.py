@@ -14,6 +14,7 @@ import json
 import os
 import stat
 import typing as t
+from collections import Counter
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _boot, _connectors, _pooldecl, _poolfiles, _slab
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
@@ -142,6 +143,42 @@ def listening(host: Host) -> set[int]:
     return {int(words[1].rpartition(":")[2], 16) for words in lines if words[3] == "0A"}
 
 
+class _Memory:
+    """What a run takes of the memory of NUMA nodes and gives back to it, in its order. Node None is any node.
+
+    :param free: node -> bytes that nothing uses
+    :param cache: node -> bytes that files' pages use and the kernel gives back
+    """
+
+    def __init__(self, free: t.Mapping[int, int], cache: t.Mapping[int, int]) -> None:
+        self.free: Counter[int | None] = Counter(free)
+        self.cache: Counter[int | None] = Counter(cache)
+        self.stopped: Counter[int | None] = Counter()
+        self.started: Counter[int | None] = Counter()
+
+    def stop(self, status: t.Mapping[str, t.Any] | None) -> None:
+        """Count in what a store has that is stopped; one that says nothing may have nothing yet."""
+        if status:
+            self.stopped[status["numa_node"]] += status["size_bytes"]
+
+    def start(self, node: int | None, size: int) -> str:
+        """Count a store's new memory in; returns what is wrong with that, for a refusal."""
+        self.started[node] += size
+        for place in (None,) if node is None else (node, None):
+            free, cache, stopped, need = (
+                sum(kind.values()) if place is None else kind[place]
+                for kind in (self.free, self.cache, self.stopped, self.started)
+            )
+            if need > free + cache + stopped:
+                where = "this host" if place is None else f"NUMA node {place}"
+                return (
+                    f"{where} has {free + cache + stopped} bytes free for {need} bytes of new tiers: {free} unused, "
+                    f"{stopped} of stores that stop before, and {cache} of files' pages, which is half of those that are "
+                    "neither dirty nor mapped, since the kernel does not surely give back more"
+                )
+        return ""
+
+
 class Pools:
     """The KV-cache pools of one host as a resource."""
 
@@ -191,6 +228,7 @@ class Pools:
             *(unit for pool in now.values() for unit in parts(pool)),
             *(unit for pool in self.wanted.values() for unit in parts(pool)),
         }
+        nodes = {node["id"]: node for node in observe_numa(self.host)["nodes"] if node["size_bytes"]}
         observed: dict[str, t.Any] = {
             "declared": now,
             "units": show(self.host, sorted(units), "ActiveState,UnitFileState"),
@@ -198,7 +236,8 @@ class Pools:
             "of_pools": {name: _poolfiles.on_host(self.host, name) for name in self.wanted},
             "engine": self.host.link_name(ENGINE),
             "listening": listening(self.host),
-            "free": {node["id"]: node["free_bytes"] for node in observe_numa(self.host)["nodes"] if node["size_bytes"]},
+            "free": {number: node["free_bytes"] for number, node in nodes.items()},
+            "cache": {number: node["cache_bytes"] for number, node in nodes.items()},
             "mounts": {line.split()[1]: line.split()[2] for line in self.host.read("/proc/self/mounts").splitlines()},
             "users": {
                 words[0]: int(words[2])
@@ -455,7 +494,7 @@ class Pools:
     # -- what is refused -------------------------------------------------------
 
     def _check(self, observed: dict[str, t.Any]) -> None:
-        need: dict[int, int] = {}
+        memory = _Memory(observed["free"], observed["cache"])
         maps = {
             _connectors.map_url(connector): f"pool {name}"
             for name, pool in observed["declared"].items()
@@ -467,6 +506,8 @@ class Pools:
             option = self.options[name]
             if name in self.leaving and name in observed["declared"]:
                 self._check_drains(option, observed["declared"][name]["engine"])
+            for unit in self._stops(name, observed):  # before those of this pool start, and of the pools after it
+                memory.stop(observed["stores"].get(unit))
             if pool is None:
                 continue
             for index, connector in enumerate(pool["connectors"]):
@@ -478,7 +519,7 @@ class Pools:
                 if tier.get("path"):
                     self._check_path(where, pool, tier, observed)
                 else:
-                    self._check_memory(where, name, tier, observed, need)
+                    self._check_memory(where, name, tier, observed, memory)
             for index, tenant in enumerate(pool["tenants"]):
                 if tenant["owner"] and tenant["owner"] not in observed["users"] and not self.predicting:
                     raise Refused(
@@ -513,7 +554,7 @@ class Pools:
                     raise Refused(f"{option}.master.{key}", port, "another program listens on it", "Choose a free port")
 
     def _check_memory(
-        self, where: str, name: str, tier: dict[str, t.Any], observed: dict[str, t.Any], need: dict[int, int]
+        self, where: str, name: str, tier: dict[str, t.Any], observed: dict[str, t.Any], memory: _Memory
     ) -> None:
         node = observed["nodes"].get((name, tier["name"]))
         if isinstance(node, str):
@@ -535,17 +576,10 @@ class Pools:
             more -= self._serves(unit, {unit: old}, observed)
         if more <= 0:
             return
-        place = -1 if node is None else node
-        free = sum(observed["free"].values()) if node is None else observed["free"][node]
-        need[place] = need.get(place, 0) + more
-        if need[place] > free:
-            host = "this host" if node is None else f"NUMA node {node}"
-            raise Refused(
-                f"{where}.size",
-                format_size(tier["size_bytes"]),
-                f"{host} has {free} bytes free for {need[place]} bytes of new tiers",
-                "Make the tier smaller or free memory there",
-            )
+        problem = memory.start(node, more)
+        if problem:
+            remedy = "Make the tier smaller, free memory there, or have the kernel drop files' pages (sysctl vm.drop_caches=1)"
+            raise Refused(f"{where}.size", format_size(tier["size_bytes"]), problem, remedy)
 
     def _check_path(
         self,

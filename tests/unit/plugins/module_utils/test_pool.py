@@ -219,6 +219,54 @@ def test_a_tier_that_shrinks_is_drained_and_only_its_own_store_stops(machine: Ma
     assert machine.run(other) == []
 
 
+def memory(machine: Machine, node: int, free_mib: int, **mib: int) -> None:
+    names = {"MemTotal": 64, "MemFree": free_mib, **mib}
+    text = "".join(f"Node {node} {name.replace('_', '(')}: {size << 10} kB\n" for name, size in names.items())
+    text = text.replace("(file", "(file)")
+    machine.host.files({f"/sys/devices/system/node/node{node}/meminfo": text})
+
+
+def test_what_a_store_has_that_stops_is_there_for_what_starts_after_it(machine: Machine) -> None:
+    """Also where it is most of its node; but not for what starts before it."""
+    machine.run(wish())
+    memory(machine, 0, free_mib=2)  # beside the 12 MiB of the two stores
+
+    larger = {"medium": "dram", "size": "15MiB", "numa_node": 0}
+    b = {"name": "b", "master": {"port": 1, "metrics_port": 2}, "tiers": [larger]}
+    problem = "NUMA node 0 has 14680064 bytes free for 15728640 bytes of new tiers: 2097152 unused, 12582912 of stores"
+    with pytest.raises(Refused, match=problem):
+        machine.run(wish(tiers=[{**larger, "name": "third"}]))
+    with pytest.raises(Refused, match="2097152 unused, 0 of stores that stop before"):
+        machine.run([b, {"name": "a", "state": "absent"}])
+    smaller = wish(master={"port": 50052})
+    assert f"start {MASTER}, {DRAM}, {SECOND}" in machine.run(smaller)
+    smaller[0]["tiers"][1]["size"] = "6MiB"
+    assert f"start {SECOND}" in machine.run(smaller)
+
+
+def test_tiers_with_a_place_and_without_share_what_the_host_has(machine: Machine) -> None:
+    memory(machine, 0, free_mib=10)
+    memory(machine, 2, free_mib=20)
+    anywhere = {"name": "any", "medium": "dram", "size": "16MiB"}
+    with pytest.raises(Refused, match="this host has 31457280 bytes free for 32505856 bytes"):
+        machine.run(wish(tiers=[{"medium": "cxl", "size": "15MiB", "numa_node": 2}, anywhere]))
+    with pytest.raises(Refused, match="this host has 31457280 bytes free for 32505856 bytes"):
+        machine.run(wish(tiers=[anywhere, {"medium": "cxl", "size": "15MiB", "numa_node": 2}]))
+    assert machine.run(wish(tiers=[{"medium": "cxl", "size": "14MiB", "numa_node": 2}, anywhere]))
+
+
+def test_what_files_left_in_memory_is_counted_by_half(machine: Machine) -> None:
+    """The memory of stores is mapped, too, but not a file's."""
+    pages = {"Active_file": 10, "Inactive_file": 11, "Dirty": 1, "Writeback": 2, "Mapped": 42, "Mlocked": 40}
+    memory(machine, 0, free_mib=4, **pages)
+    with pytest.raises(
+        Refused, match=r"13631488 bytes of new tiers: 4194304 unused, 0 of stores .* and 8388608 of files'"
+    ) as no:
+        machine.run(wish(tiers=[{"medium": "dram", "size": "13MiB", "numa_node": 0}]))
+    assert "drop_caches" in no.value.remedy
+    assert machine.run(wish())
+
+
 def test_a_tier_that_cannot_be_drained_is_not_touched(machine: Machine) -> None:
     machine.run(wish())
     machine.used = {"second": 5}
