@@ -14,6 +14,7 @@ import abc
 import os
 import posixpath
 import re
+import shlex
 import shutil
 import typing as t
 from dataclasses import dataclass, replace
@@ -36,6 +37,14 @@ LOADERS_OWN = ("root", "ro", "rw")
 Wish = t.Mapping[str, t.Sequence[str]]  # parameter -> its tokens; none when it shall be absent
 
 
+def split(arguments: str) -> list[str]:
+    """The words on a command line, of a boot entry or booted: GRUB takes quotes away, and adds them where it has to."""
+    try:
+        return shlex.split(arguments)
+    except ValueError:  # a quote without its other half
+        return arguments.split()
+
+
 def predict(arguments: str, wish: Wish) -> str:
     """A command line after a wish is configured."""
     kept = [word for word in arguments.split() if _name(word) not in wish or _name(word) in LOADERS_OWN]
@@ -46,7 +55,7 @@ def predict(arguments: str, wish: Wish) -> str:
 def unmet(arguments: str, wish: Wish) -> list[str]:
     """Names whose tokens on a command line are not exactly those wished for."""
     found: dict[str, list[str]] = {}
-    for word in arguments.split():
+    for word in split(arguments):
         found.setdefault(_name(word), []).append(word)
     return [
         name
@@ -174,11 +183,14 @@ class Loader(abc.ABC):
         """Keep exactly these entries of ours; none removes all trace of them."""
 
     def known_good(self, template: Entry, arguments: str) -> Entry:
-        """An entry for the running kernel whose files no update can take away."""
+        """An entry for the running kernel whose files no update can take away.
+
+        :param arguments: as they were booted; what GRUB reads otherwise (``memmap=2M$0x9f0000000``) is quoted again
+        """
         initrds = list(template.initrds)
         if initrds:
             initrds[-1] = self._keep(initrds[-1], f"{KNOWN_GOOD}.img")
-        return replace(template, id=KNOWN_GOOD, initrds=tuple(initrds), arguments=arguments)
+        return replace(template, id=KNOWN_GOOD, initrds=tuple(initrds), arguments=shlex.join(split(arguments)))
 
     def forget(self) -> None:
         """Remove the kept files."""
@@ -394,7 +406,9 @@ class GrubDefaults(Grub):
         text = self.host.read(DEFAULTS)
         line, words = self._line(text)
         new = predict(words, full)
-        after = text.replace(line, f'GRUB_CMDLINE_LINUX="{new}"', 1) if line else f'{text}\nGRUB_CMDLINE_LINUX="{new}"'
+        quote = "'" if line.rstrip().endswith("'") else '"'  # what is quoted inside is so in the other ones
+        wanted = f"GRUB_CMDLINE_LINUX={quote}{new}{quote}"
+        after = text.replace(line, wanted, 1) if line else f"{text}\n{wanted}"
         steps = self._write_defaults(text, with_saved_default(after))
         now = (self.entries() or [Entry("", "", (), "")])[0].arguments
         if steps or unmet(now, full) or not set(new.split()) <= set(now.split()):
@@ -468,6 +482,17 @@ class Bls(Loader):
             after = predict(text, full)
             steps.append(Step("write", self.CMDLINE, text, after, data=("file", self.CMDLINE, after + "\n")))
         return [*steps, *self._remember(old_names, wish)]
+
+    def guardable(self, saved: str) -> None:
+        super().guardable(saved)
+        if "$" in self.host.read("/proc/cmdline"):
+            raise Refused(
+                "guard",
+                True,
+                "the booted command line has a dollar sign, which GRUB takes for a variable in each of these entries, "
+                "so what runs could not be booted again",
+                "Do without that parameter, or set guard: false",
+            )
 
     def apply(self, step: Step) -> bool:
         if step.data[0] != "grubby":

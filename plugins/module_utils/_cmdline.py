@@ -14,13 +14,19 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._bootguard import
     running_arguments,
     summary,
 )
-from ansible_collections.agentfleet.metal.plugins.module_utils._bootloader import Entry, loader_of, predict, unmet
+from ansible_collections.agentfleet.metal.plugins.module_utils._bootloader import (
+    Entry,
+    loader_of,
+    predict,
+    split,
+    unmet,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._guardstate import Record
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused, Step
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.,:-]*$")
-_VALUE = re.compile(r"""^[^\s"'`$\\]*$""")
+_VALUE = re.compile(r"""^[^\s"'`$\\;&|<>{}]*$""")
 UNSAFE = (
     *("root", "ro", "rw", "init", "rdinit", "rootfstype", "rootflags", "rootdelay", "resume", "single", "emergency"),
     *("systemd.unit", "systemd.mask", "rd.break", "panic"),
@@ -109,7 +115,8 @@ class KernelCmdline:
             raise Refused(
                 option,
                 value,
-                "has blanks, quotes, a dollar sign or a backslash, which GRUB or the shell would read otherwise",
+                "has blanks, quotes, or one of $\\;&|<>{}, which GRUB or the shell would read otherwise "
+                "(at a semicolon the command line would end)",
                 "Give one word; for several occurrences of a parameter give a list",
             )
         return name if value == "" else f"{name}={value}"
@@ -203,8 +210,8 @@ class KernelCmdline:
         if "BOOT_IMAGE=" in observed["cmdline"]:
             if default.release and default.release != observed["release"]:
                 reasons.append(f"kernel: runs {observed['release']}, the default entry has {default.release}")
-            want, have = predicted.split(), booted.split()
-            if "$" in predicted:  # variables of the boot loader: only what was wished can be compared
+            want, have = split(predicted), split(booted)
+            if re.search(r"(?<!\\)\$", predicted):  # variables of the boot loader: only what was wished can be compared
                 names = unmet(booted, self.wish)
             else:
                 names = list(
@@ -232,7 +239,7 @@ class KernelCmdline:
 
 
 def _words(arguments: str, name: str) -> list[str]:
-    return [word for word in arguments.split() if word.partition("=")[0] == name]
+    return [word for word in split(arguments) if word.partition("=")[0] == name]
 
 
 def _show(arguments: str, name: str) -> str:

@@ -10,6 +10,8 @@ Imitated with their traps:
 - The newest kernel is the first entry, whatever was the default before.
 - GRUB clears ``next_entry`` before it boots, falls back to the first entry when the saved one does not exist, and reads
   custom.cfg from beside grub.cfg.
+- The words of an entry are those of a script: quotes and backslashes go, variables that are not set are nothing, and a
+  ``;`` ends the command. In entries of their own files (BLS) variables are read first, inside of quotes, too.
 - An initramfs that does not find its root device waits for ever, unless ``panic=`` stands on the command line.
 """
 
@@ -34,6 +36,10 @@ menuentry 'Linux %(release)s' --class gnu-linux $menuentry_id_option 'gnulinux-%
 \tinitrd\t/boot/initrd.img-%(release)s
 }
 """
+_SCRIPT = (
+    r"'(?P<single>[^']*)'|\"(?P<double>[^\"]*)\"|\\(?P<escaped>.)|\$(?P<variable>\w*)|"
+    r"(?P<end>[;&|<>{}])|(?P<blank>\s+)|(?P<plain>.)"
+)
 FOOTER = "if [ -f  ${config_directory}/custom.cfg ]; then\n  source ${config_directory}/custom.cfg\nfi\n"
 
 
@@ -108,7 +114,26 @@ def _start(root: str, directory: str, bls: bool) -> str:
     for file in (kernel, initrd):
         if not Path(root, "boot", os.path.basename(file)).is_file():
             raise Lost(f"file {file} not found")
-    return f"BOOT_IMAGE={kernel} {arguments}"
+    if bls:
+        arguments = re.sub(r"\$\w*", "", arguments)
+    return f"BOOT_IMAGE={kernel} {' '.join(_script_words(arguments))}"
+
+
+def _script_words(text: str) -> list[str]:
+    """The words of one command as GRUB gives them to the kernel."""
+    found: list[str] = []
+    word: str | None = None
+    for match in re.finditer(_SCRIPT, text):
+        kind, value = str(match.lastgroup), match[match.lastgroup]
+        if kind == "end":
+            break
+        if kind == "blank":
+            found, word = [*found, *([] if word is None else [word])], None
+        else:
+            word = (word or "") + ("" if kind == "variable" else value)
+    found += [] if word is None else [word]
+    escaped = [re.sub(r"""([\\'"])""", r"\\\1", word) for word in found]
+    return [f'"{word}"' if " " in word else word for word in escaped]
 
 
 def _menu(root: str, directory: str) -> dict[str, tuple[str, str, str]]:

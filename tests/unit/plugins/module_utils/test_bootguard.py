@@ -252,6 +252,30 @@ def test_known_good_keeps_the_initramfs_it_booted_with(machine: Machine) -> None
     assert Path(machine.root, f"boot/{KNOWN_GOOD}.img").read_text() == f"initrd.img-{OLD}"
 
 
+@pytest.mark.parametrize("backend", ["grub_d", "openeuler"])
+def test_what_grub_reads_otherwise_than_it_was_booted_comes_back_too(backend: str, tmp_path: Path) -> None:
+    machine = Machine(str(tmp_path), backend)
+    line = r'console=tty0 memmap=2M\$0x9f0000000 pci=\;x acpi_osi="Linux" dyndbg="file a.c +p"'
+    Path(machine.root, "etc/default/grub").write_text(f"GRUB_CMDLINE_LINUX='{line}'\n")
+    machine.install(OLD)
+    machine.boot()
+    words = 'console=tty0 memmap=2M$0x9f0000000 pci=;x acpi_osi=Linux "dyndbg=file a.c +p"'
+    assert machine.cmdline == f"root=UUID=1234 ro {words}"
+    assert run(KernelCmdline(machine, {"parameters": {}})) == []  # quotes of the entry are no difference
+    assert play(machine, {"root": "/dev/does-not-exist"}) == "rolled back"
+    assert machine.cmdline == f"root=UUID=1234 ro {words}"
+    assert play(machine, {"quiet": ""}) == "promoted"
+    assert machine.cmdline == f"root=UUID=1234 ro {words} quiet"
+    assert run(KernelCmdline(machine, {"parameters": {"quiet": ""}})) == []
+
+
+def test_a_booted_dollar_sign_is_not_guarded_where_entries_cannot_have_it(tmp_path: Path) -> None:
+    machine = Machine(str(tmp_path), "grubby")
+    Path(machine.root, "proc/cmdline").write_text(f"BOOT_IMAGE=/vmlinuz-{OLD} memmap=2M$0x9f0000000\n")
+    with pytest.raises(Refused, match="the booted command line has a dollar sign"):
+        run(KernelCmdline(machine, {"parameters": {"quiet": ""}}))
+
+
 def test_a_wish_taken_back_before_the_reboot_disarms(machine: Machine) -> None:
     assert run(KernelCmdline(machine, {"parameters": {"intel_iommu": "on"}}))[-1] == "try"
     assert run(KernelCmdline(machine, {"parameters": {"intel_iommu": "on"}})) == []
