@@ -12,9 +12,11 @@ from a snapshot sees that one through a bind mount of its unit. All clones map
 the RAM file privately, so its pages are in the host's memory once until a
 guest writes them.
 
-A clone starts paused and with its taps down. Its unit runs this file
-(``resume``), which loads the state, lets it run, and tells the agent over
-vsock who it is now; only then its taps go up and the unit counts as started.
+A clone's unit runs this file (``resume``), which loads the state, lets it run,
+and tells the agent over vsock who it is now; only then the unit counts as
+started. Until then the packet filter lets nothing of it through, since its MAC
+and addresses are still the parent's. (Its taps are up: Cloud Hypervisor has no
+leave to switch them on, and ends when it writes to one that is down.)
 """
 
 from __future__ import annotations
@@ -686,8 +688,6 @@ def resume(host: Host, name: str) -> None:
         why = problem(host, snapshot, manifest, version=_connected(machine.version, end))
         if why:
             raise HostError(f"microVM {name} cannot start from snapshot {snapshot}: {why}. Make the snapshot anew")
-        for network in spec["networks"]:
-            host.run(["ip", "link", "set", network["tap"], "down"])
         machine.load(spec["restore_from"])
         machine.resume()
     told: dict[str, t.Any] = {}
@@ -704,8 +704,6 @@ def resume(host: Host, name: str) -> None:
                     f"{told.get('error', told)}. The snapshot's image needs an agent of this collection"
                 )
             time.sleep(0.1)
-    for network in spec["networks"]:
-        host.run(["ip", "link", "set", network["tap"], "up"])
 
 
 def _connected(connect: t.Callable[[], t.Any], end: float) -> t.Any:

@@ -521,16 +521,14 @@ def cloned(metal: t.Any) -> t.Any:
         spec = clone(name=name)
         Sources(metal, False, []).settle(item(), t.cast(_vmm.Spec, spec))
         metal.files({f"/var/lib/agentfleet/microvms/{name}/spec.json": json.dumps(spec)})
-    for state in ("down", "up"):
-        metal.answers[f"ip link set af2 {state}"] = lambda host, state=state: host.log.append(f"tap {state}") or ""
     return metal
 
 
-def test_a_clone_is_itself_before_its_network_is_up(cloned: t.Any) -> None:
+def test_a_clone_is_told_who_it_is(cloned: t.Any) -> None:
     told = agent_of(cloned, {"hostname": "worker"})
     _snapshot.resume(cloned, "worker")
     load = "load /run/agentfleet/snapshots/warm"
-    assert cloned.log == ["tap down", load, "resume", "disconnect", "tell", "tap up"]
+    assert cloned.log == [load, "resume", "disconnect", "tell"]
     (message,) = told
     assert message["power_off"] == "b"
     assert message["hostname"] == "worker"
@@ -559,12 +557,11 @@ def test_what_a_clone_declares_is_told_from_the_defaults_of_the_module() -> None
     }
 
 
-def test_without_an_identity_its_network_stays_down(cloned: t.Any, monkeypatch: t.Any) -> None:
+def test_without_an_identity_it_does_not_count_as_started(cloned: t.Any, monkeypatch: t.Any) -> None:
     monkeypatch.setattr(_snapshot, "IDENTITY_SECONDS", 0.3)
     agent_of(cloned, {"error": "OSError: no network device"})
     with pytest.raises(HostError, match="did not take its identity within 0.3 seconds: OSError: no network device"):
         _snapshot.resume(cloned, "worker")
-    assert "tap up" not in cloned.log
 
 
 def test_a_vmm_that_does_not_answer_yet_is_asked_again(cloned: t.Any, monkeypatch: t.Any) -> None:
@@ -572,7 +569,7 @@ def test_a_vmm_that_does_not_answer_yet_is_asked_again(cloned: t.Any, monkeypatc
     refused = [HostError("Cloud Hypervisor did not answer vmm.ping: No such file or directory")] * 2
     monkeypatch.setattr(Machine, "version", lambda _self: "10.0.2" if not refused else raised(refused.pop()))
     _snapshot.resume(cloned, "worker")
-    assert cloned.log[-1] == "tap up"
+    assert cloned.log[-1] == "tell"
 
 
 def raised(error: Exception) -> t.NoReturn:
