@@ -5,9 +5,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import typing as t
+from pathlib import Path
 
-from ansible_collections.agentfleet.metal.tests.unit.role_lab import rendered
+import pytest
+import yaml
+
+from ansible_collections.agentfleet.metal.tests.unit.role_lab import HERE, rendered
 
 RENDER = """
 for case in given["cases"]:
@@ -31,3 +37,65 @@ def test_other_wheels_are_another_installation_with_their_own_version() -> None:
     assert first == same and first.startswith("/opt/agentfleet/mooncake-0.3.14-")
     assert newer.startswith("/opt/agentfleet/mooncake-0.3.15-") and plain.startswith("/opt/agentfleet/mooncake-wheels-")
     assert len({usual, first, corrected, newer, plain}) == 5
+
+
+STRANGERS = """
+for name, hosts, members in given["cases"]:
+    around = {"inventory_hostname": "kv1", "groups": {"all": list(hosts)}, "hostvars": hosts}
+    more = {"mooncake_etcd_members": [{"name": member} for member in members], **name}
+    variables = {**load("defaults/main.yml"), **around, **more, **load("vars/main.yml")}
+    found.append(Templar(loader, variables=variables).template(variables["mooncake_etcd_strangers"]))
+"""
+
+
+def test_each_member_of_etcd_has_a_host() -> None:
+    hosts: dict[str, t.Any] = {"kv1": {}, "kv2": {"mooncake_etcd_name": "second"}}
+    full = "kv1.example.com"
+    cases = [({}, hosts, ["kv1", "second"]), ({}, hosts, [full, "kv2"]), ({"mooncake_etcd_name": full}, hosts, [full])]
+    assert rendered("mooncake", STRANGERS, cases=cases) == [[], [full], []]
+
+
+SETTINGS = "# Written by us.\nETCD_NAME=kv1\nETCD_DATA_DIR=/var/lib/etcd/agentfleet\nETCD_LISTEN_PEER_URLS=http://10.0.0.1:2380\n"
+WHEN = """
+for text in given["texts"]:
+    variables = {"mooncake_etcd_lacks": {"stdout": text}}
+    template = Templar(loader, variables=variables)
+    restarts = [task for task in load("tasks/etcd.yml") if task.get("ansible.builtin.systemd_service", {}).get("state") == "restarted"]
+    found.append([task.get("throttle", 0) for task in restarts if all(map(template.evaluate_conditional, task["when"]))])
+"""
+
+
+def test_members_of_etcd_that_serve_take_turns_to_restart() -> None:
+    texts = ["", "ActiveState", "ETCD_NAME", "ETCD_NAME\nETCD_DATA_DIR", "ActiveState\nETCD_NAME"]
+    assert rendered("mooncake", WHEN, texts=texts) == [[], [], [1], [0], [0]]
+
+
+@pytest.mark.parametrize(
+    ("runs", "active", "lacks"),
+    [
+        ({}, True, ""),
+        ({"ETCD_LISTEN_PEER_URLS": "http://10.0.0.9:2380"}, True, "ETCD_LISTEN_PEER_URLS\n"),
+        ({"ETCD_NAME": "kv10", "ETCD_DATA_DIR": "/var/lib/etcd/default"}, True, "ETCD_NAME\nETCD_DATA_DIR\n"),
+        ({"ETCD_NAME": "kv10"}, False, "ActiveState\nETCD_NAME\n"),
+        ({}, False, "ActiveState\n"),
+        (None, False, ""),
+    ],
+)
+def test_settings_are_those_that_etcd_was_started_with(
+    tmp_path: Path, runs: dict[str, str] | None, active: bool, lacks: str
+) -> None:
+    has = dict(line.split("=", 1) for line in SETTINGS.splitlines()[1:])
+    with subprocess.Popen(["sleep", "60"], env={"PATH": os.environ["PATH"], **has, **(runs or {})}) as etcd:
+        pid = 0 if runs is None else etcd.pid
+        systemctl = tmp_path / "systemctl"
+        state = "active" if active else "activating"
+        systemctl.write_text(f"#!/bin/sh\ncase $2 in *=MainPID) echo {pid} ;; *) echo {state} ;; esac\n")
+        systemctl.chmod(0o755)
+        tasks = yaml.safe_load((HERE / "roles/mooncake/tasks/etcd.yml").read_text())
+        (command,) = (task["ansible.builtin.shell"]["cmd"] for task in tasks if "ansible.builtin.shell" in task)
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["sh", "-c", command], input=SETTINGS, env={"PATH": path}, capture_output=True, text=True, check=True
+        )
+        etcd.kill()
+    assert done.stdout == lacks
