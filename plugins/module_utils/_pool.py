@@ -10,6 +10,7 @@ moved to other stores before it stops, where there are any; otherwise stopping i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -254,6 +255,7 @@ class Pools:
             "nodes": {},
             "devdax": {name: {} for name in self.wanted},
             "paths": {},
+            "to_write": {},
             "slabs": {},
             "data": {},
             "quotas": {},
@@ -262,6 +264,7 @@ class Pools:
             if pool is not None:
                 self._observe_wish(name, pool, observed)
             observed["data"][name] = self._data(name, observed)
+        self._observe_disks(observed)
         return observed
 
     def _observe_wish(self, name: str, pool: dict[str, t.Any], observed: dict[str, t.Any]) -> None:
@@ -294,7 +297,7 @@ class Pools:
             observed["quotas"][name] = json.loads(done.stdout) if done.rc == 0 else None
 
     def _space(self, path: str) -> dict[str, t.Any]:
-        """Whose a directory is, and what a tier in it can have: its size so far plus what its file system has free."""
+        """Whose a directory is, and what its file system has free."""
         place = path
         while not self.host.exists(place):
             place = os.path.dirname(place)
@@ -306,11 +309,37 @@ class Pools:
             "directory": directory,
             "uid": state.st_uid,
             "mode": stat.S_IMODE(state.st_mode),
+            "file_system": state.st_dev,
             "free": space.f_bavail * space.f_frsize,
-            "used": sum(os.path.getsize(os.path.join(top, name)) for top, _d, names in os.walk(real) for name in names)
-            if place == path and directory
-            else 0,
         }
+
+    def _observe_disks(self, observed: dict[str, t.Any]) -> None:
+        """Bytes that tiers may still write, of each file system with a tier that is new or changes.
+
+        What they have already is counted only where it matters: there may be millions of files.
+        """
+        tiers: dict[int, list[dict[str, t.Any]]] = {}
+        changing = set()
+        for name, pool in self.wanted.items():
+            for tier in (tier for tier in (pool or {}).get("tiers", []) if tier.get("path")):
+                place = observed["paths"][tier["path"]]["file_system"]
+                tiers.setdefault(place, []).append(tier)
+                if _changes(name, tier, observed):
+                    changing.add(place)
+        for place in changing:
+            to_write = sum(tier["size_bytes"] for tier in tiers[place])
+            if to_write > min(observed["paths"][tier["path"]]["free"] for tier in tiers[place]):
+                to_write = sum(max(0, tier["size_bytes"] - self._used(tier["path"])) for tier in tiers[place])
+            observed["to_write"][place] = to_write
+
+    def _used(self, path: str) -> int:
+        """Bytes of the files below a directory, of which a live cache removes some meanwhile."""
+        used = 0
+        for top, _directories, names in os.walk(self.host.path(path)):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    used += os.lstat(os.path.join(top, name)).st_size
+        return used
 
     def _data(self, name: str, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         """What would be lost (``lost``, empty if nothing), and the tiers that can be drained before (``drain``)."""
@@ -601,11 +630,13 @@ class Pools:
                     f"no 3FS is mounted there ({kind or 'nothing is'})",
                     "Mount it first: role threefs",
                 )
-        if tier["size_bytes"] > space["free"] + space["used"]:
+        to_write = observed["to_write"].get(space["file_system"], 0)
+        if to_write > space["free"] and _changes(pool["name"], tier, observed):
             raise Refused(
                 f"{where}.size",
                 format_size(tier["size_bytes"]),
-                f"the file system of {tier['path']} has {space['free']} bytes free",
+                f"the file system of {tier['path']} has {space['free']} bytes free for {to_write} bytes that tiers of it "
+                "may still write",
                 "Make the tier smaller or choose another file system",
             )
         for slab in (slab for connector in pool["connectors"] for slab in _connectors.slabs(pool, connector)):
@@ -755,6 +786,11 @@ class Pools:
             "engine_version": observed["engine"].partition("-")[2],
             "warnings": warnings,
         }
+
+
+def _changes(name: str, tier: t.Mapping[str, t.Any], observed: t.Mapping[str, t.Any]) -> bool:
+    """Whether a tier of this pool is not what it was declared before."""
+    return tier not in observed["declared"].get(name, {}).get("tiers", [])
 
 
 def _serves_tenants(pool: t.Mapping[str, t.Any] | None) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import types
 import typing as t
 
 import pytest
@@ -425,6 +426,50 @@ def test_check_mode_predicts_what_earlier_tasks_would_have_made(machine: Machine
     serial, node = resource.result(observed)["warnings"]
     assert "no CXL memory device has serial 0x1" in serial
     assert "pool a, tier far: no NUMA node 2 with memory" in node
+
+
+def disk(name: str, size: str = "6MiB") -> dict[str, t.Any]:
+    tiers = [{"medium": "ssd", "size": size, "path": f"/srv/{name}"}]
+    return {"name": name, "engine": "filesystem", "tiers": tiers}
+
+
+def free_on_disk(monkeypatch: pytest.MonkeyPatch, mib: int) -> None:
+    state = types.SimpleNamespace(f_bavail=mib << 20, f_frsize=1)
+    monkeypatch.setattr(os, "statvfs", lambda path: state)
+
+
+def test_tiers_of_one_file_system_are_summed_up(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With those that were there before, less what they have already."""
+    free_on_disk(monkeypatch, 10)
+    problem = "has 10485760 bytes free for 12582912 bytes that tiers of it may still write"
+    with pytest.raises(Refused, match=problem) as refused:
+        machine.run([disk("a"), disk("b")])
+    assert refused.value.option == "pools[0].tiers[0].size"
+    machine.run([disk("a")])
+    with pytest.raises(Refused, match=problem) as refused:
+        machine.run([disk("a"), disk("b")])
+    assert refused.value.option == "pools[1].tiers[0].size"
+    machine.host.files({"/srv/a/x/page": "a" * (2 << 20)})
+    assert machine.run([disk("a"), disk("b")])
+
+
+def test_files_of_a_cache_are_counted_only_where_it_matters(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    walk, walked = os.walk, []
+
+    def seen(top: str) -> t.Any:
+        walked.append(top)
+        for where, directories, names in walk(top):
+            yield where, directories, [*names, "evicted-since"]
+
+    monkeypatch.setattr(os, "walk", seen)
+    machine.run([disk("a")])
+    machine.host.files({"/srv/a/page": "a" * (3 << 20)})
+    free_on_disk(monkeypatch, 4)
+    assert machine.run([disk("a")]) == [] and walked == [], "a tier that does not change needs no room"
+    with pytest.raises(Refused, match="4194304 bytes free for 5242880 bytes"):
+        machine.run([disk("a", "8MiB")])
+    assert machine.run([disk("a", "7MiB")])
+    assert len(walked) == 2 and machine.run([disk("a", "7MiB")]) == [] and len(walked) == 2
 
 
 def test_a_directory_is_proven_and_left_clean(fake_host: t.Any) -> None:
