@@ -105,6 +105,14 @@ def _ports(conf: str) -> list[int]:
     return [int(port) for port in re.findall(r"^\[fdbserver\.(\d+)\]", conf, re.MULTILINE)]
 
 
+def _ipv4(text: str) -> bool:
+    """FoundationDB takes no names, and 3FS no IPv6."""
+    try:
+        return bool(ipaddress.IPv4Address(text))
+    except ValueError:
+        return False
+
+
 def check_layout(redundancy: str, coordinators: t.Sequence[str], machines: t.Sequence[str]) -> list[str]:
     """Machines and coordinators suffice for the redundancy; returns the coordinators in order.
 
@@ -115,14 +123,13 @@ def check_layout(redundancy: str, coordinators: t.Sequence[str], machines: t.Seq
     need_machines, need_coordinators = NEEDS[redundancy]
     for index, address in enumerate(coordinators):
         host, _colon, port = str(address).rpartition(":")
-        try:
-            ipaddress.ip_address(host)
-        except ValueError:
+        if not _ipv4(host) or not port.isdigit() or not 0 < int(port) < 65536:
             raise Refused(
-                f"coordinators[{index}]", address, "not ADDRESS:PORT", "Write such as 10.0.0.1:4500"
-            ) from None
-        if not port.isdigit() or not 0 < int(port) < 65536:
-            raise Refused(f"coordinators[{index}]", address, "not ADDRESS:PORT", "Write such as 10.0.0.1:4500")
+                f"coordinators[{index}]",
+                address,
+                "not ADDRESS:PORT with an IPv4 address",
+                "Write such as 10.0.0.1:4500",
+            )
         if host not in machines:
             raise Refused(
                 f"coordinators[{index}]",
@@ -130,6 +137,9 @@ def check_layout(redundancy: str, coordinators: t.Sequence[str], machines: t.Seq
                 "no machine of the database has this address",
                 f"One of {', '.join(machines)}",
             )
+    for index, address in enumerate(machines):
+        if not _ipv4(address):
+            raise Refused(f"machines[{index}]", address, "not an IPv4 address", "Write such as 10.0.0.1")
     hosts = [str(address).rpartition(":")[0] for address in coordinators]
     if len(set(hosts)) < len(hosts):
         raise Refused(

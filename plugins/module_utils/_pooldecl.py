@@ -297,10 +297,12 @@ def _mooncake(option: str, pool: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         raise Refused(f"{option}.rdma_devices", devices, "TCP uses no RDMA device", "Set protocol: rdma")
     endpoints = [str(endpoint) for endpoint in pool.get("etcd") or []]
     for index, endpoint in enumerate(endpoints):
-        host, _colon, port = endpoint.rpartition(":")
-        if not host or "/" in host or not port.isdigit():
+        if not re.fullmatch(r"([^:/[\]]+|\[[0-9A-Fa-f:.]+\]):\d+", endpoint):
             raise Refused(
-                f"{option}.etcd[{index}]", endpoint, "not an endpoint", "Write HOST:PORT, such as 10.0.0.1:2379"
+                f"{option}.etcd[{index}]",
+                endpoint,
+                "not an endpoint",
+                "Write HOST:PORT, such as 10.0.0.1:2379 or [fd00::1]:2379",
             )
     if endpoints and len(endpoints) % 2 == 0:
         raise Refused(

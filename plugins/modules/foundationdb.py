@@ -27,7 +27,7 @@ options:
     type: path
     required: true
   machines:
-    description: Addresses of all hosts of the database.
+    description: IPv4 addresses of all hosts of the database.
     type: list
     elements: str
     required: true

@@ -42,7 +42,7 @@ options:
     description: Address of this host; one of O(machines). Required with O(state=started).
     type: str
   machines:
-    description: Addresses of all hosts of the database. Required with O(state=started).
+    description: IPv4 addresses of all hosts of the database. Required with O(state=started).
     type: list
     elements: str
   coordinators:

@@ -99,3 +99,23 @@ def test_settings_are_those_that_etcd_was_started_with(
         )
         etcd.kill()
     assert done.stdout == lacks
+
+
+def test_members_of_etcd_are_named_as_urls_name_them() -> None:
+    script = """
+for case in given["cases"]:
+    variables = {**load("defaults/main.yml"), **case, **load("vars/main.yml")}
+    text = open(f"{role}/templates/etcd.env.j2").read()
+    found.append(Templar(loader, variables=variables).template(trust_as_template(text)))
+"""
+    cases = [
+        {
+            "mooncake_etcd_name": "m1",
+            "mooncake_etcd_members": [{"name": "m1", "address": first}, {"name": "m2", "address": "h2"}],
+        }
+        for first in ("10.0.0.1", "fd00::1", "[fd00::1]")
+    ]
+    start = "from ansible.template import trust_as_template\n"
+    for text, url in zip(rendered("mooncake", start + script, cases=cases), ("10.0.0.1", "[fd00::1]", "[fd00::1]")):
+        assert f"ETCD_INITIAL_CLUSTER=m1=http://{url}:2380,m2=http://h2:2380\n" in text
+        assert text.count(f"=http://{url}:2379\n") == 2 and text.count(f"=http://{url}:2380\n") == 2
