@@ -143,13 +143,19 @@ class MicroVms:
         enabled = f"{SYSTEM}/agentfleet-microvms.target.wants"
         found = state_of.unit_states(self.host, names)
         up = [name for name in self.wanted if found.get(name, {}).get("active") == "active"]
-        running = state_of.running(self.host, up)
+        live = state_of.running(
+            self.host, [n for n, one in found.items() if one["active"] not in ("inactive", "failed")]
+        )
+        running = {name: live[name] for name in up if name in live}
+        stops = self.params["state"] in ("restarted", "stopped") or self.params["allow_restart"]
         paused = state_of.paused(self.host, running) if self.state.exists else set()
         return {
             **resolve.observe(self.host),
             "specs": specs,
             "units": found,
             "running": running,
+            # Who runs while others start: nobody can have a cid, an address or a MAC that it runs with.
+            "held": {name: spec for name, spec in live.items() if not (stops and name in self.wanted)},
             "paused": paused,
             "booting": self._booting({name: spec for name, spec in running.items() if name not in paused}),
             "enabled": {name for name in names if self.host.exists(f"{enabled}/{unit(name)}")},
@@ -645,9 +651,11 @@ class MicroVms:
         return failed
 
     def _answer(self, name: str) -> dict[str, t.Any] | None:
-        """What the agent of a microVM says; with the cid that it is declared with, another one may run."""
+        """What the agent of a microVM says, and no other one's; with the cid that it is declared with, another may run."""
         running = state_of.running(self.host, [name]).get(name)
-        return state_of.ask_agent(self.host, running, 2) if running else None
+        told = state_of.ask_agent(self.host, running, 2) if running else None
+        others = [one for one in self.host.names(HOME) if one != name]
+        return told if told and told.get("hostname") not in others else None
 
     def _processes(self, tenant: str, name: str) -> bool:
         """Whether the unit has processes; cheaper than to ask systemd while guests boot.

@@ -92,16 +92,17 @@ def exchange(connection: socket.socket, message: bytes, timeout_seconds: float, 
 
 
 def cid_of(name: str) -> int:
-    """The cid that a microVM runs with, which another one may be declared with now, or else the one that it would start with."""
-    for path in (f"{RUN}/{name}.spec.json", f"{HOME}/{name}/spec.json"):
-        try:
-            with open(path, encoding="utf-8") as file:
-                return int(json.load(file)["cid"])
-        except FileNotFoundError:
-            continue
-        except (ValueError, KeyError) as error:  # it is being written: look again
-            raise OSError(f"{path} cannot be read: {error}") from None
-    raise Unreachable(f"{name}: this host has no microVM of this name")
+    """The cid that a microVM runs with. With the one that it is declared with, another one may run."""
+    path = f"{RUN}/{name}.spec.json"
+    try:
+        with open(path, encoding="utf-8") as file:
+            return int(json.load(file)["cid"])
+    except FileNotFoundError:
+        if not os.path.exists(f"{HOME}/{name}/spec.json"):
+            raise Unreachable(f"{name}: this host has no microVM of this name") from None
+        raise  # it may be about to start
+    except (ValueError, KeyError) as error:  # it is being written: look again
+        raise OSError(f"{path} cannot be read: {error}") from None
 
 
 def connect(name: str, timeout_seconds: float) -> socket.socket:

@@ -50,7 +50,8 @@ class Resolver:
 
     :param params: ``accelerator`` and ``memory_overcommit``
     :param wanted: name -> validated wish
-    :param observed: what :func:`observe` returned, with ``specs``, ``units`` and ``enabled`` of all declared microVMs
+    :param observed: what :func:`observe` returned, with ``specs``, ``units`` and ``enabled`` of all declared microVMs, and
+        ``held``, the specs that microVMs run with and go on to run with
     :param predicting: what is missing is expected to be made by an earlier task
     :param warnings: takes what this means
     """
@@ -73,16 +74,22 @@ class Resolver:
     def specs(self, networks: _network.Networks) -> dict[str, _vmm.Spec]:
         """Name -> spec of every wanted microVM."""
         before = {name: spec["networks"] for name, spec in self.observed["specs"].items()}
-        interfaces = networks.resolve(self.wanted, before)
+        held: t.Mapping[str, _vmm.Spec] = self.observed["held"]
+        interfaces = networks.resolve(
+            self.wanted, before, [(name, one) for name, spec in held.items() for one in spec.get("networks", ())]
+        )
         found = {name: self._spec(item, interfaces[name]) for name, item in self.wanted.items()}
-        cids = {spec["cid"]: name for name, spec in self.others.items()}
+        cids = {spec["cid"]: name for name, spec in [*held.items(), *self.others.items()]}
         devices = {device: name for name, spec in self.others.items() for device in spec.get("devices", ())}
         for name, spec in found.items():
             option = self.wanted[name]["option"]
             for one in _vmm.driver(spec["driver"]).unsupported(spec):
                 raise Refused(f"{option}.{one.option}", one.value, one.problem, one.remedy)
-            if spec["cid"] in cids:
-                raise Refused(f"{option}.cid", spec["cid"], f"microVM {cids[spec['cid']]} has it", "Give another cid")
+            if cids.get(spec["cid"], name) != name:
+                raise Refused(
+                    f"{option}.cid", spec["cid"], f"microVM {cids[spec['cid']]} has it",
+                    "Give another cid; one that a running microVM is to leave is free after its restart (allow_restart)",
+                )  # fmt: skip
             self._check_nodes(option, spec)
             self._check_devices(option, spec, devices)
             self._check_shares(option, spec)

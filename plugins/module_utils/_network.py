@@ -131,18 +131,20 @@ class Networks:
         self,
         wanted: t.Mapping[str, t.Mapping[str, t.Any]],
         before: t.Mapping[str, t.Sequence[Interface]],
+        held: t.Sequence[tuple[str, Interface]] = (),
     ) -> dict[str, list[Interface]]:
         """The interfaces of every wanted instance; what was derived before is kept while it is valid.
 
         :param wanted: name -> ``option`` (for errors), ``networks`` (from :meth:`wishes`), ``tenant``
         :param before: name -> interfaces of every microVM of the host, wanted or not
+        :param held: (name, interface) of those that run with what may be declared otherwise now; each may keep its own
         """
         others = [(name, one) for name, interfaces in before.items() if name not in wanted for one in interfaces]
         self._check_others(others)
         _check_marks(wanted, others)
         kept = {(name, one["network"]): one for name in wanted for one in before.get(name, ())}
         chosen = {
-            key: self._addresses(key, address, wanted, others, kept)
+            key: self._addresses(key, address, wanted, [*held, *others], kept)
             for key, address, _version in FAMILIES
         }  # fmt: skip
         taken = {
@@ -150,16 +152,18 @@ class Networks:
             | {bridge_mac(one["bridge"]): f"the bridge {one['bridge']}" for one in self.found.values()},
             "tap": {one["tap"]: name for name, one in others},
         }
+        macs = {one["mac"]: name for name, one in held}
         resolved: dict[str, list[Interface]] = {}
         for name, item in wanted.items():
             resolved[name] = []
             for index, wish in enumerate(item["networks"]):
                 network = self.found[wish["network"]]
                 where = (name, wish["network"])
-                if wish["mac"] in taken["mac"]:
+                holder = taken["mac"].get(wish["mac"], macs.get(wish["mac"], name))
+                if wish["mac"] in taken["mac"] or holder != name:
                     raise Refused(
                         f"{item['option']}.networks[{index}].mac", wish["mac"],
-                        f"{taken['mac'][wish['mac']]} has it", "Give another MAC, or leave it out to have one derived",
+                        f"{holder} has it", "Give another MAC, or leave it out to have one derived",
                     )  # fmt: skip
                 key = " ".join(where)
                 mac = wish["mac"] or _unused(taken["mac"], key, _derived_mac)
@@ -225,7 +229,7 @@ class Networks:
         ]
         for name, option, index, wish, _prefix_of in attached:
             if wish[address]:
-                if wish[address] in holders:
+                if holders.get(wish[address], name) != name:
                     raise Refused(
                         f"{option}.networks[{index}].{address}", wish[address],
                         f"microVM {holders[wish[address]]} has it", "Give another address",
@@ -235,7 +239,8 @@ class Networks:
         for name, _option, _index, wish, prefix in attached:
             where = (name, wish["network"])
             before = str(kept[where].get(address, "")) if where in kept else ""
-            if where not in chosen and before and before not in holders and ipaddress.ip_address(before) in prefix:
+            mine = holders.get(before, name) == name
+            if where not in chosen and before and mine and ipaddress.ip_address(before) in prefix:
                 chosen[where] = before
                 holders[before] = name
         free = {

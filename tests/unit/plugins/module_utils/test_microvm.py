@@ -698,6 +698,44 @@ def test_a_guest_is_told_by_the_cid_that_it_runs_with(models: t.Any, monkeypatch
     assert cids == [7]
 
 
+def test_what_a_running_one_has_nobody_else_gets_before_its_restart(metal: t.Any) -> None:
+    def one(name: str, cid: int | None, address: str | None = None, mac: str | None = None) -> dict[str, t.Any]:
+        return {"name": name, "cid": cid, "networks": [{"network": "agents", "address": address, "mac": mac}]}
+
+    run(metal, call(one("x", 5, mac="02:00:00:00:00:05"), one("y", 6)))
+    run(metal, call(one("x", 7, "10.88.0.50", "02:00:00:00:00:07")))  # waits for its restart
+    for new, what in (
+        (one("z", 5), "microVM x has it"),
+        (one("z", 7), "microVM x has it"),
+        (one("z", 8, "10.88.0.2"), "microVM x has it"),
+        (one("z", 8, None, "02:00:00:00:00:05"), "x has it"),
+    ):
+        with pytest.raises(Refused, match=what):
+            run(metal, call(new))
+    run(metal, call(one("z", 8)))
+    assert json.loads(metal.read("/run/agentfleet/z.spec.json"))["networks"][0]["address"] == "10.88.0.4"
+    assert run(metal, call(one("z", 8))) == []
+    back = call(one("x", 5, "10.88.0.2", "02:00:00:00:00:05"))  # its own
+    assert words(run(metal, back)) == ["define microVM x", "reload systemd"] and run(metal, back) == []
+    swapped = one("x", 6, "10.88.0.3", "02:00:00:00:00:05"), one("y", 5, "10.88.0.2")
+    with pytest.raises(Refused, match="microVM y has it"):
+        run(metal, call(*swapped))
+    run(metal, call(*swapped, allow_restart=True))
+    assert run(metal, call(*swapped)) == []
+    run(metal, call(one("x", 9), state="stopped"))
+    run(metal, call(one("v", 6)))
+
+
+def test_the_answer_of_another_one_is_not_its_own(metal: t.Any, monkeypatch: t.Any) -> None:
+    run(metal, call({"name": "a1"}))
+    said = {"hostname": "a1"}
+    monkeypatch.setattr(_microvm_state, "ask_agent", lambda *_given: said)
+    with pytest.raises(HostError, match="microVM a2: no answer from its agent"):
+        run(metal, call({"name": "a2"}))
+    said["hostname"] = "renamed.example.com"
+    run(metal, call({"name": "a2"}))
+
+
 def test_one_that_boots_already_is_awaited_by_the_cid_that_it_runs_with(metal: t.Any, monkeypatch: t.Any) -> None:
     cids: list[int] = []
     run(metal, call({"name": "a1", "cid": 7}))
