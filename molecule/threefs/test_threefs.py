@@ -212,7 +212,7 @@ def test_a_third_node_is_added_while_all_chains_serve(cluster: Cluster) -> None:
 def test_a_disk_is_replaced(cluster: Cluster) -> None:
     disk = {"threefs_replace_host": "metal5", "threefs_replace_mount": "/storage/data1"}
     cluster.variables["threefs_third_disk"] = 2
-    half = cluster.interrupt("create-targets", "threefs_replace_disk", **disk)
+    half = cluster.interrupt("create-target", "threefs_replace_disk", **disk)
     assert "metal5: Format and mount the new disk" in done(half)
     cluster.play("threefs_replace_disk", **disk)
     cluster.assert_well({"10001", "10002", "10003"})

@@ -76,6 +76,7 @@ def threefs_layout(members: list, wish: dict, leaving: list = (), playing: list 
         "expect": {name: len(by_service[name]) for name in ("mgmtd", "meta", "storage")},
         "tables": tables,
         "replicas": _threefs_layout.replicas(wish),
+        "chunk_sizes": {str(table["id"]): table["chunk_sizes"] for table in tables if table.get("chunk_sizes")},
         "leaving_nodes": [hosts[name]["node"] + 10000 for name in leaving],
     }
 

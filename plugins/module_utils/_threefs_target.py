@@ -13,11 +13,12 @@ loses the old ones. A chain never has fewer serving replicas for our sake.
 from __future__ import annotations
 
 import os
-import re
 import time
 import typing as t
+from dataclasses import dataclass
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._placement_files import decode_chain
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import (
     STATE,
@@ -32,6 +33,34 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_info imp
 _ALREADY = {STATUS[name] for name in ("Storage::TargetNotFound", "Mgmtd::TargetNotFound", "Mgmtd::TargetExisted")}
 _GOOD = ("SERVING", "UPTODATE")
 _REPORT_SECONDS = 60.0  # how long a storage service that was just started may take to report
+
+
+@dataclass(frozen=True)
+class _Disk:
+    """A disk that was replaced.
+
+    :param present: targets that are on it, where somebody looked; mgmtd goes on showing what it was last told of the others
+    """
+
+    node: int
+    index: int
+    present: frozenset[int] | None = None
+
+    def __str__(self) -> str:
+        return f"disk {self.index} of node {self.node}"
+
+    def targets(self, state: t.Mapping[str, t.Any]) -> list[dict[str, t.Any]]:
+        """The targets of chains that belong on it, with their chain and the number of its others."""
+        return [
+            {**target, "chain": chain, "others": len(item["targets"]) - 1}
+            for chain, item in state["chains"].items()
+            for target in item["targets"]
+            if target_place(target["id"]) == (self.node, self.index)
+        ]
+
+    def lacks(self, target: t.Mapping[str, t.Any]) -> bool:
+        """Whether a target has to be made again."""
+        return target["local"] == "OFFLINE" or (self.present is not None and target["id"] not in self.present)
 
 
 class Targets:
@@ -51,12 +80,16 @@ class Targets:
             raise Refused("parallel_moves", self.parallel, "not a number of chains", "At least 1")
         self.wait = float(params.get("wait_seconds") or 3600)
         self.chunk_sizes: dict[int, list[int]] = {}  # of the targets of a chain, where its table says it
+        self.table_sizes: dict[int, list[int]] = {}  # of the targets of a table whose files are not given
         self.chains: dict[int, list[int]] = {}
         self.tables: list[dict[str, t.Any]] = []
         self.pending: list[tuple[str, int]] = []  # tables whose files only a real run makes
         for index, table in enumerate(params.get("tables") or []):
             self._table(f"tables[{index}]", table)
-        self.recreate = self._disks(params.get("recreate_disks") or [])
+        for number, given in (params.get("chunk_sizes") or {}).items():
+            option = f"chunk_sizes.{number}"
+            self.table_sizes[int(number)] = [chunk_size(f"{option}[{n}]", value) for n, value in enumerate(given)]
+        self.recreate = [_disk(item) for item in params.get("recreate_disks") or []]
         self.retire = [int(node) for node in params.get("retire_nodes") or []]
         for index, node in enumerate(self.retire):
             used = [chain for chain, targets in self.chains.items() if any(target_place(x)[0] == node for x in targets)]
@@ -133,10 +166,6 @@ class Targets:
         self.chunk_sizes.update(dict.fromkeys(order, sizes))
         self.tables.append({"id": number, "order": order, "description": str(table.get("description") or "")})
 
-    @staticmethod
-    def _disks(given: t.Sequence[t.Mapping[str, t.Any]]) -> list[tuple[int, int]]:
-        return [(int(item["node_id"]), int(item["disk_index"])) for item in given]
-
     # -- observe -----------------------------------------------------------------------
 
     def observe(self) -> dict[str, t.Any] | None:
@@ -185,19 +214,11 @@ class Targets:
                 "Start them first (role threefs), or make the table without them",
             )
         steps: list[Step] = []
-        for node, disk in self.recreate:
-            weak = self._weak(state, node, disk)
+        for disk in self.recreate:
+            weak = [target["id"] for target in disk.targets(state) if disk.lacks(target) or _serving(target) != _GOOD]
             if weak:
-                why = "the disk is empty; the other replicas fill it"
-                steps.append(
-                    Step(
-                        "recreate",
-                        f"targets on disk {disk} of node {node}",
-                        after=weak,
-                        why=why,
-                        data=("recreate", node, disk),
-                    )
-                )
+                why = "the other replicas fill it"
+                steps.append(Step("recreate", f"targets on {disk}", after=weak, why=why, data=("recreate", disk)))
         if moves and not self.migrate:
             chain = min(moves)
             raise Refused(
@@ -313,15 +334,6 @@ class Targets:
             if self.migrate and self.chains and target not in wanted and target not in gone and info["node"] in alive
         )
 
-    @staticmethod
-    def _weak(state: t.Mapping[str, t.Any], node: int, disk: int) -> list[int]:
-        return [
-            target["id"]
-            for chain in state["chains"].values()
-            for target in chain["targets"]
-            if target_place(target["id"]) == (node, disk) and target["local"] == "OFFLINE"
-        ]
-
     # -- apply -------------------------------------------------------------------------------
 
     def apply(self, step: Step) -> None:
@@ -337,7 +349,8 @@ class Targets:
         for target, chain in sorted(targets.items()):
             node, disk = target_place(target)
             place = f"--node-id {node} --disk-index {disk} --target-id {target} --chain-id {chain}"
-            sizes = " ".join(map(str, self.chunk_sizes.get(chain, [])))
+            known = self.chunk_sizes.get(chain) or self.table_sizes.get(decode_chain(chain)[0], [])
+            sizes = " ".join(map(str, known))
             place += f" --chunk-size {sizes}" if sizes else ""
             commands.append(f"create-target {place} --use-new-chunk-engine")
         return commands
@@ -359,25 +372,35 @@ class Targets:
         self.host.write(path, "\n".join(lines) + "\n")
         return self.host.path(path)
 
-    def _apply_recreate(self, admin: Admin, node: int, disk: int) -> None:
-        command = f"create-targets --node-id {node} --disk-index {disk} --allow-existing-target --use-new-chunk-engine"
-        answer = admin.run(command)[0]
-        skipped = re.findall(r"prohibited \D*(\d+)", answer.text)
-        if skipped:
+    def _apply_recreate(self, admin: Admin, disk: _Disk) -> None:
+        """Make what the disk lacks, once mgmtd knows that it is gone: one that still counts as serving would serve empty."""
+
+        def unnoticed(state: t.Mapping[str, t.Any]) -> list[str]:
+            silent = not any(n["id"] == disk.node and n["status"] == "HEARTBEAT_CONNECTED" for n in state["nodes"])
+            return [f"node {disk.node} does not report"] * silent + [
+                f"{target['id']} is {target['public']}/{target['local']}"
+                for target in disk.targets(state)
+                if disk.lacks(target) and _serving(target) not in (("OFFLINE", "OFFLINE"), ("LASTSRV", "OFFLINE"))
+            ]
+
+        what = f"mgmtd notices what {disk} lacks (after heartbeat_fail_interval)"
+        lacking = [target for target in disk.targets(self._until(admin, what, unnoticed)) if disk.lacks(target)]
+        last = [target["id"] for target in lacking if target["public"] == "LASTSRV" and target["others"]]
+        if last:
             raise HostError(
-                f"{len(skipped)} targets are the last replica that served (LASTSRV), such as {skipped[0]}: the data were on this "
+                f"{len(last)} targets are the last replica that served (LASTSRV), such as {last[0]}: the data were on this "
                 "disk alone. Bring the old disk back, or read docs/runbooks/threefs.md, LASTSRV, before you give them up"
             )
+        admin.run(*self._creations({target["id"]: target["chain"] for target in lacking}))
 
         def missing(state: t.Mapping[str, t.Any]) -> list[str]:
             return [
                 f"{target['id']} {target['public']}/{target['local']}"
-                for chain in state["chains"].values()
-                for target in chain["targets"]
-                if target_place(target["id"]) == (node, disk) and (target["public"], target["local"]) != _GOOD
+                for target in disk.targets(state)
+                if _serving(target) != _GOOD
             ]
 
-        self._until(admin, f"disk {disk} of node {node} is filled again", missing)
+        self._until(admin, f"{disk} is filled again", missing)
 
     def _apply_move(self, admin: Admin, batch: t.Mapping[int, list[int]]) -> None:
         """One phase for all chains of the batch at a time; each phase looks at what is there, so that it can be repeated."""
@@ -484,13 +507,16 @@ class Targets:
             ]
         return found
 
-    def _until(self, admin: Admin, what: str, missing: t.Callable[[t.Mapping[str, t.Any]], list[str]]) -> None:
-        """Wait, within bounds, until nothing is missing."""
+    def _until(
+        self, admin: Admin, what: str, missing: t.Callable[[t.Mapping[str, t.Any]], list[str]]
+    ) -> dict[str, t.Any]:
+        """Wait, within bounds, until nothing is missing; the state in which it is so."""
         end = time.monotonic() + self.wait
         while True:
-            bad = missing(look(admin))
+            state = look(admin)
+            bad = missing(state)
             if not bad:
-                return
+                return state
             if time.monotonic() >= end:
                 raise HostError(
                     f"{what}: not within {self.wait:g} seconds: {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}"
@@ -504,6 +530,17 @@ class Targets:
             "chains": len(state["chains"]),
             "tables": {str(number): max(versions) for number, versions in state["tables"].items()},
         }
+
+
+def _disk(given: t.Mapping[str, t.Any]) -> _Disk:
+    present = given.get("present")
+    return _Disk(
+        int(given["node_id"]), int(given["disk_index"]), None if present is None else frozenset(map(int, present))
+    )
+
+
+def _serving(target: t.Mapping[str, t.Any]) -> tuple[str, str]:
+    return target["public"], target["local"]
 
 
 def _csv(option: str, text: str, head: list[str], more: str = "") -> list[list[int]]:

@@ -61,7 +61,9 @@ options:
     type: int
     default: 8
   recreate_disks:
-    description: Disks that were replaced by empty ones. Targets on them that are offline are made again and filled by the other replicas.
+    description:
+      - Disks that were replaced by empty ones. Targets on them that are offline are made again, which begins when mgmtd no longer
+        counts them as serving, and are filled by the other replicas.
     type: list
     elements: dict
     default: []
@@ -74,6 +76,16 @@ options:
         description: The disk's place in C(target_paths), from 0.
         type: int
         required: true
+      present:
+        description:
+          - Targets that the disk has. All others of chains are made again, also those that mgmtd has not yet noticed to be gone; if
+            left out, mgmtd is believed.
+        type: list
+        elements: int
+  chunk_sizes:
+    description: Id of a chain table to chunk sizes as in O(tables[].chunk_sizes), for targets of tables that are not in O(tables).
+    type: dict
+    default: {}
   retire_nodes:
     description: Ids of services that are stopped, and of storage services without targets; mgmtd forgets them.
     type: list
@@ -156,8 +168,10 @@ def main() -> None:
                 "options": {
                     "node_id": {"type": "int", "required": True},
                     "disk_index": {"type": "int", "required": True},
+                    "present": {"type": "list", "elements": "int"},
                 },
             },
+            "chunk_sizes": {"type": "dict", "default": {}},
             "retire_nodes": {"type": "list", "elements": "int", "default": []},
             "wait_seconds": {"type": "int", "default": 3600},
         },

@@ -112,6 +112,16 @@ def test_storage_of_a_drained_host_stops_only_when_it_was_seen_to_be_empty() -> 
     assert f"{look['register']} is success" in stop["when"]
 
 
+def test_a_new_disk_is_looked_at_before_its_targets_are_made_and_the_cluster_after() -> None:
+    (play,) = yaml.safe_load((HERE / "playbooks/threefs_replace_disk.yml").read_text())
+    *_before, change, make, end = play["tasks"]
+    look = yaml.safe_load((HERE / "roles/threefs/tasks/replace_disk.yml").read_text())[-1]
+    assert change["ansible.builtin.import_role"]["tasks_from"] == "replace_disk"
+    options = make["agentfleet.metal.threefs_target"]
+    assert look["register"] in options["recreate_disks"][0]["present"] and "chunk_sizes" in options
+    assert end["ansible.builtin.import_role"]["tasks_from"] == "gate"
+
+
 def converge(resource: t.Any) -> None:
     apply_all(resource, resource.plan(resource.observe()))
 

@@ -14,6 +14,7 @@ imitates with their traps:
 - A service that runs takes a new main configuration only if no key differs that it reads when it starts; otherwise it
   keeps all of the old one and its version, until it is started again. Which keys those are is told by their last word here.
 - Heartbeats outside of the time window are refused; a silent node fails after heartbeat_fail_interval.
+- What a storage service no longer reports of its targets stays as it was last told, until heartbeat_fail_interval is over.
 - Chains: SERVING, LASTSRV, SYNCING, WAITING and OFFLINE by upstream's rules, one SYNCING in a chain at a time; a chain
   whose targets do not report within new_chain_bootstrap_interval falls to LASTSRV.
 - admin_cli: one command as arguments gives an exit code; commands on standard input always end with 0, and an error is
@@ -362,8 +363,9 @@ class Mgmtd:
     def local(self, target: str, now: float) -> str:
         for beat in self.heartbeats.values():
             if target in beat.get("targets", {}):
-                fresh = beat["seen"] > now - self.setting("heartbeat_fail_interval", "1min")
-                return beat["targets"][target]["local"] if fresh else "OFFLINE"
+                known = beat["targets"][target]
+                fresh = known["seen"] > now - self.setting("heartbeat_fail_interval", "1min")
+                return known["local"] if fresh else "OFFLINE"
         return "OFFLINE"
 
     def update_chains(self, keys: dict, now: float) -> None:
@@ -419,12 +421,13 @@ class Mgmtd:
             raise Status(5013, "Mgmtd::NodeTypeMismatch")
         if not known:
             self.edit(lambda k: k.setdefault("nodes", {}).update({identity: {"type": request["type"]}}))
-        self.heartbeats[identity] = {**request, "seen": now, "address": f"{peer}:{request['port']}"}
-        config = keys.get("configs", {}).get(request["type"])
-        return {
-            "config": config,
-            "public": {tid: public for item in keys.get("chains", {}).values() for tid, public in item["targets"]},
-        }
+        public = {tid: state for item in keys.get("chains", {}).values() for tid, state in item["targets"]}
+        before = self.heartbeats.get(identity, {}).get("targets", {})
+        targets = {tid: info for tid, info in before.items() if tid in public}
+        targets.update({tid: {**info, "seen": now} for tid, info in request.get("targets", {}).items()})
+        address = f"{peer}:{request['port']}"
+        self.heartbeats[identity] = {**request, "seen": now, "address": address, "targets": targets}
+        return {"config": keys.get("configs", {}).get(request["type"]), "public": public}
 
     def on_routing(self, request: dict, peer: str) -> dict:
         now = time.time()

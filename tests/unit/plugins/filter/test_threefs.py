@@ -112,6 +112,7 @@ def test_a_table_of_ec_groups_and_a_directory_on_it() -> None:
     layout = FILTERS["threefs_layout"]([member(1), member(2), member(3)], wish)
     coded = layout["tables"][1]
     assert {key: coded[key] for key in CODED} == CODED, "what the modules are told"
+    assert layout["chunk_sizes"] == {"1": ["1MiB"], "4": CODED["chunk_sizes"]}
     assert coded["stripe"] == 6 and layout["replicas"] == {"1": 3, "4": 1}, "each of its chains has one target"
 
 

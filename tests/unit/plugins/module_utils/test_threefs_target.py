@@ -197,6 +197,49 @@ def test_a_new_disk_is_filled_by_the_others(lab: Lab) -> None:
     assert converge(lab, recreate_disks=[disk]) == []
 
 
+def test_a_new_disk_is_filled_though_mgmtd_still_counts_the_old_one_as_serving(lab: Lab) -> None:
+    converge(lab, tables=[{**table(FIRST), "chunk_sizes": ["4MiB"]}])
+    lab.stop(10002)
+    for path in (lab.root / "disks/10002/0").glob("*/*"):
+        path.unlink()
+        path.parent.rmdir()
+    lab.add(10002)
+    lab.sleep(2)
+    new, other = FIRST[100100001][1], FIRST[100100002][0]
+    assert lab.chains()["100100001"] == set(FIRST[100100001]), "nobody has told mgmtd otherwise"
+    version = lab.database.document["keys"]["chains"]["100100001"]["version"]
+    disk = {"node_id": 10002, "disk_index": 0}
+    lab.trap("create-target")
+    with pytest.raises(HostError, match="provoked"):
+        converge(lab, recreate_disks=[{**disk, "present": []}], chunk_sizes={"1": ["4MiB"]})
+    assert lab.chains()["100100001"] == {target(10001, 0)}, "a target made before that would serve without its data"
+    assert converge(lab, recreate_disks=[{**disk, "present": []}], chunk_sizes={"1": ["4MiB"]}) == ["recreate"]
+    chain = lab.database.document["keys"]["chains"]["100100001"]
+    assert lab.chains()["100100001"] == set(FIRST[100100001]) and chain["version"] > version
+    made = (lab.root / f"disks/10002/0/{new}/target.toml").read_text()
+    assert "chunk_size_list = ['4194304']" in made, "its table's, which create-targets does not know"
+    assert converge(lab, recreate_disks=[{**disk, "present": [new]}]) == []
+    assert converge(lab, recreate_disks=[{"node_id": 10002, "disk_index": 1, "present": [other]}]) == []
+
+
+def test_targets_that_are_still_being_filled_are_waited_for(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    converge(lab, tables=[table(FIRST)])
+    lab.stop(10002)
+    lab.sleep(20)
+    lab.add(10002)
+    monkeypatch.setattr(lab.double, "SYNC_SECONDS", 30.0)
+    lab.sleep(3)
+    here = [*FIRST[100100001], *FIRST[100100002]]
+    disk = {"node_id": 10002, "disk_index": 0, "present": here}
+    assert lab.chains()["100100001"] == {target(10001, 0)}
+    with pytest.raises(
+        HostError, match=r"disk 0 of node 10002 is filled again: not within 5 seconds: \d+ SYNCING/ONLINE"
+    ):
+        converge(lab, recreate_disks=[disk], wait_seconds=5)
+    assert converge(lab, recreate_disks=[disk]) == ["recreate"]
+    assert lab.chains()["100100001"] == set(FIRST[100100001])
+
+
 def test_the_last_replica_that_served_is_not_given_up(lab: Lab) -> None:
     converge(lab, tables=[table(FIRST)])
     for node in (10001, 10002):  # both replicas of chain 1 go, 10001 last
