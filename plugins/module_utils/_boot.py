@@ -17,6 +17,7 @@ import json
 import re
 import sys
 import typing as t
+from contextlib import contextmanager
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import (
@@ -24,7 +25,6 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import (
     Refused,
     Resource,
     Step,
-    apply_all,
 )
 
 PACKAGE = "ansible_collections.agentfleet.metal.plugins.module_utils"
@@ -48,7 +48,7 @@ Type=oneshot
 RemainAfterExit=yes
 Environment=PYTHONPATH={LIBRARY} PYTHONDONTWRITEBYTECODE=1
 ExecStart=/usr/bin/python3 -m {PACKAGE}._boot
-TimeoutStartSec=300
+TimeoutStartSec=900
 
 [Install]
 WantedBy=multi-user.target
@@ -120,10 +120,23 @@ def persist_plan(host: Host, concern: str, desired: t.Mapping[str, t.Any] | None
     ]
 
 
+@contextmanager
+def each_alone(booting: bool, name: str, lacking: list[Step]) -> t.Iterator[None]:
+    """At boot an item that is refused does not keep the others away: it becomes a step that fails."""
+    try:
+        yield
+    except Refused as refusal:
+        if not booting:
+            raise
+        lacking.append(Step("restore", name, data=("lacking", str(refusal))))
+
+
 def persist_apply(host: Host, step: Step) -> bool:
-    """Carry out a step of persist_plan; False when the step is not one."""
-    if not (isinstance(step.data, tuple) and step.data[0] in ("persist", "forget")):
+    """Carry out a step of persist_plan or each_alone; False when the step is none."""
+    if not (isinstance(step.data, tuple) and step.data[0] in ("persist", "forget", "lacking")):
         return False
+    if step.data[0] == "lacking":
+        raise HostError(step.data[1])
     if step.data[0] == "forget":
         host.remove(step.data[1])
         return True
@@ -134,21 +147,29 @@ def persist_apply(host: Host, step: Step) -> bool:
 
 
 def restore(host: Host) -> int:
-    """Bring back every declared concern; returns the number of those that failed."""
+    """Bring back as much as can be of every declared concern; returns the number of those that lack something."""
     failed = 0
     for concern, (module, name) in CONCERNS.items():
         desired = wanted(host, concern)
         if desired is None:
             continue
+        steps, done, problems = list[Step](), list[str](), list[str]()
         try:
             resource: Resource = getattr(importlib.import_module(f"{PACKAGE}.{module}"), name)(host, desired)
             steps = resource.plan(resource.observe())
-            apply_all(resource, steps)
-            done = "; ".join(f"{step.verb} {step.object}" for step in steps)
-            sys.stdout.write(f"{concern}: {done or 'as declared'}\n")
         except (Refused, HostError, OSError) as error:
-            failed += 1
-            sys.stderr.write(f"{concern}: FAILED: {error}\n")
+            problems.append(str(error))
+        for step in steps:
+            try:
+                resource.apply(step)
+                done.append(f"{step.verb} {step.object}")
+            except (HostError, OSError) as error:
+                problems.append(f"{step.verb} {step.object}: {error}")
+        if done or not problems:
+            sys.stdout.write(f"{concern}: {'; '.join(done) or 'as declared'}\n")
+        for problem in problems:
+            sys.stderr.write(f"{concern}: FAILED: {problem}\n")
+        failed += bool(problems)
     return failed
 
 

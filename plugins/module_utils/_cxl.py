@@ -17,7 +17,12 @@ import re
 import typing as t
 from dataclasses import dataclass
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._boot import STATE, persist_apply, persist_plan
+from ansible_collections.agentfleet.metal.plugins.module_utils._boot import (
+    STATE,
+    each_alone,
+    persist_apply,
+    persist_plan,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Completed, Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._numa import (
     MEMORY,
@@ -264,6 +269,11 @@ class Wish:
     granularity: int | None
     present: bool
 
+    @property
+    def name(self) -> str:
+        """The region's name for people, as far as the wish alone tells it."""
+        return f"{self.type} region {'+'.join(sorted(self.memdevs))}"
+
 
 # The options as Ansible checks them; what they mean is in the documentation of the module cxl_region.
 OPTIONS: dict[str, t.Any] = {
@@ -342,17 +352,23 @@ class CxlRegions:
         """Teardowns first, since they free devices; then enabling and making, in the order of the list."""
         self.notes = []
         state = copy.deepcopy(dict(observed))
-        steps: list[Step] = []
-        members = {wish.option: self._resolve(wish, state["memdevs"]) for wish in self.wishes}
-        _check_overlap(self.wishes, members)
+        steps, lacking = list[Step](), list[Step]()
+        booting = bool(self.desired.get("wait_seconds"))
+        members: dict[str, list[Facts]] = {}
         for wish in self.wishes:
+            with each_alone(booting, wish.name, lacking):
+                members[wish.option] = self._resolve(wish, state["memdevs"])
+        wishes = [wish for wish in self.wishes if wish.option in members]
+        _check_overlap(wishes, members)
+        for wish in wishes:
             region = find_region(state["regions"], wish.type, members[wish.option])
             if not wish.present and region is not None:
                 steps.append(self._teardown(wish, region, state))
-        for wish in self.wishes:
+        for wish in wishes:
             if wish.present:
-                steps += self._bring_up(wish, members[wish.option], state)
-        return steps + self._persist()
+                with each_alone(booting, wish.name, lacking):
+                    steps += self._bring_up(wish, members[wish.option], state)
+        return steps + lacking + self._persist()
 
     def _resolve(self, wish: Wish, memdevs: t.Sequence[Facts]) -> list[Facts]:
         if self.predicting and not memdevs:
@@ -397,9 +413,8 @@ class CxlRegions:
 
     def _bring_up(self, wish: Wish, members: t.Sequence[Facts], state: dict[str, t.Any]) -> list[Step]:
         if not members:
-            name = f"{wish.type} region {'+'.join(sorted(wish.memdevs))}"
             after = {"type": wish.type, "interleave_ways": len(wish.memdevs), "size_bytes": wish.size}
-            return [Step("create", name, after=after)]
+            return [Step("create", wish.name, after=after)]
         steps = []
         for region in [region for region in state["regions"] if region["state"] == "uncommitted"]:
             addresses = set(region["pci_addresses"])

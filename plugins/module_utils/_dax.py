@@ -15,7 +15,7 @@ import stat
 import typing as t
 from dataclasses import dataclass
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._boot import persist_apply, persist_plan
+from ansible_collections.agentfleet.metal.plugins.module_utils._boot import each_alone, persist_apply, persist_plan
 from ansible_collections.agentfleet.metal.plugins.module_utils._cxl import (
     DAX,
     WAIT_SECONDS,
@@ -179,13 +179,17 @@ class DaxDevices:
     def plan(self, observed: Facts) -> list[Step]:
         """The kernel's policy, then each device, then the owners of the character devices."""
         self.notes = []
-        steps = self._policy(observed)
-        devices = {wish.option: self._device(wish, observed) for wish in self.wishes}
+        steps, lacking = self._policy(observed), list[Step]()
+        booting = bool(self.desired.get("wait_seconds"))
+        devices: dict[str, Facts | None] = dict.fromkeys(wish.option for wish in self.wishes)
         for wish in self.wishes:
-            device = devices[wish.option]
-            if device is None or _differs(wish, device):
-                steps.append(self._configuration(wish, device, observed))
-        return steps + self._ownership(devices, observed) + self._persist()
+            with each_alone(booting, f"dax device {wish.identity}", lacking):
+                device = devices[wish.option] = self._device(wish, observed)
+                if device is None or _differs(wish, device):
+                    steps.append(self._configuration(wish, device, observed))
+        with each_alone(booting, "owners of dax devices", lacking):
+            steps += self._ownership(devices, observed)
+        return steps + lacking + self._persist()
 
     def _policy(self, observed: Facts) -> list[Step]:
         before = observed["auto_online"]

@@ -9,7 +9,12 @@ import re
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _pci
-from ansible_collections.agentfleet.metal.plugins.module_utils._boot import persist_apply, persist_plan, wanted
+from ansible_collections.agentfleet.metal.plugins.module_utils._boot import (
+    each_alone,
+    persist_apply,
+    persist_plan,
+    wanted,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 
@@ -92,7 +97,7 @@ class SriovVfs:
     def plan(self, observed: dict[str, t.Any]) -> list[Step]:
         """For each function: who probes its VFs, how many they are, then their settings."""
         self.named, self.warnings = [], []
-        steps: list[Step] = []
+        steps, lacking = list[Step](), list[Step]()
         stored = {item["pf"]: item for item in (wanted(self.host, "sriov") or {}).get("functions", [])}
         present = [function["address"] for function in observed["functions"]]
         for i, item in enumerate(self.items):
@@ -100,19 +105,19 @@ class SriovVfs:
             if item["vfs"] == 0 and item["pf"] in stored and item["pf"] not in present:
                 del stored[item["pf"]]  # hardware that is gone can only be forgotten
                 continue
-            pf = _pci.one([f for f in observed["functions"] if not f["physfn"]], f"{option}.pf", item["pf"])
-            address = pf["address"]
-            if address in self.named:
-                raise Refused(
-                    f"{option}.pf", item["pf"], "an earlier item has this function", "Name each function once"
-                )
-            self.named.append(address)
-            steps += self._function_steps(option, item, pf, observed)
-            stored.pop(address, None)
-            if item["vfs"]:
-                stored[address] = {**item, "pf": address}
+            with each_alone(bool(self.wait_seconds), f"VFs of {item['pf']}", lacking):
+                pf = _pci.one([f for f in observed["functions"] if not f["physfn"]], f"{option}.pf", item["pf"])
+                address = pf["address"]
+                if address in self.named:
+                    problem = "an earlier item has this function"
+                    raise Refused(f"{option}.pf", item["pf"], problem, "Name each function once")
+                self.named.append(address)
+                steps += self._function_steps(option, item, pf, observed)
+                stored.pop(address, None)
+                if item["vfs"]:
+                    stored[address] = {**item, "pf": address}
         if self.wait_seconds:
-            return steps
+            return steps + lacking
         desired = {"functions": [stored[address] for address in sorted(stored)], "wait_seconds": BOOT_WAIT_SECONDS}
         return steps + persist_plan(self.host, "sriov", desired if stored else None)
 

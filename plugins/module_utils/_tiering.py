@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import typing as t
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._boot import persist_apply, persist_plan
+from ansible_collections.agentfleet.metal.plugins.module_utils._boot import each_alone, persist_apply, persist_plan
 from ansible_collections.agentfleet.metal.plugins.module_utils._cxl import (
     WAIT_SECONDS,
     Facts,
@@ -65,7 +65,9 @@ class MemoryTiering:
         self.host = host
         self.predicting = False
         self.desired = desired
+        self.booting = bool(desired.get("wait_seconds"))
         self.notes: list[str] = []
+        self.lacking: list[Step] = []
         balancing, limit = desired.get("numa_balancing"), desired.get("promote_rate_limit_mib")
         if balancing not in (None, 0, 1, 2):
             raise Refused("numa_balancing", balancing, "not a mode", "Set 0 (off), 1 (locality) or 2 (tiering)")
@@ -118,7 +120,7 @@ class MemoryTiering:
 
     def plan(self, observed: Facts) -> list[Step]:
         """One step for each file whose value differs."""
-        self.notes = []
+        self.notes, self.lacking = [], []
         wanted: list[tuple[str, str, str]] = []
         if self.desired.get("demotion") is not None:
             wanted.append(("demotion", DEMOTION, "true" if self.desired["demotion"] else "false"))
@@ -128,16 +130,20 @@ class MemoryTiering:
             wanted.append(("numa_balancing", BALANCING, str(self.desired["numa_balancing"])))
         wanted += [(f"zswap.{name}", f"{ZSWAP}/{name}", value) for name, value in self.zswap.items()]
         steps = []
-        for option, path, value in wanted + self._weights(observed):
-            before = observed["files"].get(path)
-            if before is None:
-                raise Refused(option, value, f"this kernel has no {path}", _REMEDIES.get(option, _REMEDIES["zswap"]))
-            if before != value:
-                steps.append(Step("set", path, before, value, data=("set", path, value)))
+        with each_alone(self.booting, "interleave_weights", self.lacking):
+            wanted += self._weights(observed)
+        for option, path, value in wanted:
+            with each_alone(self.booting, option, self.lacking):
+                before = observed["files"].get(path)
+                if before is None:
+                    remedy = _REMEDIES.get(option, _REMEDIES["zswap"])
+                    raise Refused(option, value, f"this kernel has no {path}", remedy)
+                if before != value:
+                    steps.append(Step("set", path, before, value, data=("set", path, value)))
         if self.desired.get("numa_balancing") == 2 and len(observed["tiers"]) < 2 and not self.predicting:
             self.notes.append("numa_balancing: the host has one memory tier only, so there is nothing to promote from")
         self._note_sysctl()
-        return steps + self._persist()
+        return steps + self.lacking + self._persist()
 
     def _weights(self, observed: Facts) -> list[tuple[str, str, str]]:
         option = "interleave_weights"
@@ -156,12 +162,13 @@ class MemoryTiering:
                 if not nodes and self.predicting:
                     self.notes.append(f"{option}.{selector}: no such node yet; taken as made by an earlier task")
                 elif not nodes:
-                    raise Refused(
-                        f"{option}.{selector}",
-                        weight,
-                        "no NUMA node with memory is meant by it",
-                        "Bring the memory online as system-ram first (dax_device), or leave the weight out",
-                    )
+                    with each_alone(self.booting, f"weight of {selector}", self.lacking):
+                        raise Refused(
+                            f"{option}.{selector}",
+                            weight,
+                            "no NUMA node with memory is meant by it",
+                            "Bring the memory online as system-ram first (dax_device), or leave the weight out",
+                        )
                 for node in nodes:
                     if weights.setdefault(node, weight) != weight:
                         raise Refused(f"{option}.{selector}", weight, f"node {node} has two weights", "Name it once")

@@ -11,7 +11,12 @@ import stat
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _pci
-from ansible_collections.agentfleet.metal.plugins.module_utils._boot import persist_apply, persist_plan, wanted
+from ansible_collections.agentfleet.metal.plugins.module_utils._boot import (
+    each_alone,
+    persist_apply,
+    persist_plan,
+    wanted,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import parse_size
@@ -168,9 +173,19 @@ class VfioBindings:
         wish = self._resolve(functions, items)
         if any(binding.driver for binding in wish.values()):
             self._check_iommu(observed["iommu"], sorted(wish))
+        lacking: list[Step] = []
         for address, binding in sorted(wish.items()):
-            self._check(functions[address], binding, observed["users"].get(address, []))
-        wish.update(self._group_mates(functions, wish))
+            with each_alone(bool(self.wait_seconds), address, lacking):
+                self._check(functions[address], binding, observed["users"].get(address, []))
+                continue
+            del wish[address]
+        mates: dict[str, Binding] = {}
+        for address in sorted(wish):
+            with each_alone(bool(self.wait_seconds), address, lacking):
+                mates.update(self._group_mates(functions, wish, address))
+                continue
+            del wish[address]
+        wish.update(mates)
         self.named = sorted(wish)
         steps = self._access_steps(observed)
         missing = sorted({binding.driver for binding in wish.values() if binding.driver} - set(observed["drivers"]))
@@ -190,7 +205,7 @@ class VfioBindings:
         for address in absent:
             why = "it was bound before this boot"
             steps.append(Step("find", address, before="absent", after="present", why=why, data=("find", address)))
-        return steps + self._persist(stored, wish)
+        return steps + lacking + self._persist(stored, wish)
 
     def apply(self, step: Step) -> None:
         """Carry out a step; a binding that fails is undone to the earlier driver."""
@@ -303,32 +318,31 @@ class VfioBindings:
             problem = f"has {function['sriov']['numvfs']} VFs, which its driver would take away"
             raise Refused(option, address, problem, "Set its VFs to 0 with sriov_vfs first, or bind the VFs with vf_of")
 
-    def _group_mates(self, functions: dict[str, dict[str, t.Any]], wish: dict[str, Binding]) -> dict[str, Binding]:
-        """Endpoints that share a group with a bound function and still have a driver of the kernel."""
-        found: dict[str, Binding] = {}
-        for address, binding in sorted(wish.items()):
-            group = functions[address]["iommu_group"]
-            if not binding.driver or group is None:
-                continue
-            mates = [
-                function
-                for function in functions.values()
-                if function["iommu_group"] == group
-                and not function["class"].startswith("06")
-                and function["driver"]
-                and "vfio" not in self._driver_then(function, wish)
-            ]
-            if mates and not self.whole_group:
-                others = ", ".join(f"{mate['address']} ({mate['driver']})" for mate in mates)
-                problem = f"IOMMU group {group} also has {others}, and a group is given away only as a whole"
-                raise Refused(
-                    binding.option, address, problem, "Set bind_whole_group to bind them too, or use another slot"
-                )
-            for mate in mates:
-                together = Binding(f"bind_whole_group ({binding.option})", binding.driver)
-                self._check(mate, together, [])
-                found[mate["address"]] = together
-        return found
+    def _group_mates(
+        self, functions: dict[str, dict[str, t.Any]], wish: dict[str, Binding], address: str
+    ) -> dict[str, Binding]:
+        """Endpoints that share a group with a function that is bound, and still have a driver of the kernel."""
+        binding, group = wish[address], functions[address]["iommu_group"]
+        if not binding.driver or group is None:
+            return {}
+        mates = [
+            function
+            for function in functions.values()
+            if function["iommu_group"] == group
+            and not function["class"].startswith("06")
+            and function["driver"]
+            and "vfio" not in self._driver_then(function, wish)
+        ]
+        if mates and not self.whole_group:
+            others = ", ".join(f"{mate['address']} ({mate['driver']})" for mate in mates)
+            problem = f"IOMMU group {group} also has {others}, and a group is given away only as a whole"
+            raise Refused(
+                binding.option, address, problem, "Set bind_whole_group to bind them too, or use another slot"
+            )
+        together = Binding(f"bind_whole_group ({binding.option})", binding.driver)
+        for mate in mates:
+            self._check(mate, together, [])
+        return {mate["address"]: together for mate in mates}
 
     @staticmethod
     def _driver_then(function: dict[str, t.Any], wish: dict[str, Binding]) -> str:

@@ -84,7 +84,7 @@ def test_restore_goes_on_after_a_failure_and_counts_it(
             return None
 
         def plan(self, observed: None) -> list[Step]:
-            return [Step("make", self.desired["name"])]
+            return [Step("make", name) for name in self.desired["names"]]
 
         def apply(self, step: Step) -> None:
             if step.object == "broken":
@@ -92,10 +92,10 @@ def test_restore_goes_on_after_a_failure_and_counts_it(
 
     monkeypatch.setattr(_boot, "CONCERNS", dict.fromkeys(("a", "b", "c", "unset"), ("_boot", "Thing")))
     monkeypatch.setattr(_boot, "Thing", Thing, raising=False)
-    fake_host.files({"/etc/agentfleet/a.json": '{"bad": 1}', "/etc/agentfleet/b.json": '{"name": "broken"}'}).files(
-        {"/etc/agentfleet/c.json": '{"name": "good"}'}
-    )
+    fake_host.files(
+        {"/etc/agentfleet/a.json": '{"bad": 1}', "/etc/agentfleet/b.json": '{"names": ["broken", "whole"]}'}
+    ).files({"/etc/agentfleet/c.json": '{"names": ["good"]}'})
     assert _boot.restore(fake_host) == 2
     out, err = capsys.readouterr()
-    assert out == "c: make good\n"
+    assert out == "b: make whole\nc: make good\n"
     assert "a: FAILED: bad: 1: not known" in err and "b: FAILED: make broken: no such device" in err

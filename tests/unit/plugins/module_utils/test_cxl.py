@@ -346,6 +346,29 @@ def test_the_boot_unit_brings_everything_back(emulated: Emulated) -> None:
     assert _boot.wanted(host, "cxl") == {"regions": [PAIR], "leave_offline": True, "wait_seconds": 90}
 
 
+def test_a_boot_brings_back_what_does_not_need_an_absent_device(emulated: Emulated, capsys: t.Any) -> None:
+    host = emulated.host
+    lost = {"type": "ram", "memdevs": ["0x9"]}
+    device = {"mode": "system-ram", "online": "movable"}
+    weights = {"cpu": 4, "0x9": 1}
+    wishes = {
+        "cxl": {"regions": [lost, PAIR], "leave_offline": True},
+        "dax": {"devices": [{"region": {"memdevs": region["memdevs"]}, **device} for region in (lost, PAIR)]},
+        "tiering": {"demotion": True, "interleave_weights": weights},
+    }
+    for concern, wish in wishes.items():
+        host.write(f"{_boot.STATE}/{concern}.json", json.dumps({**wish, "wait_seconds": 0.01}))
+    assert _boot.restore(host) == 3
+    assert {_numa.zone_of(host, block) for block in emulated.blocks()} == {"movable"}
+    assert emulated.text("/sys/kernel/mm/numa/demotion_enabled") == "true"
+    failed = [line.partition(". ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert failed == [
+        "cxl: FAILED: restore ram region 0x9: regions[0].memdevs[0]: '0x9': no CXL memory device has it",
+        "dax: FAILED: restore dax device ram-0x9: devices[0].region.memdevs[0]: '0x9': no CXL memory device has it",
+        "tiering: FAILED: restore weight of 0x9: interleave_weights.0x9: 1: no NUMA node with memory is meant by it",
+    ]
+
+
 def test_what_is_not_declared_any_more_is_forgotten(emulated: Emulated) -> None:
     run(regions(emulated.host, PAIR, persist=True))
     assert _cxl.observe_cxl(emulated.host)["persisted"] == ["cxl"]

@@ -138,6 +138,13 @@ def test_boot_sets_what_is_stored_and_stores_nothing(lab: LabHost) -> None:
     assert [step.verb for step in resource.plan(resource.observe())] == ["set", "resize"]
 
 
+def test_boot_makes_the_vfs_of_what_is_there_and_fails_for_what_is_not(lab: LabHost) -> None:
+    stored = [{"pf": pf, "vfs": 2, "autoprobe": False} for pf in ("0000:99:00.0", IGB)]
+    with pytest.raises(HostError, match="restore VFs of 0000:99:00.0: .* no such PCI function"):
+        run(lab, *stored, wait_seconds=0.01)
+    assert lab.read(f"{DEVICES}/{IGB}/sriov_numvfs") == "2"
+
+
 def test_the_management_interface_is_warned_about(lab: LabHost) -> None:
     lab.write("/proc/net/route", lab.read("/proc/net/route").replace("enp0s6", "enp0s7") + "\n")
     resource = SriovVfs(lab, {"functions": [{"pf": IGB, "vfs": 1}]})

@@ -195,6 +195,30 @@ def test_boot_binds_what_is_there_and_fails_for_what_is_not(lab: LabHost) -> Non
     assert driver(lab, NVME) == "vfio-pci"
 
 
+def test_a_boot_binds_the_others_when_the_host_took_one(lab: LabHost) -> None:
+    """A guest's LVM or RAID on its drive, which the host puts together at boot; and a drive whose group has one in use."""
+    lab.files(
+        {
+            "/sys/devices/virtual/nvme-subsystem/nvme-subsys0/nvme0n1/holders/md127": "",
+            "/proc/700/fd/9": "-> /dev/sr0",
+        }
+    )
+    named = [NVME, "0000:00:07.0", "0000:00:1f.2", "0000:00:1f.3"]
+    resource = VfioBindings(
+        lab, {"functions": [{"address": address, "driver": "vfio-pci"} for address in named], "wait_seconds": 0.01}
+    )
+    steps = resource.plan(resource.observe())
+    assert [(step.verb, step.object) for step in steps] == [
+        ("bind", "0000:00:07.0"),
+        ("restore", NVME),
+        ("restore", "0000:00:1f.2"),
+        ("restore", "0000:00:1f.3"),
+    ]
+    with pytest.raises(HostError, match="in use by this host: nvme0n1 is held by md127"):
+        apply_all(resource, steps)
+    assert driver(lab, "0000:00:07.0") == "vfio-pci"
+
+
 def test_a_boot_binds_what_the_network_took_meanwhile(lab: LabHost) -> None:
     shown = [{"ifname": "enp0s7", "addr_info": [{"family": "inet", "local": "10.9.0.5", "scope": "global"}]}]
     lab.answers["ip -json address show"] = json.dumps(shown)
