@@ -140,6 +140,13 @@ class Loader(abc.ABC):
         """Names of the parameters that an earlier wish configured."""
         return self.host.read(NAMES_FILE).split()
 
+    def predicted(self, arguments: str, wish: Wish) -> tuple[str, bool]:
+        """The default entry's command line once a wish is configured, and whether this is certain.
+
+        :param arguments: its command line now
+        """
+        return predict(arguments, {**dict.fromkeys(self.remembered(), ()), **wish}), True
+
     @abc.abstractmethod
     def configure(self, wish: Wish, predicted: str, guarded: bool) -> list[Step]:
         """The steps that configure a wish; ``predicted`` is the default entry's command line after them."""
@@ -221,6 +228,39 @@ class Grub(Loader):
 
     mkconfig = "grub2-mkconfig"
     script_check = "grub2-script-check"
+    ours = ""  # the file that says the wish
+
+    @abc.abstractmethod
+    def files(self) -> list[str]:
+        """What grub.cfg is generated from, in the order in which it is read."""
+
+    @abc.abstractmethod
+    def text(self, wish: Wish) -> str:
+        """What ``ours`` has to say for a wish."""
+
+    def declared(self, text: str = "") -> tuple[list[str], str, str]:
+        """What the shell makes of the files: the command line, GRUB_DEFAULT without ours, and with all.
+
+        :param text: what ours shall say, when it is not what it says now
+        """
+        script = (
+            f"for f in {shlex.join(self.host.path(path) for path in self.files())}; do "
+            'if [ "$f" = "$1" ] && [ -n "$2" ]; then eval "$2"; elif [ -e "$f" ]; then . "$f"; fi; '
+            '[ "$f" = "$1" ] || b=${GRUB_DEFAULT-}; done; '
+            'printf "%s\\n" "${GRUB_CMDLINE_LINUX-} ${GRUB_CMDLINE_LINUX_DEFAULT-}" "$b" "${GRUB_DEFAULT-}"'
+        )
+        lines = self.host.run(["sh", "-c", script, "sh", self.host.path(self.ours), text]).stdout.split("\n")
+        return lines[0].split(), lines[1], lines[2]
+
+    def predicted(self, arguments: str, wish: Wish) -> tuple[str, bool]:
+        now, then = self.declared()[0], self.declared(self.text(wish))[0]
+        words = [word for word in arguments.split() if not word.startswith("$")]  # Ubuntu adds $vt_handoff
+        variables = [word for word in arguments.split() if word.startswith("$")]
+        added = len(words) - len(now)
+        if words[added:] == now:
+            return " ".join([*words[:added], *then, *variables]), True
+        likely, _certain = super().predicted(arguments, wish)  # grub.cfg is not of these files
+        return " ".join([likely, *(word for word in then if word not in likely.split())]), False
 
     @property
     def config(self) -> str:
@@ -309,6 +349,7 @@ class GrubDropIn(Grub):
     mkconfig = "grub-mkconfig"
     script_check = "grub-script-check"
     directory = "/boot/grub"
+    ours = DROP_IN
 
     def __init__(self, host: Host) -> None:
         super().__init__(host)
@@ -322,16 +363,11 @@ class GrubDropIn(Grub):
         match = re.search(r"^# parameters: (.*)$", self.host.read(DROP_IN), re.M)
         return match.group(1).split() if match else []
 
-    def declared(self) -> tuple[list[str], str, str]:
-        """What the shell makes of the source files: the command line, GRUB_DEFAULT without ours, and with all."""
-        script = (
-            'if [ -f "$1" ]; then . "$1"; fi; b=${GRUB_DEFAULT-}; for f in "$2"/*.cfg; do [ -e "$f" ] || continue; '
-            '. "$f"; [ "$f" = "$3" ] || b=${GRUB_DEFAULT-}; done; '
-            'printf "%s\\n" "${GRUB_CMDLINE_LINUX-} ${GRUB_CMDLINE_LINUX_DEFAULT-}" "$b" "${GRUB_DEFAULT-}"'
-        )
-        paths = [self.host.path(path) for path in (DEFAULTS, posixpath.dirname(DROP_IN), DROP_IN)]
-        lines = self.host.run(["sh", "-c", script, "sh", *paths]).stdout.split("\n")
-        return lines[0].split(), lines[1], lines[2]
+    def files(self) -> list[str]:
+        return [DEFAULTS, *sorted({*self.host.glob(f"{posixpath.dirname(DROP_IN)}/*.cfg"), DROP_IN})]
+
+    def text(self, wish: Wish) -> str:
+        return drop_in(wish)
 
     def configure(self, wish: Wish, predicted: str, guarded: bool) -> list[Step]:
         before = self.host.read(DROP_IN)
@@ -378,6 +414,7 @@ class GrubDefaults(Grub):
     """openEuler: the line in /etc/default/grub, and a grub.cfg in one of two places."""
 
     name = "openeuler"
+    ours = DEFAULTS
 
     def __init__(self, host: Host) -> None:
         super().__init__(host)
@@ -387,6 +424,17 @@ class GrubDefaults(Grub):
 
     def sources(self) -> list[str]:
         return [DEFAULTS, NAMES_FILE, self.config]
+
+    def files(self) -> list[str]:
+        return [DEFAULTS]
+
+    def text(self, wish: Wish) -> str:
+        text = self.host.read(DEFAULTS)
+        line, words = self._line(text)
+        new = predict(words, {**dict.fromkeys(self.remembered(), ()), **wish})
+        quote = "'" if line.rstrip().endswith("'") else '"'  # what is quoted inside is so in the other ones
+        wanted = f"GRUB_CMDLINE_LINUX={quote}{new}{quote}"
+        return with_saved_default(text.replace(line, wanted, 1) if line else f"{text}\n{wanted}")
 
     def _line(self, text: str) -> tuple[str, str]:
         match = re.search(r"""^GRUB_CMDLINE_LINUX=(?:"([^"]*)"|'([^']*)'|(\S*))[ \t]*$""", text, re.M)
@@ -403,15 +451,10 @@ class GrubDefaults(Grub):
         if not (wish or old_names or guarded):
             return []
         full = {**dict.fromkeys(old_names, ()), **wish}
-        text = self.host.read(DEFAULTS)
-        line, words = self._line(text)
-        new = predict(words, full)
-        quote = "'" if line.rstrip().endswith("'") else '"'  # what is quoted inside is so in the other ones
-        wanted = f"GRUB_CMDLINE_LINUX={quote}{new}{quote}"
-        after = text.replace(line, wanted, 1) if line else f"{text}\n{wanted}"
-        steps = self._write_defaults(text, with_saved_default(after))
+        after = self.text(wish)
+        steps = self._write_defaults(self.host.read(DEFAULTS), after)
         now = (self.entries() or [Entry("", "", (), "")])[0].arguments
-        if steps or unmet(now, full) or not set(new.split()) <= set(now.split()):
+        if steps or unmet(now, full) or not {*self.declared(after)[0]} <= {*now.split()}:
             steps.append(Step("generate", self.config, now, predicted, _FROM_SOURCES, data=("generate", dict(full))))
         return [*steps, *self._remember(old_names, wish)]
 

@@ -17,7 +17,6 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._bootguard import
 from ansible_collections.agentfleet.metal.plugins.module_utils._bootloader import (
     Entry,
     loader_of,
-    predict,
     split,
     unmet,
 )
@@ -126,8 +125,12 @@ class KernelCmdline:
     def observe(self) -> dict[str, t.Any]:
         """Default entry, booted command line and the guard's record."""
         record = self.guard.record()
+        default = self.loader.default(record.get("default", ""))
+        predicted, certain = self.loader.predicted(default.arguments, self.wish)
         return {
-            "default": self.loader.default(record.get("default", "")),
+            "default": default,
+            "predicted": predicted,
+            "certain": certain,
             "cmdline": self.host.read("/proc/cmdline"),
             "release": self.host.read("/proc/sys/kernel/osrelease"),
             "record": record,
@@ -137,11 +140,13 @@ class KernelCmdline:
         """Arm, configure, put on trial; or only what is missing of it."""
         record: Record = observed["record"]
         self._refuse(observed)
-        predicted = self._predicted(observed["default"])
+        predicted = observed["predicted"]
         configure = self.loader.configure(self.wish, predicted, bool(record))
         if not self.with_guard:
             return configure
-        pending = bool(self._reasons(observed))
+        pending = bool(self._reasons(observed)) or (
+            not observed["certain"] and any(step.data[0] == "generate" for step in configure)
+        )
         by_grub = "BOOT_IMAGE=" in observed["cmdline"]
         steps = []
         if pending and (configure or by_grub):
@@ -178,11 +183,11 @@ class KernelCmdline:
                 f"an earlier candidate is not decided on (phase {record['phase']}, running: {booted})",
                 "Promote it or roll it back with boot_guard first; the role kernel does so by itself",
             )
-        words = self._predicted(observed["default"]).split()
+        words = observed["predicted"].split()
         ub = self.host.exists("/sys/firmware/acpi/tables/UBRT") or any(word.startswith(_UB_SIGNS) for word in words)
-        for word in words:
+        for word in [word for tokens in self.wish.values() for word in tokens]:
             name, _equals, value = word.partition("=")
-            if ub and name in self.wish and any(f"{name}={part}" in _PASSTHROUGH for part in value.split(",")):
+            if ub and any(f"{name}={part}" in _PASSTHROUGH for part in value.split(",")):
                 raise Refused(
                     f"parameters.{name}",
                     value,
@@ -190,22 +195,21 @@ class KernelCmdline:
                     "Leave it out on UnifiedBus hosts",
                 )
 
-    def _predicted(self, default: Entry) -> str:
-        gone = dict.fromkeys(self.loader.remembered(), ())
-        return predict(default.arguments, {**gone, **self.wish})
-
     def apply(self, step: Step) -> None:
         """Carry out one step."""
         if self.loader.apply(step):
             return
-        {"arm": self.guard.arm, "stage": self.guard.stage, "disarm": self.guard.disarm}[step.data[0]]()
+        kind = step.data[0]
+        if kind == "stage" and not self._reasons(self.observe()):
+            kind = "disarm"  # what was generated is what runs
+        {"arm": self.guard.arm, "stage": self.guard.stage, "disarm": self.guard.disarm}[kind]()
 
     # -- reporting -----------------------------------------------------------
 
     def _reasons(self, observed: t.Mapping[str, t.Any]) -> list[str]:
         """What a reboot would change, one sentence each."""
         default: Entry = observed["default"]
-        predicted, booted = self._predicted(default), running_arguments(observed["cmdline"])
+        predicted, booted = observed["predicted"], running_arguments(observed["cmdline"])
         reasons = []
         if "BOOT_IMAGE=" in observed["cmdline"]:
             if default.release and default.release != observed["release"]:
@@ -225,7 +229,7 @@ class KernelCmdline:
 
     def result(self, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         """Configured, booted and waiting, kept apart."""
-        predicted, booted = self._predicted(observed["default"]), running_arguments(observed["cmdline"])
+        predicted, booted = observed["predicted"], running_arguments(observed["cmdline"])
         reasons = self._reasons(observed)
         return {
             "backend": self.loader.name,

@@ -313,7 +313,7 @@ def test_three_states_are_kept_apart(machine: Machine) -> None:
     assert result["configured"]["console"] == ["console=tty0", "console=ttyS0,115200"]
     assert result["booted"] == {"intel_iommu": [], "console": ["console=tty0"]}
     assert result["reboot_required"] is True
-    assert result["reboot_reasons"] == [
+    assert sorted(result["reboot_reasons"]) == [
         "command line: booted console=tty0, configured console=tty0 console=ttyS0,115200",
         "command line: booted without intel_iommu, configured intel_iommu=on",
     ]
@@ -353,6 +353,48 @@ def test_an_interrupted_generation_is_repaired(tmp_path: Path) -> None:
     Path(machine.root, DROP_IN.lstrip("/")).write_text(drop_in({"intel_iommu": ("intel_iommu=on",)}))
     assert run(KernelCmdline(machine, {"parameters": {"intel_iommu": "on"}})) == ["arm", "generate", "try"]
     assert "intel_iommu=on" in machine.read("/boot/grub/grub.cfg")
+
+
+def test_what_a_wish_gives_back_is_tried_too(tmp_path: Path) -> None:
+    machine = Machine(str(tmp_path), "grub_d")
+    assert play(machine, {"quiet": None, "nosmt": ""}) == "promoted"
+    wish = KernelCmdline(machine, {"parameters": {"nosmt": ""}})  # no longer says that quiet shall not be there
+    reasons = wish.result(wish.observe())["reboot_reasons"]
+    assert reasons == ["command line: booted without quiet, configured quiet"]
+    assert run(wish) == ["arm", "write", "generate", "try"]
+    assert wish.result(wish.observe())["reboot_reasons"] == reasons
+
+
+@pytest.mark.parametrize("backend", ["grub_d", "openeuler"])
+def test_an_edit_that_is_not_generated_yet_is_tried_too(backend: str, tmp_path: Path) -> None:
+    machine = Machine(str(tmp_path), backend)
+    assert play(machine, {"nosmt": ""}) == "promoted"
+    defaults = Path(machine.root, "etc/default/grub")
+    defaults.write_text(defaults.read_text().replace("console=tty0", "console=tty0 foo=bar"))
+    wish = KernelCmdline(machine, {"parameters": {"nosmt": ""}})
+    reasons = wish.result(wish.observe())["reboot_reasons"]
+    assert reasons == ["command line: booted without foo, configured foo=bar"]
+    assert run(wish) == ["arm", "generate", "try"]
+    assert wish.result(wish.observe())["reboot_reasons"] == reasons
+    assert run(wish) == []
+
+
+def test_an_edit_that_comes_to_what_runs_leaves_nothing_armed(tmp_path: Path) -> None:
+    machine = Machine(str(tmp_path), "grub_d")
+    assert play(machine, {"nosmt": ""}) == "promoted"
+    defaults = Path(machine.root, "etc/default/grub")
+    defaults.write_text(defaults.read_text().replace("console=tty0 quiet", "quiet console=tty0"))
+    assert run(KernelCmdline(machine, {"parameters": {"nosmt": ""}})) == ["arm", "generate", "try"]
+    assert traces(machine) == []
+    assert run(KernelCmdline(machine, {"parameters": {"nosmt": ""}})) == []
+
+
+def test_a_wish_that_the_host_has_already_needs_no_guard(machine: Machine) -> None:
+    Path(machine.root, "proc/mounts").write_text("/dev/mapper/vg-root / ext4 rw 0 0\n")
+    wish = KernelCmdline(machine, {"parameters": {"quiet": ""}})
+    assert {"arm", "try"} & {*run(wish)} == set()
+    assert wish.result(wish.observe())["reboot_required"] is False
+    assert run(wish) == []
 
 
 def test_a_later_drop_in_that_undoes_ours_is_found(tmp_path: Path) -> None:
