@@ -179,6 +179,8 @@ class Artifact:
             with open(os.path.join(top, RECORD), "w", encoding="utf-8") as record:
                 json.dump(self._made_of(), record)
             os.chmod(top, 0o755)
+            # After a power cut the name may be there without the data, and counts as installed for ever.
+            self.host.run(["sync", "--file-system", top], timeout_seconds=600)
             shutil.rmtree(self.host.path(self.path), ignore_errors=True)
             os.rename(top, self.host.path(self.path))
         finally:

@@ -39,6 +39,29 @@ def test_other_wheels_are_another_installation_with_their_own_version() -> None:
     assert len({usual, first, corrected, newer, plain}) == 5
 
 
+def test_the_engine_counts_as_installed_only_when_it_is_on_the_disk(tmp_path: Path) -> None:
+    home, programs = tmp_path / "opt/mooncake-1", tmp_path / "bin"
+    packed = tmp_path / "site-packages/mooncake/mooncake_master"
+    packed.parent.mkdir(parents=True)
+    packed.write_text("engine")
+    subprocess.run(["tar", "-czf", "packed.tar.gz", "site-packages"], cwd=tmp_path, check=True)
+    link, python = home.parent / "mooncake", home / "bin/python"
+    scripts = {
+        "python3": f"mkdir -p {home}/lib/python3.12/site-packages {home}/bin; printf '#!/bin/sh' > {python}; chmod 0755 {python}",
+        "sync": f'test "$1 $2" = "--file-system {home}" && test ! -e {link} && cat {home}/lib/*/*/*/* > {tmp_path}/synced',
+    }
+    programs.mkdir()
+    for name, text in scripts.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    tasks = yaml.safe_load((HERE / "roles/mooncake/tasks/install.yml").read_text())
+    (task,) = (task for task in tasks if task["name"] == "Make the engine's environment")
+    given = {"home": str(home), "archive": str(tmp_path / "packed.tar.gz"), "requirements": ""}
+    env = {"PATH": f"{programs}:{os.environ['PATH']}", **given}
+    subprocess.run(["sh", "-c", task["ansible.builtin.shell"]["cmd"]], env=env, check=True)
+    assert (tmp_path / "synced").read_text() == "engine" and os.readlink(link) == home.name
+
+
 STRANGERS = """
 for name, hosts, members in given["cases"]:
     around = {"inventory_hostname": "kv1", "groups": {"all": list(hosts)}, "hostvars": hosts}

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._artifact import RECORD, Artifact, secrets
-from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Completed, Host, run_process
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, apply_all
 
 
@@ -55,6 +55,21 @@ def test_an_archive_and_its_successor_side_by_side(host: Host, tmp_path: Path) -
     second = install(host, pack(tmp_path / "b.tar", {"bin/admin_cli": b"2"}), provides=["bin/admin_cli"])
     assert first != second
     assert (host.read(f"{first}/bin/admin_cli"), host.read(f"{second}/bin/admin_cli")) == ("1", "2")
+
+
+def test_a_release_has_its_name_only_when_it_is_on_the_disk(tmp_path: Path) -> None:
+    synced: list[tuple[list[str], list[str]]] = []
+
+    def run(argv: t.Sequence[str], stdin: str | None, timeout_seconds: float) -> Completed:
+        if argv[0] == "sync":
+            top = Path(argv[-1])
+            synced.append((sorted(path.name for path in top.iterdir()), host.names("/opt/3fs")))
+        return run_process(argv, stdin, timeout_seconds)
+
+    host = Host(str(tmp_path), run)
+    install(host, pack(tmp_path / "a.tar", {"bin/admin_cli": b"1"}))
+    ((inside, beside),) = synced
+    assert inside == [RECORD, "bin"] and all(name.startswith(".unpack-") for name in beside)
 
 
 def test_several_packages_become_one_release(host: Host, tmp_path: Path) -> None:
