@@ -41,7 +41,8 @@ USER = "agentfleet-kv"
 # The master forgets a store that has been silent for so long; one that comes back earlier would have what it offloaded
 # registered, and then removed with its former self.
 CLIENT_TTL_SECONDS = 10
-_PROBE_TENANT = "agentfleet-probe"
+# A probe's own tenant has the time of its start in its name, since one that is killed leaves it behind.
+_PROBE_TENANT, _PROBE_SECONDS = "agentfleet-probe", 24 * 3600
 # A start on an idle machine takes 2 s, an election 10 s; emulated machines are slower.
 _MASTER_SECONDS = 180
 _MBIND = {"x86_64": 237, "aarch64": 235}
@@ -436,12 +437,18 @@ def drain(pool_name: str, tiers: t.Sequence[str], timeout_seconds: float) -> int
     return Admin(_pool(pool_name)).drain([status["segment"] for status in statuses if status], timeout_seconds)
 
 
+def _probing(secret: str) -> bool:
+    """Whether this is the tenant of a probe that may still run."""
+    start = re.fullmatch(f"{_PROBE_TENANT}-([0-9a-f]+)-[0-9a-f]+", secret)
+    return start is not None and abs(time.time() - int(start[1], 16)) < _PROBE_SECONDS
+
+
 def quotas(pool_name: str) -> dict[str, dict[str, int]]:
     """Tenant -> quota and use, of the declared tenants; others under the name ``(undeclared)``, summed up."""
     names = {secret: name for name, secret in _tenant_ids(pool_name).items()}
     found: dict[str, dict[str, int]] = {}
     for secret, state in Admin(_pool(pool_name)).quotas().items():
-        if secret.startswith(_PROBE_TENANT):
+        if _probing(secret):
             continue
         sums = found.setdefault(names.get(secret, "(undeclared)"), {"quota_bytes": 0, "used_bytes": 0})
         for key, value in state.items():
@@ -456,7 +463,7 @@ def set_quotas(pool_name: str) -> None:
     wanted = {ids[tenant["name"]]: tenant["quota_bytes"] for tenant in pool["tenants"]}
     present = admin.quotas()
     for secret in set(present) - set(wanted):
-        if secret.startswith(_PROBE_TENANT):
+        if _probing(secret):
             continue
         if present[secret]["used_bytes"]:
             client = _client(pool, 1 << 20, "", secret)
@@ -474,7 +481,7 @@ def probe(pool_name: str, probe_bytes: int, samples: int) -> list[dict[str, t.An
     admin, tenant = None, "default"
     if pool["tenants"]:
         try:
-            admin, tenant = Admin(pool), f"{_PROBE_TENANT}-{os.urandom(8).hex()}"
+            admin, tenant = Admin(pool), f"{_PROBE_TENANT}-{int(time.time()):x}-{os.urandom(4).hex()}"
             admin.set_quota(tenant, probe_bytes * (samples + 1) * pool["replicas"])
         except HostError:  # a host that is not let near the master's quotas is the first of the tenants
             admin, tenant = None, next(iter(_tenant_ids(pool_name).values()))

@@ -9,6 +9,7 @@ import json
 import mmap
 import os
 import signal
+import time
 import types
 import typing as t
 
@@ -296,6 +297,17 @@ def test_what_is_wrong_with_a_tier_is_said(engine: Engine, kernel: dict[str, t.A
     }
 
 
+def test_a_probe_that_runs_has_a_tenant_of_its_own(
+    engine: Engine, kernel: dict[str, t.Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admin = Admin({})
+    monkeypatch.setattr(_mooncake, "Admin", lambda pool: admin)
+    monkeypatch.setattr(_mooncake, "_pool", lambda name: pool(tenants=[{"name": "red"}]))
+    assert _mooncake.probe("a", MIB, 1)[0]["verified"]
+    (_set, tenant, _quota), removed = admin.asked
+    assert removed == ("remove", tenant) and _mooncake._probing(tenant)
+
+
 # -- tenants and stores of a pool -----------------------------------------------------
 
 
@@ -325,19 +337,21 @@ def test_tenants_become_those_declared_and_who_goes_is_emptied(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: t.Any
 ) -> None:
     state = {"quota_bytes": 8, "used_bytes": 0}
-    old = {"red-1": {**state, "used_bytes": 3}, "blue-1": state, "empty-1": state, "agentfleet-probe-x": state}
-    admin = Admin(old)
+    running, killed = (f"agentfleet-probe-{int(time.time()) - days * 86400:x}-12ab" for days in (0, 2))
+    old = {"red-1": {**state, "used_bytes": 3}, "blue-1": state, "empty-1": state, running: state, killed: state}
+    admin = Admin({**old, "agentfleet-probe-0123456789abcdef": state})  # and one of an older version
     monkeypatch.setattr(_mooncake, "Admin", lambda pool: admin)
     tenants = [{"name": "blue", "quota_bytes": 8, "owner": ""}, {"name": "green", "quota_bytes": 9, "owner": ""}]
     declared(tmp_path, {"blue": "blue-1", "green": "green-1"}, tenants=tenants)
 
     _mooncake.set_quotas("a")
 
-    assert sorted(admin.asked) == [("remove", "empty-1"), ("remove", "red-1"), ("set", "green-1", 9)]
+    probes = [("remove", "agentfleet-probe-0123456789abcdef"), ("remove", killed)]
+    assert sorted(admin.asked) == sorted([*probes, ("remove", "empty-1"), ("remove", "red-1"), ("set", "green-1", 9)])
     assert engine.emptied == ["red-1"], "a probe that runs and an empty tenant are left alone"
     assert _mooncake.quotas("a") == {
         "blue": state,
-        "(undeclared)": {"quota_bytes": 16, "used_bytes": 3},
+        "(undeclared)": {"quota_bytes": 32, "used_bytes": 3},
     }
 
 
