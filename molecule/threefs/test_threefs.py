@@ -155,8 +155,11 @@ def test_disks_are_xfs_with_sectors_of_4096_and_come_back(cluster: Cluster) -> N
     assert cluster.admin.mount_point("/storage/data1").filesystem == "xfs"
     assert "sectsz=4096" in cluster.admin.check_output("xfs_info /storage/data1")
     unit = cluster.admin.check_output("systemctl cat threefs-stage-storage.service")
-    assert "RequiresMountsFor=/storage/data1/3fs" in unit and "LimitMEMLOCK=infinity" in unit
+    assert "Wants=network-online.target storage-data1.mount" in unit and "LimitMEMLOCK=infinity" in unit
     assert cluster.admin.check_output("systemctl is-enabled storage-data1.mount") == "enabled"
+    lost = "systemctl stop storage-data1.mount; systemctl is-active threefs-stage-storage; systemctl start storage-data1.mount"
+    assert cluster.admin.check_output(lost) == "active", "the service has other disks"
+    assert cluster.admin.mount_point("/storage/data1").exists
 
 
 def test_secrets_are_in_files_for_root_alone(cluster: Cluster) -> None:

@@ -5,7 +5,7 @@
 
 The label of a file system tells to which cluster and mount point it belongs, so that a
 disk that was put into another slot is refused instead of being mounted as another one.
-Each mount is a unit of its own, which the storage service requires.
+Each mount is a unit of its own, for which the storage service waits; one that fails takes its own targets only.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import typing as t
 
@@ -26,6 +27,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import (
     describe,
     unit_name,
 )
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_disk import mount_unit
 
 UNITS = "/etc/systemd/system"
 # Files that a service reads only when it starts. What mgmtd hands out comes to the digest by threefs_config's description.
@@ -130,9 +132,14 @@ class Services:
         ]
         if service in ("meta", "storage", "fuse"):
             unit[0] += f" {unit_name(self.cluster, 'mgmtd')}"
-        if paths:
-            unit.append("RequiresMountsFor=" + " ".join(paths))
         lines = [f"ExecStart={command}", f"Environment={_VARIABLE}={digest}"]
+        if paths:
+            # Not required, since with one dead disk all others of the host would go. The service ends where a path is missing;
+            # below the mount point of a dead disk it finds none of its targets.
+            mounts = " ".join(mount_unit(os.path.dirname(path)) for path in paths)
+            unit[0] += f" {mounts}"
+            unit[1] += f" {mounts}"
+            lines.append(f"ExecStartPre=-/bin/mkdir -p {' '.join(paths)}")
         if self.library_path:
             lines.append(f"Environment=LD_LIBRARY_PATH={':'.join(self.library_path)}")
         if service == "fuse":

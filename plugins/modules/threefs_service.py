@@ -15,7 +15,8 @@ description:
   - Writes a unit for each service that M(agentfleet.metal.threefs_config) described on this host, and starts,
     restarts or stops them. A service is restarted when it runs with another configuration or release than is written;
     what mgmtd hands out belongs to it, since a running service refuses most of its keys.
-  - The units restart what fails, wait for the mounts of their disks, lock memory for RDMA and clean up FUSE's mount.
+  - The units restart what fails, wait for the mounts of their disks, lock memory for RDMA and clean up FUSE's mount. Storage
+    starts without a disk that cannot be mounted, as the others of its host are not to blame.
 extends_documentation_fragment:
   - agentfleet.metal.attributes
 options:

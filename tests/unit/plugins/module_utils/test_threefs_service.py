@@ -76,7 +76,7 @@ def converge(host: t.Any, **params: t.Any) -> list[tuple[str, str]]:
 def test_units_are_better_than_upstreams(host: t.Any) -> None:
     assert ("start", "storage") in converge(host)
     storage, fuse = host.read(STORAGE), host.read(FUSE)
-    assert "RequiresMountsFor=/storage/data1/3fs" in storage and "TimeoutStopSec=5min" in storage
+    assert "TimeoutStopSec=5min" in storage
     assert "LimitMEMLOCK=infinity" in storage and "Restart=on-failure" in storage and "ProtectHome=yes" in storage
     assert "ExecStopPost=-/bin/sh -c 'mountpoint -q /3fs/stage" in fuse and "Protect" not in fuse, (
         "the mount must be seen"
@@ -85,6 +85,20 @@ def test_units_are_better_than_upstreams(host: t.Any) -> None:
     enabled = [call for call in host.calls if "enable" in call or "reload" in call]
     assert enabled == [f"systemctl enable --quiet {' '.join(host.systemd.running)}"], "systemd reads all units once"
     assert converge(host) == []
+
+
+def test_one_dead_disk_does_not_take_the_others_with_it(host: t.Any) -> None:
+    described = {**DESCRIBED, "target_paths": ["/storage/data-1/3fs", "/storage/data2/3fs"]}
+    host.files({"/etc/3fs/stage/cluster.json": json.dumps(described)})
+    converge(host)
+    lines = host.read(STORAGE).splitlines()
+    mounts = r"storage-data\x2d1.mount storage-data2.mount"
+    after = next(line for line in lines if line.startswith("After="))
+    assert after.endswith(f" {mounts}") and f"Wants=network-online.target {mounts}" in lines
+    assert not [line for line in lines if "Requires" in line or "BindsTo" in line]
+    assert "ExecStartPre=-/bin/mkdir -p /storage/data-1/3fs /storage/data2/3fs" in lines, (
+        "3FS ends where one is missing"
+    )
 
 
 def test_what_runs_with_an_older_configuration_is_found_by_what_runs(host: t.Any) -> None:
