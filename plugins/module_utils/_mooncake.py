@@ -45,6 +45,8 @@ CLIENT_TTL_SECONDS = 10
 _PROBE_TENANT, _PROBE_SECONDS = "agentfleet-probe", 24 * 3600
 # A start on an idle machine takes 2 s, an election 10 s; emulated machines are slower.
 _MASTER_SECONDS = 180
+# One thread clears some GiB in a second; systemd is told of each piece, and waits as long for the next.
+_LOCK_BYTES, _LOCK_SECONDS = 1 << 30, 300
 _MBIND = {"x86_64": 237, "aarch64": 235}
 _MPOL_BIND, _MPOL_MF_STRICT, _MPOL_MF_MOVE = 2, 1, 2
 
@@ -202,8 +204,11 @@ def _bind(name: str, address: int, size: int, node: int | None) -> None:
         if libc.syscall(number, where, length, _MPOL_BIND, mask, ctypes.c_ulong(1024), flags) != 0:
             raise HostError(f"binding {size} bytes to NUMA node {node}: {os.strerror(ctypes.get_errno())}")
     # Locked pages exist from now on, and are neither swapped out nor demoted to another tier.
-    if libc.mlock(where, length) != 0:
-        raise HostError(f"locking {size} bytes on NUMA node {node}: {os.strerror(ctypes.get_errno())}")
+    for done in range(0, size, _LOCK_BYTES):
+        _notify(f"EXTEND_TIMEOUT_USEC={_LOCK_SECONDS * 10**6}\nSTATUS=locked {done} of {size} bytes")
+        piece = ctypes.c_ulong(min(_LOCK_BYTES, size - done))
+        if libc.mlock(ctypes.c_void_p(address + done), piece) != 0:
+            raise HostError(f"locking {size} bytes on NUMA node {node}: {os.strerror(ctypes.get_errno())}")
     with open("/proc/self/numa_maps", encoding="utf-8") as file:
         lies = pages(file.read(), name).get(address, {})
     if sum(lies.values()) != size or (node is not None and set(lies) != {node}):

@@ -38,6 +38,8 @@ UNITS = _poolfiles.UNITS
 SYSUSERS = "/etc/sysusers.d/60-agentfleet-kv.conf"
 DRAIN_SECONDS = 600
 _GROW_SECONDS = 300  # with the wait for a master that was restarted
+_START_SECONDS = 600
+_CLEAR_BYTES_PER_SECOND = 256 << 20  # at least, of memory that stores make; one thread clears some GiB
 _OWN_MODE, _OWN_SECONDS = 0o700, 600  # of a directory with an owner; to make him the owner of what is in it
 _SERVICE = f"""\
 Environment=PYTHONPATH={_boot.LIBRARY} PYTHONDONTWRITEBYTECODE=1
@@ -473,7 +475,8 @@ class Pools:
             elif (has := self._serves(unit, old_parts, observed)) < _size(new_parts[unit]):
                 grows.append(Step("grow", unit, before=has, after=_size(new_parts[unit])))
         if starts:  # at once: a store's memory takes its time to be made, and stores wait for their master themselves
-            steps.append(Step("start", ", ".join(starts), after="active, enabled", data=starts))
+            size = sum(_size(new_parts[unit]) for unit in starts)
+            steps.append(Step("start", ", ".join(starts), after="active, enabled", data=(starts, size)))
         steps += grows
         if pool and _serves_tenants(pool):
             wanted = {tenant["name"]: tenant["quota_bytes"] for tenant in pool["tenants"]}
@@ -698,7 +701,7 @@ class Pools:
         elif step.verb == "grow":
             self._grow(step)
         elif step.verb == "start":
-            self._start(step.data)
+            self._start(*step.data)
         else:
             raise HostError(f"no such step: {step.verb}")
 
@@ -715,8 +718,8 @@ class Pools:
         def status() -> dict[str, t.Any]:
             return status_of(self.host, *pool_tier.split("-")) or {}
 
-        before = status()
-        done = self.host.run(["systemctl", "reload", step.object], timeout_seconds=_GROW_SECONDS, check=False)
+        before, patience = status(), _GROW_SECONDS + (step.after - step.before) / _CLEAR_BYTES_PER_SECOND
+        done = self.host.run(["systemctl", "reload", step.object], timeout_seconds=patience, check=False)
 
         def answered() -> bool:
             now = status()
@@ -728,10 +731,11 @@ class Pools:
                 raise HostError(f"it serves {now['size_bytes']} bytes as before: {now['problem']}")
             return bool(now.get("size_bytes") == step.after)
 
-        self.host.wait(answered, f"{step.object} serves {step.after} bytes", _GROW_SECONDS, 0.5)
+        self.host.wait(answered, f"{step.object} serves {step.after} bytes", patience, 0.5)
 
-    def _start(self, units: t.Sequence[str]) -> None:
-        done = self.host.run(["systemctl", "enable", "--quiet", "--now", *units], timeout_seconds=600, check=False)
+    def _start(self, units: t.Sequence[str], size: int) -> None:
+        patience = _START_SECONDS + size / _CLEAR_BYTES_PER_SECOND
+        done = self.host.run(["systemctl", "enable", "--quiet", "--now", *units], timeout_seconds=patience, check=False)
         if done.rc == 0:
             return
         observed = {"units": show(self.host, units, "ActiveState,UnitFileState")}

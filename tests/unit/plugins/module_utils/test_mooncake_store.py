@@ -223,7 +223,10 @@ def test_a_store_grows_only_with_a_master_that_answers(engine: Engine, monkeypat
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/numa_maps"), reason="the kernel has no NUMA")
-def test_memory_is_there_named_and_locked_before_the_engine_sees_it() -> None:
+def test_memory_is_there_named_and_locked_before_the_engine_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(_mooncake, "_notify", told.append)
+    monkeypatch.setattr(_mooncake, "_LOCK_BYTES", 5 * PAGE)  # in pieces, which the kernel shows as one mapping
     fd, memory, address = _mooncake._bound_memory("agentfleet-unit-test", 16 * PAGE, None)
     try:
         with open("/proc/self/maps", encoding="utf-8") as file:
@@ -231,6 +234,8 @@ def test_memory_is_there_named_and_locked_before_the_engine_sees_it() -> None:
         with open("/proc/self/smaps", encoding="utf-8") as file:
             own = file.read().partition("agentfleet-unit-test")[2]
         assert int(own.partition("Locked:")[2].split()[0]) * 1024 == 16 * PAGE
+        locked = [f"STATUS=locked {done * PAGE} of {16 * PAGE} bytes" for done in (0, 5, 10, 15)]
+        assert told == [f"EXTEND_TIMEOUT_USEC=300000000\n{one}" for one in locked]
     finally:
         os.close(fd)
         assert len(memory) == 16 * PAGE

@@ -394,6 +394,21 @@ def test_data_are_not_lost_unless_told(machine: Machine) -> None:
     assert machine.run([{"name": "a", "state": "absent"}]) == []
 
 
+def test_large_tiers_have_the_time_to_be_cleared(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, waits = machine.host._runner, {}
+
+    def run(argv: list[str], stdin: str | None, timeout_seconds: float) -> t.Any:
+        waits[argv[1]] = timeout_seconds
+        return answer(argv, stdin, timeout_seconds)
+
+    monkeypatch.setattr(machine.host, "_runner", run)
+    meminfo = "".join(f"Node 0 {name}: {4 << 30} kB\n" for name in ("MemTotal", "MemFree"))
+    machine.host.files({"/sys/devices/system/node/node0/meminfo": meminfo})
+    for size in ("2TiB", "3TiB"):
+        machine.run(wish(tiers=[{"medium": "dram", "size": size, "numa_node": 0}]))
+    assert (waits["enable"], waits["reload"]) == (600 + 8192, 300 + 4096)
+
+
 def test_a_dead_store_is_started_again(machine: Machine) -> None:
     machine.run(wish())
     machine.active.discard(DRAM)
