@@ -41,6 +41,8 @@ DEVICES = "/sys/bus/cxl/devices"
 DAX = "/sys/bus/dax/devices"
 _BRIDGE = re.compile(r"^pci[0-9a-f]{4}:[0-9a-f]{2}$")
 _PCI = re.compile(r"^[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]$")
+# A persistent region's device is not below its decoder: the kernel makes an NVDIMM region of the same name for it.
+_DAX_REGION = re.compile(r"/(?:decoder[0-9.]+|nvdimm-bridge\d+/ndbus\d+)/(region\d+)/")
 Facts = t.Mapping[str, t.Any]
 _MODES = {"kmem": "system-ram", "device_dax": "devdax", "fsdev_dax": "famfs", "": "disabled"}
 
@@ -78,13 +80,13 @@ def observe_dax(host: Host) -> list[dict[str, t.Any]]:
     block = block_size(host)
     for name in host.names(DAX):
         path = f"{DAX}/{name}"
-        where = real_parts(host, path)
+        region = _DAX_REGION.search("/".join(real_parts(host, path)))
         zones = [zone_of(host, name) for name in dax_blocks(host, path, block)]
         driver = host.link_name(f"{path}/driver")
         found.append(
             {
                 "name": name,
-                "region": next((b for a, b in zip(where, where[1:]) if a.startswith("decoder") and "region" in b), ""),
+                "region": region.group(1) if region else "",
                 "namespace_uuid": host.read(f"{path}/../uuid"),
                 "mode": _MODES.get(driver, driver),
                 "size_bytes": host.read_int(f"{path}/size", 0),
@@ -341,9 +343,15 @@ class CxlRegions:
             if device["online_blocks"]:
                 found += memory_users(self.host, device["target_node"])
         mounts = {line.split()[0]: line.split()[1] for line in self.host.read("/proc/mounts").splitlines() if line}
+        swaps = [line.split()[0] for line in self.host.read("/proc/swaps").splitlines()]
         for block in self.host.names("/sys/class/block"):
-            if region["name"] in real_parts(self.host, f"/sys/class/block/{block}") and f"/dev/{block}" in mounts:
-                found.append(f"/dev/{block} mounted on {mounts[f'/dev/{block}']}")
+            path, node = f"/sys/class/block/{block}", f"/dev/{block}"
+            if region["name"] not in real_parts(self.host, path):
+                continue
+            found += [f"{node} mounted on {mounts[node]}"] if node in mounts else []
+            found += [f"{node} is swap"] if node in swaps else []
+            for holder in self.host.names(f"{path}/holders"):
+                found.append(f"{node} held by {self.host.read(f'/sys/class/block/{holder}/dm/name') or holder}")
         return found
 
     # -- plan ---------------------------------------------------------------

@@ -225,8 +225,8 @@ class DaxDevices:
                 problem = "firmware gave the devices' memory to the kernel as ordinary RAM, so there is no dax device"
                 remedy = "Set the firmware option 'CXL Memory Attribute' and boot without efi=nosoftreserve"
         elif wish.type == "pmem":
-            problem = "the persistent region has no dax namespace"
-            remedy = "Make one with ndctl create-namespace --mode=devdax"
+            problem = "the persistent region has no or more than one dax namespace"
+            remedy = "Make one with ndctl create-namespace --mode=devdax, or name one of several by namespace_uuid"
         else:
             problem = "the region is there, but has no or more than one dax device"
             remedy = "Check that the kernel has CONFIG_DEV_DAX_CXL; give back parts with daxctl destroy-device"

@@ -16,6 +16,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._units import for
 
 NODES = "/sys/devices/system/node"
 MEMORY = "/sys/devices/system/memory"
+OFFLINE_RATE = 256 << 20  # bytes per second that the kernel at least moves to other nodes, on real memory
 TIERS = "/sys/devices/virtual/memory_tiering"
 WEIGHTS = "/sys/kernel/mm/mempolicy/weighted_interleave"
 DEMOTION = "/sys/kernel/mm/numa/demotion_enabled"
@@ -191,15 +192,21 @@ def offline_dax(host: Host, name: str, blocks: t.Sequence[str]) -> dict[str, str
     before = {block: zone_of(host, block) for block in blocks}
     if set(before.values()) <= {"offline"}:
         return before
-    done = host.run(["daxctl", "offline-memory", name], timeout_seconds=120, check=False)
+    limit = 120 + len(blocks) * block_size(host) // OFFLINE_RATE
+    done = host.run(["daxctl", "offline-memory", name], timeout_seconds=limit, check=False)
     stuck = [block for block in blocks if zone_of(host, block) != "offline"]
     if stuck:
         online_blocks(host, before)
+        cause = (
+            "Moving their pages away took too long: other nodes must have room for them, and what uses them may change "
+            "them faster"
+            if done.rc == 124
+            else "Kernel allocations, huge pages or pinned pages (vfio, RDMA) are in them"
+        )
         raise HostError(
             f"{len(stuck)} of {len(blocks)} memory blocks of {name} cannot be taken offline ({done.text}), so that all "
-            "of them are online again. Kernel allocations, huge pages or pinned pages (vfio, RDMA) are in them; memory "
-            "can be given back reliably only from the movable zone. Stop what uses it, or reboot with the memory "
-            "left offline (cxl_region: leave_offline)"
+            f"of them are online again. {cause}; memory can be given back reliably only from the movable zone. Stop what "
+            "uses it, or reboot with the memory left offline (cxl_region: leave_offline)"
         )
     return before
 

@@ -16,6 +16,7 @@ import pytest
 from ansible_collections.agentfleet.metal.plugins.module_utils import _boot, _cxl, _numa
 from ansible_collections.agentfleet.metal.plugins.module_utils._cxl import CxlRegions
 from ansible_collections.agentfleet.metal.plugins.module_utils._dax import DaxDevices
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Completed
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, apply_all
 from ansible_collections.agentfleet.metal.plugins.module_utils._tiering import MemoryTiering, small_ratio
 
@@ -269,6 +270,49 @@ def test_memory_that_cannot_go_offline_is_online_again(emulated: Emulated) -> No
         run(regions(emulated.host, {**PAIR, "state": "absent"}))
     assert {_numa.zone_of(emulated.host, block) for block in emulated.blocks()} == {"kernel"}
     assert "cxl disable-region region0" not in emulated.host.calls
+
+
+def test_taking_memory_offline_has_time_for_its_size(emulated: Emulated) -> None:
+    emulated.lay(TREE["region"])
+    emulated.set(f"{MEMORY}/block_size_bytes", f"{1 << 40:x}")
+    seen = []
+
+    def slow(argv: t.Sequence[str], _stdin: str | None, timeout_seconds: float) -> Completed:
+        seen.append(timeout_seconds)
+        return Completed(tuple(argv), 124, "", f"no end after {timeout_seconds:g} s")
+
+    emulated.host._runner = slow
+    blocks = emulated.blocks()
+    with pytest.raises(HostError, match=r"no end after 32888 s\), so .* Moving their pages away took too long"):
+        _numa.offline_dax(emulated.host, "dax0.0", blocks)
+    assert seen == [120 + 8 * 4096]
+
+
+def test_a_persistent_region_has_its_dax_device_and_the_users_of_its_disks(emulated: Emulated) -> None:
+    host, pmem = emulated.host, {**PAIR, "type": "pmem"}
+    emulated.lay(TREE["region"])
+    emulated.set(f"{REGION}/mode", "pmem")
+    host.remove("/sys/bus/dax/devices/dax0.0")
+    nvdimm = "/sys/devices/platform/ACPI0017:00/root0/nvdimm-bridge0/ndbus0/region0"
+    host.files(
+        {
+            f"{nvdimm}/dax0.1/dax0.1/size": "1073741824",
+            f"{nvdimm}/dax0.1/dax0.1/resource": "0x690000000",
+            f"{nvdimm}/dax0.1/dax0.1/driver": "-> ../../../../../../../../bus/dax/drivers/device_dax",
+            "/sys/bus/dax/devices/dax0.1": f"-> ../../..{nvdimm[4:]}/dax0.1/dax0.1",
+            f"{nvdimm}/namespace0.0/block/pmem0/holders/md0": "",
+            "/sys/class/block/pmem0": f"-> ../..{nvdimm[4:]}/namespace0.0/block/pmem0",
+            "/proc/swaps": "Filename\tType\n/dev/pmem0\tpartition\t1\t0\t-2\n",
+            "/proc/77/maps": "7f00 rw-s 0 00:06 5 /dev/dax0.1\n",
+            "/proc/77/comm": "store\n",
+        }
+    )
+    device = {"region": {"memdevs": ["0x1", "0x2"], "type": "pmem"}, "mode": "devdax"}
+    wish = dax(host, device)
+    assert [step.verb for step in wish.plan(wish.observe())] == ["write"]
+    with pytest.raises(Refused) as refused:
+        run(regions(host, {**pmem, "state": "absent"}, destroy_persistent_data=True))
+    assert refused.value.problem.endswith("in use: process 77 (store), /dev/pmem0 is swap, /dev/pmem0 held by md0")
 
 
 @pytest.mark.parametrize(
