@@ -48,7 +48,7 @@ def _node_bytes(host: Host, path: str) -> int:
 class Resolver:
     """The specs of one call.
 
-    :param params: ``accelerator`` and ``memory_overcommit``
+    :param params: ``state``, ``accelerator`` and ``memory_overcommit``
     :param wanted: name -> validated wish
     :param observed: what :func:`observe` returned, with ``specs``, ``units`` and ``enabled`` of all declared microVMs, and
         ``held``, the specs that microVMs run with and go on to run with
@@ -68,7 +68,8 @@ class Resolver:
         self.host, self.params, self.wanted, self.observed = host, params, wanted, observed
         self.predicting, self.warnings = predicting, warnings
         self.others: dict[str, _vmm.Spec] = {n: s for n, s in observed["specs"].items() if n not in wanted}
-        self.snapshots = _snapshot.Sources(host, predicting, warnings, self._counted().values())
+        runs = params["state"] != "stopped"
+        self.snapshots = _snapshot.Sources(host, predicting, warnings, self._counted().values(), runs)
         self.accelerator = self._accelerator()
 
     def specs(self, networks: _network.Networks) -> dict[str, _vmm.Spec]:

@@ -31,7 +31,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import Spec
 
 LADDER_SECONDS = STOP_SECONDS + 2 * RUNG_SECONDS + 20
 STOPPED_SECONDS = 4 * LADDER_SECONDS + 60  # ExecStop, TERM, KILL and ExecStopPost have as much each
-CLONE_LIMIT_SECONDS = 1800  # five starts of a clone in this time are too many
+CLONE_LIMIT_SECONDS = 600  # five starts of a clone in this time are too many; one that fails takes 60 to 85 s
 RESTART = {"always": "always", "on-failure": "on-failure", "never": "no"}
 PACKAGE = "ansible_collections.agentfleet.metal.plugins.module_utils"
 # What _microvm_unit imports.

@@ -241,10 +241,18 @@ class Sources:
     :param predicting: a missing snapshot is expected to be made by an earlier task
     :param warnings: takes what this means
     :param others: microVMs of the host that are not of this call, and run or will
+    :param runs: whether those of this call may run after it
     """
 
-    def __init__(self, host: Host, predicting: bool, warnings: list[str], others: t.Iterable[_vmm.Spec] = ()) -> None:
-        self.host, self.predicting, self.warnings = host, predicting, warnings
+    def __init__(
+        self,
+        host: Host,
+        predicting: bool,
+        warnings: list[str],
+        others: t.Iterable[_vmm.Spec] = (),
+        runs: bool = True,
+    ) -> None:
+        self.host, self.predicting, self.warnings, self.runs = host, predicting, warnings, runs
         self._manifests: dict[str, dict[str, t.Any]] | None = None
         self._problems: dict[str, str] = {}
         files = [one for one in others if one.get("memory_file") == memory_file(one["name"])]
@@ -266,7 +274,7 @@ class Sources:
                 f"{option}.snapshots", True, f"its RAM is one file, and it has {zones} zones",
                 "Leave out one of snapshots and memory_zones",
             )  # fmt: skip
-        if not self.host.exists("/run"):
+        if not self.runs or not self.host.exists("/run"):
             return
         state = os.statvfs(self.host.path("/run"))
         self._ram_bytes += spec["memory_bytes"]

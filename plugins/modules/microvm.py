@@ -167,7 +167,7 @@ options:
       restart_policy:
         description:
           - What systemd does when the VMM ends, also by the guest's own power off. After five starts in five minutes
-            (of one with O(instances[].from_snapshot), in half an hour) the microVM is V(failed).
+            (of one with O(instances[].from_snapshot), in ten minutes) the microVM is V(failed).
           - A guest that powers off is no failure. With QEMU one that panics or reboots is none either, as the process ends in
             the same way; with Cloud Hypervisor it is one. With V(always) all of them come back.
         type: str
