@@ -415,10 +415,15 @@ class _Store:
 
 
 def status_of(host: Host, pool_name: str, tier_name: str) -> dict[str, t.Any] | None:
-    """What a running store says of itself."""
-    return t.cast(
-        "dict[str, t.Any] | None", json.loads(host.read(f"{RUNTIME}/{pool_name}-{tier_name}/status.json") or "null")
-    )
+    """What a running store says of itself, in a directory of its user."""
+    try:
+        with (
+            host.directory(f"{RUNTIME}/{pool_name}-{tier_name}") as beneath,
+            open_beneath(beneath, "status.json") as file,
+        ):
+            return t.cast("dict[str, t.Any]", json.load(file))
+    except FileNotFoundError:
+        return None
 
 
 # -- what is asked of a pool --------------------------------------------------------

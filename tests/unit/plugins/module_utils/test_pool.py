@@ -192,6 +192,15 @@ def test_a_tier_that_could_not_grow_is_told_of_and_grows_in_the_next_run(machine
     assert machine.run(other) == []
 
 
+def test_a_store_leads_nobody_elsewhere(machine: Machine) -> None:
+    machine.run(wish())
+    path = machine.status_path(DRAM)
+    machine.host.remove(path)
+    machine.host.files({path: "-> /etc/shadow"})
+    with pytest.raises(HostError, match="status.json: a link, which is not followed"):
+        machine.run(wish())
+
+
 def test_a_store_that_died_of_growing_is_no_success(machine: Machine) -> None:
     machine.run(wish())
     machine.grows = "dies"
