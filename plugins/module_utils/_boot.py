@@ -34,6 +34,7 @@ _IMPORTS = re.compile(
 )
 LIBRARY = "/usr/local/lib/agentfleet"
 STATE = "/etc/agentfleet"
+SYSFS_FILE = "/etc/tmpfiles.d/60-agentfleet.conf"  # of kernel_tunables
 UNIT = "/etc/systemd/system/agentfleet-restore.service"
 UNIT_TEXT = f"""\
 # Written by agentfleet.metal. Restores the state declared in {STATE}.
@@ -170,6 +171,8 @@ def restore(host: Host) -> int:
         for problem in problems:
             sys.stderr.write(f"{concern}: FAILED: {problem}\n")
         failed += bool(problems)
+    if host.exists(SYSFS_FILE):  # once more, for the huge pages of a node that came just now
+        host.run(["systemd-tmpfiles", "--create", SYSFS_FILE], check=False)
     return failed
 
 

@@ -16,6 +16,7 @@ import re
 import typing as t
 from dataclasses import dataclass, field
 
+from ansible_collections.agentfleet.metal.plugins.module_utils._boot import SYSFS_FILE
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size, parse_list, parse_size
@@ -24,7 +25,7 @@ NAME = "60-agentfleet.conf"
 MODULES_FILE = f"/etc/modules-load.d/{NAME}"
 OPTIONS_FILE = f"/etc/modprobe.d/{NAME}"
 SYSCTL_FILE = f"/etc/sysctl.d/{NAME}"
-SYSFS_FILE = f"/etc/tmpfiles.d/{NAME}"
+ORDER_FILE = f"/etc/systemd/system/systemd-tmpfiles-setup.service.d/{NAME}"
 HEADER = "# Written by agentfleet.metal (kernel_tunables). Changes are overwritten.\n"
 SYSCTL_DIRECTORIES = ("/etc/sysctl.d", "/run/sysctl.d", "/usr/local/lib/sysctl.d", "/usr/lib/sysctl.d")
 _MODULE = re.compile(r"^[A-Za-z0-9_-]+$")
@@ -148,7 +149,9 @@ class Tunables:
             if self.host.exists(f"/sys/module/{name}") and not self.host.exists(f"/sys/module/{name}/initstate")
         }
         observed = Observed(
-            files={path: self.host.read(path) for path in (MODULES_FILE, OPTIONS_FILE, SYSCTL_FILE, SYSFS_FILE)},
+            files={
+                path: self.host.read(path) for path in (MODULES_FILE, OPTIONS_FILE, SYSCTL_FILE, ORDER_FILE, SYSFS_FILE)
+            },
             loaded=loaded,
             builtin=builtin & named,
             missing={name for name in named - loaded - builtin if not self._can_load(name)},
@@ -207,8 +210,10 @@ class Tunables:
                 steps.append(Step("set", what, int(now or 0), page.count, data=("hugepages", page)))
         steps += self._file(observed, MODULES_FILE, self.modules_text())
         steps += self._file(observed, SYSCTL_FILE, self.sysctl_text())
-        steps += self._file(observed, SYSFS_FILE, self.sysfs_text(observed))
-        return steps
+        sysfs = self.sysfs_text(observed)
+        # Nothing else orders the two, and an attribute that is not there yet is passed over.
+        order = _text(["[Unit]", "After=systemd-modules-load.service"] if sysfs else [])
+        return [*steps, *self._file(observed, ORDER_FILE, order), *self._file(observed, SYSFS_FILE, sysfs)]
 
     def _refuse(self, observed: Observed) -> None:
         for index, name in enumerate(self.modules):

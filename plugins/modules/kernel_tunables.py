@@ -42,7 +42,8 @@ options:
   sysfs:
     description:
       - 'Attributes below C(/sys), as C({path: value}). They must be readable and writable; triggers are refused.'
-      - They are written at boot by C(systemd-tmpfiles), after the modules of C(modules-load.d) are loaded.
+      - They are written at boot by C(systemd-tmpfiles), after the modules of C(modules-load.d) are loaded, and once more
+        when C(agentfleet-restore.service) has brought CXL memory back.
     type: dict
     default: {}
   hugepages:

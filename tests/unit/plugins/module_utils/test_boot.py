@@ -95,7 +95,9 @@ def test_restore_goes_on_after_a_failure_and_counts_it(
     fake_host.files(
         {"/etc/agentfleet/a.json": '{"bad": 1}', "/etc/agentfleet/b.json": '{"names": ["broken", "whole"]}'}
     ).files({"/etc/agentfleet/c.json": '{"names": ["good"]}'})
+    fake_host.files({_boot.SYSFS_FILE: ""})
     assert _boot.restore(fake_host) == 2
+    assert fake_host.calls == [f"systemd-tmpfiles --create {_boot.SYSFS_FILE}"]
     out, err = capsys.readouterr()
     assert out == "b: make whole\nc: make good\n"
     assert "a: FAILED: bad: 1: not known" in err and "b: FAILED: make broken: no such device" in err

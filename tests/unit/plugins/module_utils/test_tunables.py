@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, apply_all
-from ansible_collections.agentfleet.metal.plugins.module_utils._tunables import HEADER, Tunables, same, sysctl_path
+from ansible_collections.agentfleet.metal.plugins.module_utils._tunables import (
+    HEADER,
+    ORDER_FILE,
+    Tunables,
+    same,
+    sysctl_path,
+)
 
 RELEASE = "6.12.107+deb13-amd64"
 PAGES = "/sys/devices/system/node/node1/hugepages/hugepages-2048kB/nr_hugepages"
@@ -77,8 +83,10 @@ def test_everything_is_set_and_kept_and_then_nothing_is_left_to_do(host: t.Any) 
         ("set", "2MiB pages on node 1"),
         ("write", "/etc/modules-load.d/60-agentfleet.conf"),
         ("write", "/etc/sysctl.d/60-agentfleet.conf"),
+        ("write", ORDER_FILE),
         ("write", "/etc/tmpfiles.d/60-agentfleet.conf"),
     ]
+    assert host.read(ORDER_FILE) == HEADER + "[Unit]\nAfter=systemd-modules-load.service"
     assert "modprobe vhost_vsock" in host.calls
     assert host.read("/etc/modprobe.d/60-agentfleet.conf") == HEADER + "options kvm_amd nested=0"
     assert host.read("/etc/modules-load.d/60-agentfleet.conf") == HEADER + "vhost_vsock\nvfio_pci"
@@ -100,6 +108,7 @@ def test_what_is_dropped_from_the_wish_leaves_the_files(host: t.Any) -> None:
         ("remove", "/etc/modprobe.d/60-agentfleet.conf"),
         ("remove", "/etc/modules-load.d/60-agentfleet.conf"),
         ("write", "/etc/sysctl.d/60-agentfleet.conf"),
+        ("remove", ORDER_FILE),
         ("remove", "/etc/tmpfiles.d/60-agentfleet.conf"),
     ]
     assert host.names("/etc/modprobe.d") == host.names("/etc/tmpfiles.d") == []
