@@ -78,6 +78,7 @@ def threefs_layout(members: list, wish: dict, leaving: list = (), playing: list 
         "replicas": _threefs_layout.replicas(wish),
         "chunk_sizes": {str(table["id"]): table["chunk_sizes"] for table in tables if table.get("chunk_sizes")},
         "leaving_nodes": [hosts[name]["node"] + 10000 for name in leaving],
+        "former_metas": _threefs_layout.former_metas(hosts, hosts if playing is None else playing),
     }
 
 

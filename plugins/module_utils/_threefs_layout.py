@@ -151,6 +151,15 @@ def check_limit(hosts: Hosts, playing: t.Collection[str]) -> None:
         )
 
 
+def former_metas(hosts: Hosts, playing: t.Collection[str]) -> list[int]:
+    """The ids of the meta that hosts of the play do not have (any more), as a number tells them."""
+    return [
+        host["node"] + 99
+        for name, host in hosts.items()
+        if name in playing and "meta" not in host["services"] and host["node"] <= _LARGEST["meta"]
+    ]
+
+
 def _check_hosts(hosts: Hosts) -> None:
     for service in ("mgmtd", "meta", "storage"):
         if not having(hosts, service):

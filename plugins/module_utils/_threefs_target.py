@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import time
 import typing as t
+from collections import Counter
 from dataclasses import dataclass
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
@@ -91,13 +92,13 @@ class Targets:
             self.table_sizes[int(number)] = [chunk_size(f"{option}[{n}]", value) for n, value in enumerate(given)]
         self.recreate = [_disk(item) for item in params.get("recreate_disks") or []]
         self.retire = [int(node) for node in params.get("retire_nodes") or []]
+        used = Counter(target_place(target)[0] for targets in self.chains.values() for target in targets)
         for index, node in enumerate(self.retire):
-            used = [chain for chain, targets in self.chains.items() if any(target_place(x)[0] == node for x in targets)]
-            if used:
+            if node in used:
                 raise Refused(
                     f"retire_nodes[{index}]",
                     node,
-                    f"{len(used)} chains shall be on it",
+                    f"{used[node]} chains shall be on it",
                     "Make the chain table without this node",
                 )
 

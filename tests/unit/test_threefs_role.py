@@ -112,6 +112,21 @@ def test_storage_of_a_drained_host_stops_only_when_it_was_seen_to_be_empty() -> 
     assert f"{look['register']} is success" in stop["when"]
 
 
+def test_mgmtd_forgets_the_meta_that_a_host_no_longer_has_once_it_is_stopped() -> None:
+    tasks = yaml.safe_load((HERE / "roles/threefs/tasks/main.yml").read_text())
+    names = [task["name"] for task in tasks]
+    chains = names.index("Have chains and directories")
+    assert names.index("Run meta and storage") < names.index("Remove services that the host no longer has") < chains
+    (name,) = tasks[chains]["vars"]
+    (targets,) = [
+        task
+        for task in yaml.safe_load((HERE / "roles/threefs/tasks/chains.yml").read_text())
+        if "agentfleet.metal.threefs_target" in task
+    ]
+    assert name in targets["agentfleet.metal.threefs_target"]["retire_nodes"]
+    assert "former_metas" in tasks[chains]["vars"][name]
+
+
 def test_a_new_disk_is_looked_at_before_its_targets_are_made_and_the_cluster_after() -> None:
     (play,) = yaml.safe_load((HERE / "playbooks/threefs_replace_disk.yml").read_text())
     *_before, change, make, end = play["tasks"]

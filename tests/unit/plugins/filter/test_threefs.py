@@ -100,6 +100,14 @@ def test_draining() -> None:
     ]
 
 
+def test_the_meta_that_hosts_of_the_play_no_longer_have() -> None:
+    members = [member(number) for number in (1, 2, 3)]
+    members += [member(number, threefs_services=["fuse"]) for number in (4, 5, 9901)]
+    layout = FILTERS["threefs_layout"]
+    assert layout(members, WISH)["former_metas"] == [103, 104], "10000 and more are ids of storage"
+    assert layout(members, WISH, [], ["h1", "h5"])["former_metas"] == [104], "that of h4 was not stopped in this run"
+
+
 CODED = {"id": 4, "type": "EC", "replicas": 3, "targets_per_disk": 2, "chunk_sizes": ["64KiB", "4MiB"]}
 
 
