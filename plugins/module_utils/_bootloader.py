@@ -19,7 +19,7 @@ import shutil
 import typing as t
 from dataclasses import dataclass, replace
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host, sync
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 
 DROP_IN = "/etc/default/grub.d/60-agentfleet.cfg"
@@ -195,8 +195,9 @@ class Loader(abc.ABC):
         :param arguments: as they were booted; what GRUB reads otherwise (``memmap=2M$0x9f0000000``) is quoted again
         """
         initrds = list(template.initrds)
-        if initrds:
-            initrds[-1] = self._keep(initrds[-1], f"{KNOWN_GOOD}.img")
+        last = max((index for index, path in enumerate(initrds) if path[0] != "$"), default=None)  # RHEL: $tuned_initrd
+        if last is not None:
+            initrds[last] = self._keep(initrds[last], f"{KNOWN_GOOD}.img")
         return replace(template, id=KNOWN_GOOD, initrds=tuple(initrds), arguments=shlex.join(split(arguments)))
 
     def forget(self) -> None:
@@ -205,19 +206,22 @@ class Loader(abc.ABC):
             self.host.remove(f"/boot/{name}")
 
     def _keep(self, path: str, name: str) -> str:
-        """Link (or copy, where links are not possible) a boot file; returns the boot loader's path of it."""
+        """Copy a boot file (dracut writes into the one that a link would share); returns the boot loader's path of it."""
         source = self.host.path(f"/boot/{posixpath.basename(path)}")
         target = self.host.path(f"/boot/{name}")
         kept = posixpath.join(posixpath.dirname(path), name)
         if os.path.exists(target):  # kept when the guard was armed; the source may be newer
             return kept
         temporary = f"{target}.new"
-        if os.path.exists(temporary):
-            os.unlink(temporary)
         try:
-            os.link(source, temporary)
-        except OSError:
             shutil.copyfile(source, temporary)
+            sync(temporary)
+        except OSError as error:
+            self.host.remove(f"/boot/{name}.new")
+            raise HostError(
+                f"/boot/{posixpath.basename(path)} cannot be kept as /boot/{name}: {error.strerror}. "
+                "See that it is there, and that /boot has room for a copy of it"
+            ) from error
         os.replace(temporary, target)
         os.sync()
         return kept
@@ -540,7 +544,7 @@ class Bls(Loader):
     def apply(self, step: Step) -> bool:
         if step.data[0] != "grubby":
             return super().apply(step)
-        # By kernel path, never ALL: that would change the known-good entry too (its kernel is a link of another name).
+        # By kernel path, never ALL: that would change the known-good entry too (its kernel is a copy of another name).
         _kind, kernel, wrong = step.data
         self.host.run(["grubby", f"--update-kernel={kernel}", f"--remove-args={' '.join(wrong)}"])
         tokens = [word for words in wrong.values() for word in words]

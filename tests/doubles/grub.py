@@ -111,8 +111,8 @@ def _start(root: str, directory: str, bls: bool) -> str:
         editenv(["", path, "unset", "next_entry"])
     entries = _bls(root) if bls else _menu(root, directory)
     kernel, initrd, arguments = entries.get(wanted) or next(iter(entries.values()))
-    for file in (kernel, initrd):
-        if not Path(root, "boot", os.path.basename(file)).is_file():
+    for file in (kernel, *initrd.split()):
+        if not file.startswith("$") and not Path(root, "boot", os.path.basename(file)).is_file():
             raise Lost(f"file {file} not found")
     if bls:
         arguments = re.sub(r"\$\w*", "", arguments)

@@ -247,9 +247,25 @@ def test_another_kernel_that_fails_never_becomes_the_default(machine: Machine) -
 def test_known_good_keeps_the_initramfs_it_booted_with(machine: Machine) -> None:
     wish = KernelCmdline(machine, {"parameters": {"intel_iommu": "on"}})
     run(wish)
-    Path(machine.root, f"boot/initrd.img-{OLD}").unlink()  # rebuilt: a new file under the old name
-    Path(machine.root, f"boot/initrd.img-{OLD}").write_text("rebuilt")
+    Path(machine.root, f"boot/initrd.img-{OLD}").write_text("rebuilt")  # as dracut does: into the same file
     assert Path(machine.root, f"boot/{KNOWN_GOOD}.img").read_text() == f"initrd.img-{OLD}"
+
+
+def test_an_initramfs_that_cannot_be_kept_is_named(machine: Machine) -> None:
+    Path(machine.root, f"boot/initrd.img-{OLD}").unlink()
+    with pytest.raises(HostError, match=f"/boot/initrd.img-{OLD} cannot be kept as .*: No such file"):
+        run(BootGuard(machine, {"state": "armed"}))
+    assert list(Path(machine.root, "boot").glob("*.new")) == []
+
+
+def test_an_initramfs_that_is_a_variable_is_left_to_grub(tmp_path: Path) -> None:
+    machine = Machine(str(tmp_path), "grubby")
+    entry = Path(machine.root, f"boot/loader/entries/abc-{OLD}.conf")
+    entry.write_text(entry.read_text().replace("\noptions", " $tuned_initrd\noptions"))
+    assert play(machine, {"root": "/dev/does-not-exist"}) == "rolled back"
+    run(BootGuard(machine, {"state": "armed"}))
+    kept = machine.read(f"/boot/loader/entries/{KNOWN_GOOD}.conf")
+    assert f"\ninitrd /{KNOWN_GOOD}.img $tuned_initrd\n" in kept
 
 
 @pytest.mark.parametrize("backend", ["grub_d", "openeuler"])
