@@ -190,13 +190,14 @@ def test_what_one_host_wrote_into_each_tier_the_other_reads(metal1: Machine, met
 
 def test_connectors_are_written_and_only_root_reads_the_secret_ones(metal1: Machine) -> None:
     base = "/etc/agentfleet/connectors/shared"
-    config, who, *listing = metal1.host.check_output(
+    config, who, *listing, quotas = metal1.host.check_output(
         f"cd {base} && tr -d '\\n' < sglang-mooncake-red/mooncake.json && echo && python3 - <<'SCRIPT'\n{WHO_HAS_IT}\nSCRIPT\n"
-        "stat -c '%a %U %n' */*"
+        "stat -c '%a %U %n' */* && stat -c '%a %U' /run/agentfleet-mooncake/shared/quotas.yaml"
     ).splitlines()
     assert json.loads(config)["master_server_address"] == "etcd://10.77.0.12:2379"
     assert json.loads(config)["tenant_id"].startswith("red-") and who == "[]"
     assert len(listing) == 8 and all(line.startswith("600 root ") for line in listing)
+    assert quotas == "600 agentfleet-kv"
 
 
 def test_a_store_killed_amid_writes_loses_nothing_that_was_replicated(metal1: Machine, metal2: Machine) -> None:

@@ -95,6 +95,11 @@ def kv_connectors(pool, host_memory="64GiB"):
     return found
 
 
+def kv_turn(pools):
+    """When a host has its turn, for the masters of its pools."""
+    return _pooldecl.turn(pools)
+
+
 class FilterModule:
     """Filters of this file."""
 
@@ -105,4 +110,5 @@ class FilterModule:
             "kv_bytes_per_token": kv_bytes_per_token,
             "kv_pool_plan": kv_pool_plan,
             "kv_connectors": kv_connectors,
+            "kv_turn": kv_turn,
         }

@@ -46,6 +46,7 @@ _OF_MOONCAKE: dict[str, tuple[t.Any, str]] = {
 # What says how a model's elements are stored.
 _OF_MODEL = {"dtype": "bf16", "group_size": None, "scale_dtype": "fp16", "zero_point": False}
 _NAME = re.compile(r"^[a-z0-9][a-z0-9_]{0,30}$")
+_OWN_HOST = re.compile(r"127\.|localhost$|::1$")
 _TOKEN_BYTES = 16
 
 
@@ -97,6 +98,20 @@ def check_heeded(option: str, made: t.Mapping[str, t.Any]) -> None:
         if policy == "write_back" and made["engine"] == "mooncake":
             remedy += " or an ssd tier"
         raise Refused(f"{option}.write_policy", policy, "nothing of the pool follows it", remedy)
+
+
+def turn(pools: t.Iterable[t.Mapping[str, t.Any]]) -> str:
+    """When a host with these pools has its turn, so that a master is there while other hosts' stores need it.
+
+    :return: ``first`` where masters for other hosts come, ``last`` where they go, ``then`` with none, or with both
+    """
+    masters = [(pool, pool.get("master") or {}) for pool in pools if (pool.get("engine") or "mooncake") == "mooncake"]
+    come = {
+        (pool.get("state") or "present") == "present"
+        for pool, master in masters
+        if master.get("run", True) and not _OWN_HOST.match(str(master.get("address") or "127.0.0.1"))
+    }
+    return "then" if len(come) != 1 else "first" if come == {True} else "last"
 
 
 def checked_name(option: str, value: t.Any, taken: t.Container[str]) -> str:

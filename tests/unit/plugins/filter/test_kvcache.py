@@ -49,3 +49,26 @@ def test_refusals_fail_the_task(options: dict[str, t.Any], text: str) -> None:
     with pytest.raises(AnsibleFilterError, match="kv_pool_plan: |kv_size: ") as error:
         FILTERS["kv_pool_plan"]("Qwen3-8B", **options)
     assert text in str(error.value)
+
+
+HERE = {"name": "own", "master": {}}
+SHARED: dict[str, t.Any] = {"name": "shared", "master": {"address": "10.0.0.1"}}
+STORES = {"name": "shared", "master": {"address": "10.0.0.1", "run": False}}
+FILES = {"name": "files", "engine": "filesystem", "tiers": []}
+
+
+@pytest.mark.parametrize(
+    ("pools", "turn"),
+    [
+        ([], "then"),
+        ([HERE, FILES, {"name": "gone", "state": "absent"}, {"name": "b", "master": {"address": "127.0.0.1"}}], "then"),
+        ([STORES, HERE], "then"),
+        ([{**STORES, "state": "drained"}], "then"),
+        ([SHARED, STORES], "first"),
+        ([{**SHARED, "state": "absent"}, HERE], "last"),
+        ([{**SHARED, "state": "drained", "engine": None}], "last"),
+        ([{**SHARED, "state": "absent"}, {**SHARED, "name": "next", "state": None}], "then"),
+    ],
+)
+def test_a_hosts_turn_is_that_of_its_masters(pools: list[dict[str, t.Any]], turn: str) -> None:
+    assert FILTERS["kv_turn"](pools) == turn
