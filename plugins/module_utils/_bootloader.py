@@ -69,6 +69,9 @@ def _name(word: str) -> str:
     return word.partition("=")[0]
 
 
+_LINUX = r"(?m)^\s*linux(?:efi|16)?\s+(\S+)[ \t]*(.*)$"
+
+
 @dataclass(frozen=True)
 class Entry:
     """A boot entry; paths are the boot loader's, which may lack /boot."""
@@ -78,6 +81,11 @@ class Entry:
     initrds: tuple[str, ...]
     arguments: str
     text: str = ""
+
+    @property
+    def twice(self) -> bool:
+        """Whether it tries a second command line by itself (Ubuntu with GRUB_FORCE_PARTUUID)."""
+        return len(re.findall(_LINUX, self.text)) > 1
 
     @property
     def release(self) -> str:
@@ -335,6 +343,14 @@ class Grub(Loader):
                 True,
                 f"{self.config} reads neither custom.cfg nor next_entry, so no entry of ours could be booted",
                 "Restore /etc/grub.d/41_custom and 00_header of the distribution, or set guard: false",
+            )
+        if any(entry.twice for entry in self.entries()[:1]):
+            raise Refused(
+                "guard",
+                True,
+                f"the default entry of {self.config} tries two command lines, without and with an initramfs",
+                "Remove GRUB_FORCE_PARTUUID (/etc/default/grub.d/40-force-partuuid.cfg) and run update-grub, or set "
+                "guard: false",
             )
         if saved and saved not in OURS:
             raise Refused(
@@ -629,7 +645,7 @@ def parse_entries(text: str) -> list[Entry]:
     found = []
     for match in re.finditer(r"(?ms)^([ \t]*)menuentry .*?^\1\}[ \t]*$", text):
         block = match.group(0)
-        linux = re.search(r"(?m)^\s*linux(?:efi|16)?\s+(\S+)[ \t]*(.*)$", block)
+        linux = re.search(_LINUX, block)
         if linux is None:
             continue
         initrd = re.search(r"(?m)^\s*initrd(?:efi|16)?\s+(.*)$", block)

@@ -221,6 +221,8 @@ class KernelCmdline:
                 names = list(
                     dict.fromkeys(word.partition("=")[0] for word in want + have if (word in want) != (word in have))
                 )
+            if default.twice:  # in these each of the two has its own
+                names = [name for name in names if name not in ("root", "panic")]
         else:
             names = unmet(booted, self.wish)
         return reasons + [

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import typing as t
 from pathlib import Path
 
@@ -290,6 +291,35 @@ def test_a_booted_dollar_sign_is_not_guarded_where_entries_cannot_have_it(tmp_pa
     Path(machine.root, "proc/cmdline").write_text(f"BOOT_IMAGE=/vmlinuz-{OLD} memmap=2M$0x9f0000000\n")
     with pytest.raises(Refused, match="the booted command line has a dollar sign"):
         run(KernelCmdline(machine, {"parameters": {"quiet": ""}}))
+
+
+def test_an_entry_with_two_command_lines_is_configured_without_the_guard(tmp_path: Path) -> None:
+    machine = Machine(str(tmp_path), "grub_d")
+
+    def with_two(text: str) -> str:  # Ubuntu with GRUB_FORCE_PARTUUID
+        return re.sub(
+            r"(?m)^(\tlinux\t.*)\n(\tinitrd\t.*)$",
+            lambda match: (
+                f'\tif [ "${{initrdfail}}" = 1 ]; then\n{match[1]}\n{match[2]}\n\telse\n'
+                + match[1].replace("UUID=1234", "PARTUUID=5")
+                + " panic=-1\n\tfi"
+            ),
+            text,
+        )
+
+    config = Path(machine.root, "boot/grub/grub.cfg")
+    config.write_text(with_two(config.read_text()))
+    booted = f"BOOT_IMAGE=/boot/vmlinuz-{OLD} root=PARTUUID=5 ro console=tty0 quiet"
+    Path(machine.root, "proc/cmdline").write_text(f"{booted} panic=-1\n")
+    assert run(KernelCmdline(machine, {"parameters": {}})) == []
+    with pytest.raises(Refused, match="tries two command lines"):
+        run(KernelCmdline(machine, {"parameters": {"nosmt": ""}}))
+    wish = KernelCmdline(machine, {"parameters": {"nosmt": ""}, "guard": False})
+    run(wish)
+    config.write_text(with_two(config.read_text()))
+    Path(machine.root, "proc/cmdline").write_text(f"{booted} nosmt panic=-1\n")
+    assert run(wish) == []
+    assert wish.result(wish.observe())["reboot_required"] is False
 
 
 def test_a_wish_taken_back_before_the_reboot_disarms(machine: Machine) -> None:
