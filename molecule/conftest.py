@@ -55,12 +55,13 @@ FINGERPRINT = r"""
 
 
 # What microVMs have on a host, one thing a line, without what differs between two starts. Slots are of boots, and stay
-# until somebody else wants to boot.
+# until somebody else wants to boot; the target is reached at the next boot; agentfleet-restore is not of microVMs.
 LEFT = r"""
 ps -eo args= | awk '$1 ~ /qemu-system|cloud-hypervisor|virtiofsd/ {print "process", substr($0, 1, 120)}'
 ls /sys/class/net | sed 's/^/device /'
-systemctl list-units --all --no-legend --plain 'agentfleet*' | awk '{print "unit", $1, $3}'
-find /etc/systemd/system /run/systemd/system /etc/tmpfiles.d -name '*agentfleet*'
+systemctl list-units --all --no-legend --plain 'agentfleet*' |
+  awk '$1 !~ /restore/ && $2 != "not-found" {print "unit", $1, $1 ~ /target$/ ? "" : $3}'
+find /etc/systemd/system /run/systemd/system /etc/tmpfiles.d -name '*agentfleet*' -not -name '*restore*'
 find /sys/fs/cgroup -name 'agentfleet*' -printf 'cgroup %p\n'
 awk '/agentfleet/ {print "mount", $2}' /proc/mounts
 ss -Hlx | awk '/agentfleet/ {print "socket", $5}'
@@ -167,7 +168,8 @@ class Lab:
 
     def start_module(self, name: str, on: str = "metal1", **arguments: t.Any) -> subprocess.Popen[str]:
         """Start a module of this collection."""
-        return self._open("ansible", on, f"--module-name=agentfleet.metal.{name}", f"--args={json.dumps(arguments)}")
+        given = [f"--args={json.dumps(arguments)}"] if arguments else []
+        return self._open("ansible", on, f"--module-name=agentfleet.metal.{name}", *given)
 
     def module(self, name: str, on: str = "metal1", **arguments: t.Any) -> dict[str, t.Any]:
         """Call a module of this collection; it must succeed."""
