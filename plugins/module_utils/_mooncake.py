@@ -416,11 +416,9 @@ class _Store:
 
 def status_of(host: Host, pool_name: str, tier_name: str) -> dict[str, t.Any] | None:
     """What a running store says of itself, in a directory of its user."""
+    place = f"{RUNTIME}/{pool_name}-{tier_name}"
     try:
-        with (
-            host.directory(f"{RUNTIME}/{pool_name}-{tier_name}") as beneath,
-            open_beneath(beneath, "status.json") as file,
-        ):
+        with host.directory(place) as beneath, open_beneath(beneath, "status.json") as file:
             return t.cast("dict[str, t.Any]", json.load(file))
     except FileNotFoundError:
         return None
