@@ -80,6 +80,7 @@ class Targets:
         if self.parallel < 1:
             raise Refused("parallel_moves", self.parallel, "not a number of chains", "At least 1")
         self.wait = float(params.get("wait_seconds") or 3600)
+        self.copy = float(params.get("copy_seconds") or 86400)
         self.chunk_sizes: dict[int, list[int]] = {}  # of the targets of a chain, where its table says it
         self.table_sizes: dict[int, list[int]] = {}  # of the targets of a table whose files are not given
         self.chains: dict[int, list[int]] = {}
@@ -401,7 +402,7 @@ class Targets:
                 if _serving(target) != _GOOD
             ]
 
-        self._until(admin, f"{disk} is filled again", missing)
+        self._until(admin, f"{disk} is filled again", missing, self.copy)
 
     def _apply_move(self, admin: Admin, batch: t.Mapping[int, list[int]]) -> None:
         """One phase for all chains of the batch at a time; each phase looks at what is there, so that it can be repeated."""
@@ -422,7 +423,7 @@ class Targets:
             )
         admin.run(*self._creations(added))
         admin.run(*(f"update-chain --mode add {chain} {target}" for target, chain in added.items()), allow=_ALREADY)
-        self._until(admin, "new targets serve", lambda seen: self._unserved(seen, batch))
+        self._until(admin, "new targets serve", lambda seen: self._unserved(seen, batch), self.copy)
         state = look(admin)
         old = [
             (chain, target)
@@ -509,10 +510,15 @@ class Targets:
         return found
 
     def _until(
-        self, admin: Admin, what: str, missing: t.Callable[[t.Mapping[str, t.Any]], list[str]]
+        self,
+        admin: Admin,
+        what: str,
+        missing: t.Callable[[t.Mapping[str, t.Any]], list[str]],
+        seconds: float | None = None,
     ) -> dict[str, t.Any]:
         """Wait, within bounds, until nothing is missing; the state in which it is so."""
-        end = time.monotonic() + self.wait
+        seconds = self.wait if seconds is None else seconds
+        end = time.monotonic() + seconds
         while True:
             state = look(admin)
             bad = missing(state)
@@ -520,7 +526,7 @@ class Targets:
                 return state
             if time.monotonic() >= end:
                 raise HostError(
-                    f"{what}: not within {self.wait:g} seconds: {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}"
+                    f"{what}: not within {seconds:g} seconds: {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}"
                 )
             time.sleep(1)
 

@@ -92,9 +92,13 @@ options:
     elements: int
     default: []
   wait_seconds:
-    description: How long a copy may take before this gives up. The next run goes on.
+    description: How long services may take to report or to be missed, and new chains to serve.
     type: int
     default: 3600
+  copy_seconds:
+    description: How long the copies of a disk, or of one batch of O(parallel_moves), may take before this gives up. The next run goes on.
+    type: int
+    default: 86400
 """
 
 EXAMPLES = r"""
@@ -174,6 +178,7 @@ def main() -> None:
             "chunk_sizes": {"type": "dict", "default": {}},
             "retire_nodes": {"type": "list", "elements": "int", "default": []},
             "wait_seconds": {"type": "int", "default": 3600},
+            "copy_seconds": {"type": "int", "default": 86400},
         },
         supports_check_mode=True,
     )

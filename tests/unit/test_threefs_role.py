@@ -134,6 +134,7 @@ def test_a_new_disk_is_looked_at_before_its_targets_are_made_and_the_cluster_aft
     assert change["ansible.builtin.import_role"]["tasks_from"] == "replace_disk"
     options = make["agentfleet.metal.threefs_target"]
     assert look["register"] in options["recreate_disks"][0]["present"] and "chunk_sizes" in options
+    assert options["copy_seconds"] == "{{ threefs_copy_seconds }}"
     assert end["ansible.builtin.import_role"]["tasks_from"] == "gate"
 
 
@@ -155,8 +156,9 @@ def test_declared_ec_groups_and_chunk_sizes_reach_targets_chains_and_directories
         ],
         "threefs_directories": [{"path": "/coded", "chain_table": 2, "chunk_size": "4MiB", "stripe": 6}],
     }
-    plain, coded, _targets, _directories = render("chains", **declared)
+    plain, coded, copies, _directories = render("chains", **declared)
     assert (plain["type"], plain["replicas"], plain["chunk_sizes"]) == ("CR", 2, [])
+    assert (copies["wait_seconds"], copies["copy_seconds"]) == (600, 86400), "disks take hours"
     assert (coded["type"], coded["replicas"], coded["chunk_sizes"]) == ("EC", 3, ["64KiB", "4MiB"])
     unsaid = {"state": "present", "discard_existing": False, "stripe": None}
     for table in (plain, coded):

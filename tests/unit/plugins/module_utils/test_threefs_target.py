@@ -64,7 +64,7 @@ GROWN = {
 
 def converge(lab: Lab, kind: type = Targets, **params: t.Any) -> list[str]:
     """Observe, plan, apply; returns the verbs."""
-    resource = kind(lab.host, {"cluster": "stage", "wait_seconds": 60, **params})
+    resource = kind(lab.host, {"cluster": "stage", "wait_seconds": 60, "copy_seconds": 60, **params})
     steps = resource.plan(resource.observe())
     apply_all(resource, steps)
     return [step.verb for step in steps]
@@ -235,8 +235,8 @@ def test_targets_that_are_still_being_filled_are_waited_for(lab: Lab, monkeypatc
     with pytest.raises(
         HostError, match=r"disk 0 of node 10002 is filled again: not within 5 seconds: \d+ SYNCING/ONLINE"
     ):
-        converge(lab, recreate_disks=[disk], wait_seconds=5)
-    assert converge(lab, recreate_disks=[disk]) == ["recreate"]
+        converge(lab, recreate_disks=[disk], copy_seconds=5)
+    assert converge(lab, recreate_disks=[disk], wait_seconds=5) == ["recreate"], "it is for what does not copy"
     assert lab.chains()["100100001"] == set(FIRST[100100001])
 
 
