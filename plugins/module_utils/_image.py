@@ -25,8 +25,14 @@ import typing as t
 from contextlib import contextmanager
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _apt, _guest_kernel, _oci, _sbom, _store
-from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._image_build import LOG, SBOM, Build, manifest_text
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host, sync
+from ansible_collections.agentfleet.metal.plugins.module_utils._image_build import (
+    LOG,
+    SBOM,
+    Build,
+    manifest_text,
+    there,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._image_definition import (
     Definition,
     FileDigests,
@@ -80,8 +86,8 @@ class Images:
                 text = self.host.read(f"{self.cache}/{image.digest}/{_store.MANIFEST}")
                 manifest = json.loads(text)
                 complete = all(
-                    self.host.exists(self._blob(f"{entry['sha256']}.zst")) for entry in manifest["files"].values()
-                ) and all(self.host.exists(f"{self.cache}/layers/{layer}.tar.zst") for layer in manifest["layers"])
+                    there(self.host.path(self._blob(f"{entry['sha256']}.zst"))) for entry in manifest["files"].values()
+                ) and all(there(self.host.path(f"{self.cache}/layers/{layer}.tar.zst")) for layer in manifest["layers"])
             except (ValueError, KeyError, TypeError):
                 continue
             base = built.get(image.base.digest) if image.base else None
@@ -236,6 +242,7 @@ class Images:
         host.write(f"{work}/{_store.MANIFEST}", manifest)
         digest = sha256_of(f"{work}/{_store.MANIFEST}")
         host.run(["zstd", "-q", "-f", f"{work}/{_store.MANIFEST}", "-o", f"{work}/manifest.zst"])
+        sync(f"{work}/manifest.zst")
         os.replace(f"{work}/manifest.zst", self._blob(f"{digest}.zst"))
         host.write(f"{target}/{_store.MANIFEST}", manifest)  # last: from now on the image is there
         host.write(f"{self.cache}/files.json", json.dumps({**self._remembered(), **self.digests.seen}))

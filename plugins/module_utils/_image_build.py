@@ -33,7 +33,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils import (
     _sbom,
     _store,
 )
-from ansible_collections.agentfleet.metal.plugins.module_utils._host import Completed, Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Completed, Host, sync
 from ansible_collections.agentfleet.metal.plugins.module_utils._image_definition import (
     FORMAT,
     Definition,
@@ -205,7 +205,7 @@ class Build:
                 else sha256_of(layer)
             )
             target = f"{self.cache}/layers/{digest}.tar.zst"
-            if not os.path.exists(target):
+            if self.refresh or not there(target):
                 self._compress(layer, target, "-3")
             kept.append(digest)
         return kept
@@ -233,6 +233,10 @@ class Build:
         shutil.rmtree(unpacked)
         os.unlink(f"{self.work}/kernel.tar")
         shutil.rmtree(target, ignore_errors=True)
+        for directory, _directories, files in os.walk(made):
+            for path in (f"{directory}/{name}" for name in files):
+                if not os.path.islink(path):
+                    sync(path)
         os.rename(made, target)
         return target
 
@@ -475,9 +479,10 @@ class Build:
     # -- blobs -----------------------------------------------------------------------
 
     def _compress(self, source: str, target: str, *options: str) -> None:
-        """A compressed file that is there complete or not at all."""
+        """A compressed file that is there complete or not at all, also after a power cut."""
         new = f"{self.work}/{os.path.basename(target)}.new"
         self.host.run(["zstd", "-q", "-f", "-T0", *options, source, "-o", new], timeout_seconds=1800)
+        sync(new)
         os.replace(new, target)
 
     def _publish(self, manifest: t.Mapping[str, t.Any]) -> list[str]:
@@ -486,7 +491,7 @@ class Build:
         os.makedirs(blobs, exist_ok=True)
         for name, entry in manifest["files"].items():
             target = f"{blobs}/{entry['sha256']}.zst"
-            if not os.path.exists(target):
+            if self.refresh or not there(target):
                 self._compress(f"{self.work}/{name}", target, "-6")
         if not self.base or manifest["base"] == manifest["files"][_store.IMAGE]["sha256"]:
             return []
@@ -499,6 +504,11 @@ class Build:
             os.unlink(delta)  # not worth the memory that it takes
             return []
         return [manifest["base"]]
+
+
+def there(path: str) -> bool:
+    """Whether the cache has a file, and not just its name, which a power cut once left of it."""
+    return os.path.exists(path) and os.path.getsize(path) > 0
 
 
 def _as_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -21,7 +21,13 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _image, _image_definition, _initramfs, _sbom
+from ansible_collections.agentfleet.metal.plugins.module_utils import (
+    _image,
+    _image_build,
+    _image_definition,
+    _initramfs,
+    _sbom,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._image import Images
 from ansible_collections.agentfleet.metal.plugins.module_utils._image_build import Build
@@ -271,6 +277,21 @@ def test_two_builds_are_identical_bit_for_bit(
     monkeypatch.setattr(os, "geteuid", lambda: 1000)  # takes the way through fakeroot
     assert other.build(image)["store"] == first
     assert builder.build(image, refresh=True)["store"] == first
+
+
+@BUILDS
+def test_a_cache_outlives_a_power_cut(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    for module in (_image, _image_build):
+        monkeypatch.setattr(module, "sync", lambda path: synced.append(os.path.basename(path)))
+    digest = builder.build({})["store"][0]["digest"]
+    blobs = sorted(path.name for path in Path(builder.cache, "blobs").iterdir())
+    assert len(blobs) > 1 and len(synced) == len(blobs) and "manifest.zst" in synced
+    assert set(synced) - {"manifest.zst"} <= {f"{name}.new" for name in blobs}
+    blob = Path(builder.cache, "blobs", f"{digest}.zst")
+    blob.write_bytes(b"")  # of a builder that had not written it to the disk before it had its name
+    builder.build({})
+    assert blob.stat().st_size
 
 
 @BUILDS
