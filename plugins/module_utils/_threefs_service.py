@@ -113,6 +113,7 @@ class Services:
         names = _FILES.get(service, (f"{program}_launcher.toml", f"{program}_app.toml"))
         parts = [self.host.read(f"{ETC}/{self.cluster}/{name}") for name in names]
         parts.append(json.dumps([described["release"], described.get("mains", {}).get(service)]))
+        parts += self.library_path  # nothing where there is none, as it always was
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def unit(self, service: str, described: t.Mapping[str, t.Any], digest: str) -> str:
@@ -277,7 +278,7 @@ class Services:
         outdated = [
             unit
             for unit, (_text, digest) in observed["wanted"].items()
-            if observed["running"][unit] not in ("", digest)
+            if self.state == "started" and observed["running"][unit] not in ("", digest)
         ]
         return {
             "units": {unit: state.get("ActiveState", "inactive") for unit, state in observed["units"].items()},

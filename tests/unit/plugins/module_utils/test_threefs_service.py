@@ -115,6 +115,20 @@ def test_what_runs_with_an_older_configuration_is_found_by_what_runs(host: t.Any
     assert converge(host) == []
 
 
+def test_other_directories_of_libraries_restart_what_runs(host: t.Any) -> None:
+    converge(host, services=["storage"])
+    before = host.read(STORAGE)
+    assert converge(host, services=["storage"], library_path=[]) == [], "no new digest where there are none"
+    assert converge(host, services=["storage"], library_path=["/opt/3fs/1/lib"]) == [
+        ("write", "storage"),
+        ("restart", "storage"),
+    ]
+    assert "LD_LIBRARY_PATH=/opt/3fs/1/lib" in host.read(STORAGE) != before
+    assert converge(host, services=["storage"], library_path=["/opt/3fs/1/lib"]) == []
+    stopping = Services(host, {"cluster": "stage", "services": ["storage"], "state": "stopped"})
+    assert stopping.result(stopping.observe())["warnings"] == [], "it is not told the directories, and need not be"
+
+
 def test_a_main_configuration_restarts_only_its_own_service(host: t.Any) -> None:
     converge(host)
     described = {**DESCRIBED, "mains": {"storage": "89ab", "fuse": "4567"}}
