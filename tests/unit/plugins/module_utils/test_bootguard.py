@@ -11,6 +11,8 @@ import typing as t
 from pathlib import Path
 
 import pytest
+import yaml
+from jinja2 import Environment
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._bootguard import STATE, BootGuard, running_arguments
 from ansible_collections.agentfleet.metal.plugins.module_utils._bootloader import (
@@ -36,6 +38,8 @@ def double(name: str) -> t.Any:
 
 
 GRUB, GRUBBY = double("grub"), double("grubby")
+ROLE = Path(__file__).parents[4] / "roles/kernel"
+UNDECIDED = Environment().from_string(yaml.safe_load((ROLE / "vars/main.yml").read_text())["kernel__undecided"])
 OLD, NEW = "6.12.1-amd64", "6.13.0-amd64"
 
 
@@ -142,13 +146,21 @@ def run(resource: t.Any) -> list[str]:
     return [step.verb for step in steps]
 
 
+def undecided(facts: dict[str, t.Any]) -> bool:
+    """What the role kernel says of it."""
+    known = {"ansible_facts": {"metal": {"kernel": {"boot_guard": facts}}}}
+    return bool(UNDECIDED.render(known) == "True")
+
+
 def play(machine: Machine, parameters: dict[str, t.Any], **options: t.Any) -> str:
     """What the role kernel does, in short: 'promoted', 'rolled back' or 'nothing to do'."""
     params = {"parameters": parameters, "allow_unbootable": True, **options}
     guard = {"health_checks": []}
     info = BootGuard(machine, {"state": None})
     facts = info.result(info.observe())["boot_guard"]
-    if facts["phase"] == "promoting" or (facts["booted"] == "candidate" and facts["phase"] != "rolling_back"):
+    if not undecided(facts):
+        pass
+    elif facts["phase"] == "promoting" or (facts["booted"] == "candidate" and facts["phase"] != "rolling_back"):
         run(BootGuard(machine, {"state": "promoted", **guard}))
     elif facts["phase"] == "rolling_back" or (facts["phase"] == "armed" and facts["booted"] == "known_good"):
         run(BootGuard(machine, {"state": "rolled_back"}))
