@@ -496,6 +496,7 @@ class Bls(Loader):
     name = "grubby"
     ENTRIES = "/boot/loader/entries"
     CMDLINE = "/etc/kernel/cmdline"
+    EFI = "/boot/efi/EFI/*/grub.cfg"  # where RHEL 8 had it
 
     def entries(self) -> list[Entry]:
         found = []
@@ -548,6 +549,15 @@ class Bls(Loader):
 
     def guardable(self, saved: str) -> None:
         super().guardable(saved)
+        text = "".join(self.host.read(path) for path in (f"{self.directory}/grub.cfg", *self.host.glob(self.EFI)))
+        if '"${saved_entry}"' not in text or "next_entry" not in text:
+            raise Refused(
+                "guard",
+                True,
+                f"{self.directory}/grub.cfg boots neither saved_entry nor next_entry, so no entry of ours could be booted",
+                f"Set GRUB_DEFAULT=saved in {DEFAULTS} and run `grub2-mkconfig -o {self.directory}/grub.cfg`, or set "
+                "guard: false",
+            )
         if "$" in self.host.read("/proc/cmdline"):
             raise Refused(
                 "guard",

@@ -64,6 +64,7 @@ class Machine(Host):
         if backend == "grubby":
             Path(root, "usr/sbin/grubby").write_text("")
             Path(root, "etc/kernel/cmdline").write_text("root=UUID=1234 ro console=tty0 quiet\n")
+            Path(root, "boot/grub2/grub.cfg").write_text(GRUB.HEADER % "${saved_entry}")
             GRUB.editenv(["", self.path("/boot/grub2/grubenv"), "set", f"saved_entry=abc-{OLD}"])
         else:
             if backend == "openeuler":
@@ -243,6 +244,25 @@ def test_another_kernel_boots_on_trial(machine: Machine) -> None:
     assert traces(machine) == []
     machine.boot()
     assert machine.read("/proc/sys/kernel/osrelease") == NEW
+
+
+def test_a_kernel_that_the_role_installed_boots_only_on_trial(machine: Machine) -> None:
+    for task in yaml.safe_load((ROLE / "tasks/main.yml").read_text()):  # up to a failure of what comes then
+        if "agentfleet.metal.boot_guard" in task:
+            run(BootGuard(machine, {"state": task["agentfleet.metal.boot_guard"]["state"]}))
+        elif "ansible.builtin.package" in task:
+            machine.install(NEW)
+    machine.boot()
+    assert machine.read("/proc/sys/kernel/osrelease") == OLD
+    assert play(machine, {}) == "promoted"
+    assert machine.read("/proc/sys/kernel/osrelease") == NEW
+
+
+def test_a_menu_that_ignores_the_saved_entry_is_not_guarded(tmp_path: Path) -> None:
+    machine = Machine(str(tmp_path), "grubby")
+    Path(machine.root, "boot/grub2/grub.cfg").write_text(GRUB.HEADER % "0")
+    with pytest.raises(Refused, match="boots neither saved_entry nor next_entry"):
+        run(KernelCmdline(machine, {"parameters": {"quiet": None}}))
 
 
 def test_another_kernel_that_fails_never_becomes_the_default(machine: Machine) -> None:
