@@ -185,18 +185,18 @@ class MicroVms:
         self.specs = resolver.specs(self.networks)
         steps = self._plan_common(observed)
         unread = bool(steps) or self.host.exists(pending("reload"))
-        afterwards: list[tuple[dict[str, tuple[str, int]], list[str]]] = []
+        afterwards: list[str] = []  # until systemd has the new command line, a start goes by the old one and its files
         for name, spec in self.specs.items():
             steps += volumes.plan(self.host, spec)
             files = self._files(spec)
             stale, left_over = self._stale(files), [path for path in self._own_files(name) if path not in files]
             if stale or left_over:
-                before = observed["specs"].get(name)
-                # Until systemd has the new command line, a start goes by the old one, with the files and the spec of it.
-                path = f"{HOME}/{name}/spec.json"
-                afterwards.append(({path: stale.pop(path)} if before and path in stale else {}, left_over))
-                steps.append(Step("define", f"microVM {name}", before, spec, data=(name, stale, [])))
-        if unread or afterwards:
+                unread = True
+                afterwards += left_over
+                steps.append(
+                    Step("define", f"microVM {name}", observed["specs"].get(name), spec, data=(name, stale, []))
+                )
+        if unread:
             steps.append(Step("reload", "systemd", why="units were written", data=afterwards))
         specs = {**observed["specs"], **self.specs}
         interfaces = [one for spec in specs.values() for one in spec["networks"]]
@@ -434,12 +434,10 @@ class MicroVms:
             self.host.remove(path)
         self._write(files, *(["reload"] if name else self._filter()))
 
-    def _apply_reload(self, afterwards: list[tuple[dict[str, tuple[str, int]], list[str]]]) -> None:
+    def _apply_reload(self, afterwards: list[str]) -> None:
         self.host.run(["systemctl", "daemon-reload"], timeout_seconds=RELOAD_SECONDS)
-        for files, left_over in afterwards:
-            self._write(files)
-            for path in left_over:
-                self.host.remove(path)
+        for path in afterwards:
+            self.host.remove(path)
         self.host.remove(pending("reload"))
 
     def _apply_load(self, _data: None) -> None:
@@ -546,10 +544,10 @@ class MicroVms:
     def _taps(self, running: _vmm.Spec) -> None:
         """Give a microVM the taps of what runs, which is not all that is declared: the rest waits for its restart."""
         directory = f"{RUN}/{running['name']}.change"
-        for path, (text, mode) in _network.files_of(directory, running["networks"]).items():
+        for path, (text, mode) in _network.files_of(f"{directory}/taps", running["networks"]).items():
             self.host.write(path, text, mode)
         try:
-            self._run_taps("up", running["name"], directory)
+            self._run_taps("up", running["name"], f"{directory}/taps")
         finally:
             shutil.rmtree(self.host.path(directory))
 

@@ -9,6 +9,7 @@ systemd is the supervisor: everything here works without Ansible.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import json
@@ -127,12 +128,16 @@ read -r uptime _idle </proc/uptime
 echo "${{uptime%.*}}" >"{SLOTS}/$name"
 exec 9>&-
 
-install -m 600 "{HOME}/$name/spec.json" "{RUN}/$name.spec.json"
-[ ! -s "{HOME}/$name/taps" ] || {LIBRARY}/microvm-taps up "$name"
+# What belongs to the command line that systemd has; an older version's drop-in names no definition.
+home="{HOME}/$name" definition=${{DEFINITION:+-$DEFINITION}}
+# It was declared anew while it waited: systemd goes on with the new command line.
+[ -e "$home/spec$definition.json" ] || definition=$(cd "$home" && echo spec-*.json | sed 's/^spec//; s/[.]json$//')
+install -m 600 "$home/spec$definition.json" "{RUN}/$name.spec.json"
+[ ! -s "$home/taps$definition" ] || {LIBRARY}/microvm-taps up "$name" "$home/taps$definition"
 (umask 022 && mkdir -p "{VOLUMES}/$name") # also for volumes that come later: the VMM sees only what is there now
 chmod 700 "{VOLUMES}/$name"
 chown -R --reference="{RUN}/$name" "{VOLUMES}/$name"
-[ ! -s "{HOME}/$name/devices" ] || cp "{HOME}/$name/devices" "{RUN}/$name.devices"
+[ ! -s "$home/devices$definition" ] || cp "$home/devices$definition" "{RUN}/$name.devices"
 [ ! -e "{RUN}/$name.devices" ] || while read -r address; do
     group=$(readlink -e "/sys/bus/pci/devices/$address/iommu_group")
     chown "$(stat -c %u "{RUN}/$name")" "/dev/vfio/${{group##*/}}"
@@ -261,7 +266,7 @@ def drop_in(spec: Spec, argv: t.Sequence[str], memory_max: int) -> str:
     """
     name = spec["name"]
     lines = [f"# Written by agentfleet.metal from {HOME}/{name}/spec.json"]
-    lines += [*_needs(spec), "[Service]", f"ExecStart={quoted(argv)}"]
+    lines += [*_needs(spec), "[Service]", f"Environment=DEFINITION={_definition(spec)}", f"ExecStart={quoted(argv)}"]
     lines += [f"LoadCredential={disk}:{HOME}/{name}/{disk}" for disk in (spec["config"], spec["data"]) if disk]
     # By default all instances of a template share one dynamic user.
     lines += [f"User=af{derived(name, 'user').hex()[:12]}", f"Slice=agentfleet-{spec['tenant']}.slice"]
@@ -269,6 +274,12 @@ def drop_in(spec: Spec, argv: t.Sequence[str], memory_max: int) -> str:
     lines += [f"{setting}={value}" for setting, value in limits(spec, memory_max).items() if value]
     last = _vmm.driver(spec["driver"]).unit_lines(spec)
     return "\n".join(lines) + "\n" + _snapshot.unit_lines(spec) + "".join(f"{line}\n" for line in last)
+
+
+def _definition(spec: Spec) -> str:
+    """The digest that is in the names of what microvm-start reads, so that command line and files change together."""
+    content = [spec, _network.files_of("taps", spec["networks"])]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _needs(spec: Spec) -> list[str]:
@@ -290,19 +301,20 @@ def _needs(spec: Spec) -> list[str]:
 
 
 def files_of(spec: Spec, texts: t.Mapping[str, str]) -> dict[str, tuple[str, int]]:
-    """Path -> (text, mode): what one microVM has on the host.
+    """Path -> (text, mode): what one microVM has on the host. Its drop-in is last, since it names others of them.
 
     :param texts: ``drop_in``, and the read-only disks with their file names as keys
     """
     name = spec["name"]
-    home = f"{HOME}/{name}"
+    home, definition = f"{HOME}/{name}", _definition(spec)
+    record = json.dumps(spec, indent=2, sort_keys=True) + "\n"
     files = {
-        f"{home}/spec.json": (json.dumps(spec, indent=2, sort_keys=True) + "\n", 0o600),
-        **_network.files_of(home, spec["networks"]),
-        f"{SYSTEM}/{unit(name)}.d/60-agentfleet.conf": (texts["drop_in"], 0o644),
+        f"{home}/spec.json": (record, 0o600),
+        f"{home}/spec-{definition}.json": (record, 0o600),
+        **_network.files_of(f"{home}/taps-{definition}", spec["networks"]),
     }
     if spec["devices"]:
-        files[f"{home}/devices"] = ("".join(f"{address}\n" for address in spec["devices"]), 0o644)
+        files[f"{home}/devices-{definition}"] = ("".join(f"{address}\n" for address in spec["devices"]), 0o644)
     for file, text in texts.items():
         if file != "drop_in":
             files[f"{home}/{file}"] = (text, 0o600)
@@ -311,4 +323,5 @@ def files_of(spec: Spec, texts: t.Mapping[str, str]) -> dict[str, tuple[str, int
         files[f"{SHARES}/{name}:{share['tag']}.env"] = (
             f'SHARE_SOURCE="{share["source"]}"\nSHARE_FLAGS="{flags}"\n', 0o644,
         )  # fmt: skip
+    files[f"{SYSTEM}/{unit(name)}.d/60-agentfleet.conf"] = (texts["drop_in"], 0o644)
     return files

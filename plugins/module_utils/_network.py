@@ -562,8 +562,8 @@ def common() -> dict[str, tuple[str, int]]:
     return on_host.FILES
 
 
-def files_of(directory: str, interfaces: t.Sequence[Interface]) -> dict[str, tuple[str, int]]:
-    """Path -> (text, mode): what the script that makes tap devices reads of one microVM."""
+def files_of(path: str, interfaces: t.Sequence[Interface]) -> dict[str, tuple[str, int]]:
+    """Path -> (text, mode): what the script that makes tap devices reads of one microVM, in ``path`` and ``path``.nft."""
     lines, rules = "", ""
     for one in interfaces:
         gateways = f"{one['gateway'] or '-'} {one.get('gateway6') or '-'}"
@@ -577,4 +577,4 @@ def files_of(directory: str, interfaces: t.Sequence[Interface]) -> dict[str, tup
                 elements.append(("addresses6", f"{tap} . {one['mac']} . {address}"))
                 elements.append(("targets", f"{tap} . {one['mac']} . {int(address):#x}"))
         rules += "".join(f"add element bridge agentfleet {key} {{ {value} }}\n" for key, value in elements)
-    return {f"{directory}/taps": (lines, 0o644), f"{directory}/taps.nft": (rules, 0o644)}
+    return {path: (lines, 0o644), f"{path}.nft": (rules, 0o644)}

@@ -137,13 +137,13 @@ include "{RUN}/*.nft"
 # live: it makes what is new and removes what is not in the directory that it is given.
 TAPS = f"""\
 #!/bin/sh
-# Written by agentfleet.metal. microvm-taps up NAME [DIRECTORY], down NAME: makes and removes the tap devices of one
+# Written by agentfleet.metal. microvm-taps up NAME [FILE], down NAME: makes and removes the tap devices of one
 # microVM, and the bridges that no other one needs. microvm-taps load: the packet filter anew.
-# DIRECTORY is by default where its definition is. The file "taps" there has one line for each: tap, its MAC, bridge, its
-# MAC, the bridge's addresses (or "-"); "taps.nft" tells the packet filter. What was made is kept below /run, since the
-# definition may change before the end.
+# FILE is by default "taps" where its definition is. It has one line for each: tap, its MAC, bridge, its MAC, the bridge's
+# addresses (or "-"); FILE.nft tells the packet filter. What was made is kept below /run, since the definition may change
+# before the end.
 set -eu
-wanted=${{3-{HOME}/${{2-}}}}/taps
+wanted=${{3-{HOME}/${{2-}}/taps}}
 made={RUN}/${{2-}}
 [ "$1" != down ] || [ -e "$made.taps" ] || exit 0
 [ "$1" != up ] || [ -s "$wanted" ] || [ -e "$made.taps" ] || exit 0

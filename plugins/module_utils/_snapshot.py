@@ -686,7 +686,7 @@ def identity(host: Host, spec: _vmm.Spec, parent: _vmm.Spec) -> dict[str, t.Any]
 
 def resume(host: Host, name: str) -> None:
     """Let a clone whose VMM has just started run as itself."""
-    spec = json.loads(host.read(f"{home(name)}/spec.json"))
+    spec = json.loads(host.read(running_spec(name)))
     snapshot = name_of(spec)
     manifest = stored(host).get(snapshot, {})
     driver = _vmm.driver(spec["driver"])

@@ -187,7 +187,7 @@ def interfaces() -> dict[str, list[_network.Interface]]:
     for network in networks.found.values():
         write(_network_host.policy_path(network["bridge"]), network["policy"])
     for name, ones in resolved.items():
-        for path, (text, mode) in _network.files_of(f"{HOME}/{name}", ones).items():
+        for path, (text, mode) in _network.files_of(f"{HOME}/{name}/taps", ones).items():
             write(path, text, mode)
     return resolved
 

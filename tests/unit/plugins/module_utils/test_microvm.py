@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -624,7 +625,7 @@ def test_what_can_be_applied_live_is_and_then_nothing_is_left(machines: t.Any) -
         "a1: memory_bytes 268435456 -> 402653184", "a1: networks agents added", "a1: vcpus 1 -> 2",
         "a1: volumes data added",
     ]  # fmt: skip
-    assert "/usr/local/lib/agentfleet/microvm-taps up a1 /run/agentfleet/a1.change" in machines.calls
+    assert "/usr/local/lib/agentfleet/microvm-taps up a1 /run/agentfleet/a1.change/taps" in machines.calls
     assert not machines.exists("/run/agentfleet/a1.change")
     assert run(machines, call(after)) == []
     resource = MicroVms(machines, call(after))
@@ -994,7 +995,8 @@ def test_a_network_that_a_microvm_leaves_only_by_a_restart_is_filtered_until_the
 def test_a_network_that_comes_does_not_bring_what_waits_for_a_restart(machines: t.Any) -> None:
     both = {"networks": [NETWORK, OTHER]}
     run(machines, call({"name": "a1", "hotplug_slots": 2, "networks": ATTACHED}, **both))
-    before = machines.read("/var/lib/agentfleet/microvms/a1/taps")
+    (taps,) = machines.glob("/var/lib/agentfleet/microvms/a1/taps-????????????")
+    before = machines.read(taps)
     told: list[str] = []
     machines.answers["/usr/local/lib/agentfleet/microvm-taps"] = lambda host: (
         told.extend(host.read(f"/run/agentfleet/a1.change/{file}") for file in ("taps", "taps.nft")), ""
@@ -1139,18 +1141,34 @@ def test_what_was_written_and_not_read_is_read_by_the_next_call(metal: t.Any) ->
     assert run(metal, call({"name": "a1"})) == [] and metal.glob("/run/agentfleet/*.pending") == []
 
 
-def test_until_systemd_has_the_new_command_line_a_start_finds_what_the_old_one_needs(metal: t.Any) -> None:
-    run(metal, call({"name": "a1"}))
+def started_by(host: t.Any, drop_in: str) -> list[t.Any]:
+    """What a start finds by the drop-in that systemd has: spec, taps, devices and the configuration disk."""
     home = "/var/lib/agentfleet/microvms/a1"
-    before = {name: metal.read(f"{home}/{name}") for name in metal.names(home)}
-    changed = call({"name": "a1", "environment": {"ROLE": "x"}})
+    definition = re.findall("Environment=DEFINITION=([0-9a-f]{12})\n", drop_in)[0]
+    spec = json.loads(host.read(f"{home}/spec-{definition}.json"))
+    disk = re.findall(f"LoadCredential={spec['config']}:(.*)\n", drop_in)[0]
+    return [spec, *(host.read(path) for path in (f"{home}/taps-{definition}", f"{home}/devices-{definition}", disk))]
+
+
+def test_a_start_finds_what_belongs_to_the_command_line_that_systemd_has(metal: t.Any) -> None:
+    for number in (0, 1):
+        metal.files({f"/sys/bus/pci/devices/0000:0{number}:00.0/driver": "-> ../../../bus/pci/drivers/vfio-pci"})
+    run(metal, call({"name": "a1", "networks": ATTACHED, "devices": ["0000:00:00.0"]}))
+    path = "/etc/systemd/system/agentfleet-microvm@a1.service.d/60-agentfleet.conf"
+    old = metal.read(path) + "\n"
+    before, names = started_by(metal, old), metal.names("/var/lib/agentfleet/microvms/a1")
+    address = [{"network": "agents", "address": "10.88.0.9"}]
+    changed = call({"name": "a1", "networks": address, "devices": ["0000:01:00.0"], "environment": {"ROLE": "x"}})
     metal.answers["systemctl daemon-reload"] = (124, "", "no end after 300 s")
     with pytest.raises(HostError, match="no end after 300 s"):
         run(metal, changed)
-    assert {name: metal.read(f"{home}/{name}") for name in before} == before and "config-" in "".join(before)
+    assert started_by(metal, old) == before  # it starts again now
+    new = started_by(metal, metal.read(path) + "\n")  # or after a boot
+    assert new[0]["networks"][0]["address"] == "10.88.0.9" and new[2] == "0000:01:00.0" and "ROLE" in new[3]
     metal.answers["systemctl daemon-reload"] = ""
     assert words(run(metal, changed)) == ["define microVM a1", "reload systemd"]
-    assert len(metal.names(home)) == len(before)
+    assert len(metal.names("/var/lib/agentfleet/microvms/a1")) == len(names)
+    assert started_by(metal, metal.read(path) + "\n") == new
     assert run(metal, changed) == []
     resource = MicroVms(metal, changed)
     resource.plan(resource.observe())

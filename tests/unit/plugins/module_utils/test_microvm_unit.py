@@ -170,7 +170,7 @@ def test_the_end_of_a_process_is_waited_for() -> None:
 def script(tmp_path: t.Any) -> t.Callable[..., subprocess.CompletedProcess[str]]:
     """Runs one of the scripts with its paths below a temporary directory; other scripts write down their arguments."""
 
-    def run(text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(text: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         for path in ("/run/agentfleet", "/var/lib/agentfleet", "/usr/local/lib/agentfleet"):
             (tmp_path / path[1:]).mkdir(parents=True, exist_ok=True)
             text = text.replace(path, str(tmp_path / path[1:]))
@@ -180,7 +180,8 @@ def script(tmp_path: t.Any) -> t.Callable[..., subprocess.CompletedProcess[str]]
             program.chmod(0o755)
         (tmp_path / "usr/local/lib/agentfleet/microvm-parallel").write_text("2\n")
         argv = ["sh", "-c", f"umask 077\n{text}", "script", *arguments]
-        return subprocess.run(argv, capture_output=True, text=True, check=False)
+        environment = {**os.environ, **environment}
+        return subprocess.run(argv, capture_output=True, text=True, check=False, env=environment)
 
     return run
 
@@ -204,7 +205,9 @@ def test_a_start_takes_a_turn_and_an_end_leaves_nothing(tmp_path: t.Any, script:
     run = tmp_path / "run/agentfleet"
     called = (tmp_path / "called").read_text().splitlines()
     # Two boot at the same time; the third waits first.
-    assert called == ["microvm-taps up a1", "microvm-taps up a2", "microvm-unit wait 2", "microvm-taps up a3"]
+    home = tmp_path / "var/lib/agentfleet/microvms"
+    taps = [f"microvm-taps up {name} {home}/{name}/taps" for name in ("a1", "a2", "a3")]
+    assert called == [*taps[:2], "microvm-unit wait 2", taps[2]]
     assert sorted(os.listdir(run / "slots")) == ["a1", "a2", "a3"]
     assert (run / "slots/a1").read_text().strip().isdigit()
     assert os.stat(run / "a1.spec.json").st_mode & 0o777 == 0o600
@@ -224,6 +227,20 @@ def test_the_first_start_lets_vmms_reach_their_volumes_and_nobody_else(tmp_path:
     assert script(_microvm_units.START, "a1").returncode == 0
     volumes = tmp_path / "var/lib/agentfleet/volumes"
     assert [os.stat(path).st_mode & 0o777 for path in (volumes, volumes / "a1")] == [0o755, 0o700]
+
+
+@pytest.mark.parametrize("definition", ["0ld", "g0ne"])
+def test_a_start_takes_the_definition_that_its_drop_in_names(tmp_path: t.Any, script: t.Any, definition: str) -> None:
+    define(tmp_path, "a1")  # of an older version
+    home = tmp_path / "var/lib/agentfleet/microvms/a1"
+    for one in ("0ld", "new") if definition == "0ld" else ("new",):  # or declared anew while it waited for its turn
+        (home / f"spec-{one}.json").write_text(one)
+        (home / f"taps-{one}").write_text(one)
+        (home / f"taps-{one}.nft").write_text(one)
+    assert script(_microvm_units.START, "a1", DEFINITION=definition).stderr == ""
+    taken = "new" if definition == "g0ne" else "0ld"
+    assert (tmp_path / "run/agentfleet/a1.spec.json").read_text() == taken
+    assert (tmp_path / "called").read_text() == f"microvm-taps up a1 {home}/taps-{taken}\n"
 
 
 def test_an_end_without_a_start_is_no_error(tmp_path: t.Any, script: t.Any) -> None:

@@ -276,7 +276,7 @@ def test_taps_of_an_older_definition_are_removed(script: Script, changed: str) -
     other.mkdir()
     (other / "taps").write_text("af2 m2 br1 n1 10.1.0.1/24 -\n")
     (other / "taps.nft").write_text("")
-    script("up", "a1", other)  # not what the definition says
+    script("up", "a1", other / "taps")  # not what the definition says
     assert script.devices() == ["af2", "br1"]
     script("up", "a1")
     assert script.devices() == ["af1", "af2", "br0", "br1"]

@@ -520,7 +520,7 @@ def cloned(metal: t.Any) -> t.Any:
     for name in ("worker", "other"):
         spec = clone(name=name)
         Sources(metal, False, []).settle(item(), t.cast(_vmm.Spec, spec))
-        metal.files({f"/var/lib/agentfleet/microvms/{name}/spec.json": json.dumps(spec)})
+        metal.files({f"/run/agentfleet/{name}.spec.json": json.dumps(spec)})
     return metal
 
 
