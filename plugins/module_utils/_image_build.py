@@ -174,8 +174,15 @@ class Build:
             packages = self.wanted.content["packages"]
             if layers:
                 unpack = 'tar -C "$1" --keep-directory-symlink --exclude="./dev/*" --numeric-owner -xpf'
-                hook = "; ".join(["set -e", *(f"{unpack} {shlex.quote(layer)}" for layer in layers)])
-                self._bootstrap("custom", packages, target, [f"--setup-hook={hook}"])
+                hooks = []
+                for layer in layers:
+                    if os.geteuid() == 0:
+                        hooks.append(f"{unpack} {shlex.quote(layer)}")
+                        continue
+                    # An ordinary user's hooks run as another id, to which a directory of 0700 is closed; uploads do not.
+                    hooks.append(f"upload {shlex.quote(layer)} /.agentfleet-layer")
+                    hooks.append(f'{unpack} "$1/.agentfleet-layer" && rm "$1/.agentfleet-layer"')
+                self._bootstrap("custom", packages, target, [f"--setup-hook={hook}" for hook in hooks])
             else:
                 self._bootstrap("essential", packages, target, [])
             layers = [target]

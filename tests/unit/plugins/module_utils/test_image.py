@@ -280,6 +280,25 @@ def test_two_builds_are_identical_bit_for_bit(
 
 
 @BUILDS
+def test_an_ordinary_users_layers_are_brought_into_the_tree(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mmdebstrap's hooks cannot open them then: they run as a subordinate id."""
+    hooks: list[str] = []
+
+    def bootstrap(
+        build: Build, _variant: str, _packages: t.Sequence[str], target: str, options: t.Sequence[str]
+    ) -> None:
+        hooks.extend(option.replace(build.work, "WORK") for option in options)
+        shutil.copyfile(f"{build.work}/oci.tar", target)
+
+    monkeypatch.setattr(Build, "_bootstrap", bootstrap)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    builder.build({"packages": ["hello"]})
+    upload, unpack = hooks
+    assert upload == "--setup-hook=upload WORK/oci.tar /.agentfleet-layer"
+    assert unpack.endswith('-xpf "$1/.agentfleet-layer" && rm "$1/.agentfleet-layer"')
+
+
+@BUILDS
 def test_a_cache_outlives_a_power_cut(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     for module in (_image, _image_build):
