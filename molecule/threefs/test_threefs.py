@@ -184,12 +184,18 @@ def test_secrets_are_in_files_for_root_alone(cluster: Cluster) -> None:
 def test_a_service_that_dies_is_started_again(cluster: Cluster) -> None:
     before = cluster.second.check_output("systemctl show -P MainPID threefs-stage-storage")
     cluster.second.run(f"kill -9 {before}")
+    mounts = "grep -c ' /3fs/stage ' /proc/self/mounts"
+    cluster.third.check_output("systemctl kill --signal=KILL threefs-stage-fuse")  # leaves its mount behind
     end = time.monotonic() + PATIENCE_SECONDS
     while cluster.second.check_output("systemctl show -P MainPID threefs-stage-storage") in ("0", before):
         assert time.monotonic() < end
         time.sleep(2)
     cluster.until("all chains serve", lambda rows: all(row[3] == "SERVING" for row in rows))
     cluster.assert_well({"10001", "10002"})
+    restarts = "systemctl show -P NRestarts threefs-stage-fuse"
+    while cluster.third.check_output(restarts) == "0" or cluster.third.run(mounts).stdout.strip() != "1":
+        assert time.monotonic() < end
+        time.sleep(2)
 
 
 def test_a_third_node_is_added_while_all_chains_serve(cluster: Cluster) -> None:

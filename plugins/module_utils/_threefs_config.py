@@ -337,7 +337,10 @@ class Config:
             "shipped": {name: self._read(f"{base}/{name}.toml") for name in names},
             "now": {path: self._read(path) for path in paths},
             "directories": {
-                path: self.host.exists(path) for path in (f"{LOGS}/{self.cluster}", self.mountpoint) if path
+                # not by looking at it, which a mount of a FUSE that died does not allow
+                path: os.path.basename(path) in self.host.names(os.path.dirname(path))
+                for path in (f"{LOGS}/{self.cluster}", self.mountpoint)
+                if path
             },
             "others": self._others(),
             "fdb_mode": self.host.mode(self._fdb_path()),

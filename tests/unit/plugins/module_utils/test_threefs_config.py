@@ -77,6 +77,14 @@ def test_all_services_of_a_host_in_one_call(host: t.Any) -> None:
     assert host.read("/var/lib/3fs/stage/fdb.cluster") == BASE["fdb_cluster"]
 
 
+def test_a_mount_point_is_known_though_its_fuse_died(host: t.Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(host, "storage_main_launcher")
+    exists = host.exists
+    monkeypatch.setattr(host, "exists", lambda path: path != "/3fs/stage" and exists(path))  # ENOTCONN
+    resource = config(host, publish=False)
+    assert resource.plan(resource.observe()) == []
+
+
 def test_a_host_without_fuse_keeps_no_token_of_its_mount(host: t.Any) -> None:
     written(host, "storage_main_launcher")
     assert host.exists(f"{ETC}/fuse.token")
