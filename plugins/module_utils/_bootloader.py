@@ -33,6 +33,8 @@ _BEGIN, _END = "# agentfleet.metal begin\n", "# agentfleet.metal end\n"
 
 # Parameters that the boot loader adds itself, so that ours stand after its own (the last one counts).
 LOADERS_OWN = ("root", "ro", "rw")
+# Only together, since their order counts.
+_PAGES = ("hugepagesz", "hugepages")
 
 Wish = t.Mapping[str, t.Sequence[str]]  # parameter -> its tokens; none when it shall be absent
 
@@ -148,12 +150,16 @@ class Loader(abc.ABC):
         """Names of the parameters that an earlier wish configured."""
         return self.host.read(NAMES_FILE).split()
 
+    def full(self, wish: Wish) -> Wish:
+        """A wish, and before it that what an earlier one configured shall be absent."""
+        return {**{name: () for name in self.remembered() if name not in wish}, **wish}
+
     def predicted(self, arguments: str, wish: Wish) -> tuple[str, bool]:
         """The default entry's command line once a wish is configured, and whether this is certain.
 
         :param arguments: its command line now
         """
-        return predict(arguments, {**dict.fromkeys(self.remembered(), ()), **wish}), True
+        return predict(arguments, self.full(wish)), True
 
     @abc.abstractmethod
     def configure(self, wish: Wish, predicted: str, guarded: bool) -> list[Step]:
@@ -451,7 +457,7 @@ class GrubDefaults(Grub):
     def text(self, wish: Wish) -> str:
         text = self.host.read(DEFAULTS)
         line, words = self._line(text)
-        new = predict(words, {**dict.fromkeys(self.remembered(), ()), **wish})
+        new = predict(words, self.full(wish))
         quote = "'" if line.rstrip().endswith("'") else '"'  # what is quoted inside is so in the other ones
         wanted = f"GRUB_CMDLINE_LINUX={quote}{new}{quote}"
         return with_saved_default(text.replace(line, wanted, 1) if line else f"{text}\n{wanted}")
@@ -470,7 +476,7 @@ class GrubDefaults(Grub):
         old_names = self.remembered()
         if not (wish or old_names or guarded):
             return []
-        full = {**dict.fromkeys(old_names, ()), **wish}
+        full = self.full(wish)
         after = self.text(wish)
         steps = self._write_defaults(self.host.read(DEFAULTS), after)
         now = (self.entries() or [Entry("", "", (), "")])[0].arguments
@@ -533,10 +539,12 @@ class Bls(Loader):
 
     def configure(self, wish: Wish, predicted: str, guarded: bool) -> list[Step]:
         old_names = self.remembered()
-        full = {**dict.fromkeys(old_names, ()), **wish}
+        full = self.full(wish)
         steps = []
         for entry in self.entries():
-            wrong = {name: tuple(full[name]) for name in unmet(entry.arguments, full)}
+            names = {*unmet(entry.arguments, full)}
+            names |= {*_PAGES} & {*full} if names & {*_PAGES} else set()
+            wrong = {name: tuple(full[name]) for name in full if name in names}
             if wrong:
                 after = predict(entry.arguments, wrong)
                 data = ("grubby", entry.text, wrong)

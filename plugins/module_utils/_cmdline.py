@@ -64,6 +64,8 @@ class KernelCmdline:
         self.wish = {
             str(name): self._tokens(str(name), value) for name, value in (params.get("parameters") or {}).items()
         }
+        if "hugepages" in self.wish:  # a count is for the size before it
+            self.wish["hugepages"] = self.wish.pop("hugepages")
         self.loader = loader_of(host, params.get("backend") or "auto")
         self.guard = Guard(host, self.loader)
         self.warnings: list[str] = []
@@ -92,6 +94,14 @@ class KernelCmdline:
         if not values:
             raise Refused(
                 option, value, "an empty list says neither what nor that nothing shall be there", "Write null"
+            )
+        if name in ("hugepagesz", "hugepages") and len(values) > 1:
+            raise Refused(
+                option,
+                value,
+                "a list: the kernel takes a count for the size before it, and would get all sizes before all counts",
+                "Give one size with its count here ('0:4,1:4' for several nodes), and the others to kernel_tunables "
+                "(kernel_hugepages)",
             )
         return tuple(self._token(option, name, item) for item in values)
 

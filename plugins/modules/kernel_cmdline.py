@@ -27,7 +27,8 @@ options:
   parameters:
     description:
       - Parameters by name.
-      - A string or whole number gives C(name=value); a list gives the parameter once for each item.
+      - A string or whole number gives C(name=value); a list gives the parameter once for each item. C(hugepagesz) and
+        C(hugepages) take no list, since the kernel takes a count for the size before it.
       - An empty string gives the bare name, for parameters without a value.
       - V(null) means that the parameter shall be absent, also when another file configures it.
       - Booleans are refused, since YAML reads C(on), C(off), C(yes) and C(no) as such. Write them in quotes.

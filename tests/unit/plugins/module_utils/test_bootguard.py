@@ -397,6 +397,13 @@ def test_three_states_are_kept_apart(machine: Machine) -> None:
     ]
 
 
+def test_a_number_of_huge_pages_stands_after_their_size(machine: Machine) -> None:
+    assert play(machine, {"hugepages": "0:4"}) == "promoted"
+    assert play(machine, {"hugepages": "0:4", "hugepagesz": "1G", "nosmt": ""}) == "promoted"
+    words = machine.cmdline.split()
+    assert words.index("hugepagesz=1G") < words.index("hugepages=0:4")
+
+
 def test_check_mode_predicts_the_reasons(machine: Machine) -> None:
     wish = KernelCmdline(machine, {"parameters": {"intel_iommu": "on", "quiet": None}})
     observed = wish.observe()
