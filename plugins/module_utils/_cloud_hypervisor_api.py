@@ -19,6 +19,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._cloud_hypervisor
     Schema,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
+from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import Connection
 
 BODY_LIMIT = 51200  # of the server, which answers a longer one with a closed connection
 
@@ -26,11 +27,11 @@ BODY_LIMIT = 51200  # of the server, which answers a longer one with a closed co
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: str, timeout_seconds: float) -> None:
         super().__init__("localhost", timeout=timeout_seconds)
-        self._path = path
+        self._path, self._timeout_seconds = path, timeout_seconds
 
     def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
+        self.sock = Connection()
+        self.sock.begin(self._timeout_seconds)
         self.sock.connect(self._path)
 
 
@@ -78,7 +79,7 @@ class Api:
             raise HostError(f"Cloud Hypervisor refused {path} ({answer.status}): {_told(text)}")
         try:
             told = json.loads(text) if text.strip() else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise HostError(f"Cloud Hypervisor answered {path} with no JSON: {text[:200]}") from error
         return told if isinstance(told, dict) else {}
 
@@ -87,6 +88,6 @@ def _told(text: str) -> str:
     """An error's text: a list of causes, or whatever it is."""
     try:
         told = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         told = text
     return ": ".join(map(str, told)) if isinstance(told, list) else str(told).strip() or "it does not say why"

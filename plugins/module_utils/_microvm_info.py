@@ -14,7 +14,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_s
 from ansible_collections.agentfleet.metal.plugins.module_utils import _network, _vmm
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import NAME
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused, Step
 from ansible_collections.agentfleet.metal.plugins.module_utils._proc import NOTHING, memory_of
 
 
@@ -63,7 +63,7 @@ class MicrovmInfo:
             with _vmm.driver(spec["driver"]).machine(self.host, spec) as machine:
                 told["paused"] = machine.state() == "paused"
                 told["counters"] = machine.counters()
-        except (OSError, HostError, ValueError):
+        except state_of.NO_STATE:
             pass  # it is ending; the unit's state says so next time
         if self.console:
             told["console"] = state_of.console(self.host, spec["name"])

@@ -21,6 +21,8 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import s
 
 T = t.TypeVar("T")
 CONSOLE_LINES = 60
+# When a VMM ends, or tells nonsense, as one that its guest has taken over can.
+NO_STATE = (OSError, HostError, ValueError, LookupError, TypeError, AttributeError)
 
 
 def _spec(host: Host, path: str) -> _vmm.Spec | None:
@@ -90,7 +92,7 @@ def paused(host: Host, specs: t.Mapping[str, _vmm.Spec]) -> set[str]:
         try:
             with _vmm.driver(specs[name]["driver"]).machine(host, specs[name]) as machine:
                 return machine.state()
-        except (OSError, HostError, ValueError):
+        except NO_STATE:
             return ""
 
     return {name for name, found in together(state, list(specs)).items() if found == "paused"}

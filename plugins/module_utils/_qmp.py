@@ -16,6 +16,7 @@ import time
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
+from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import Connection
 
 SLOW = {"device_add": 90}  # seconds; vfio-pci maps and pins all memory of the guest before QEMU answers
 
@@ -38,8 +39,8 @@ class Qmp:
 
     def __init__(self, path: str, timeout_seconds: float = 10) -> None:
         self._timeout_seconds = timeout_seconds
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(timeout_seconds)
+        self._socket = Connection()
+        self._socket.begin(timeout_seconds)
         try:
             self._socket.connect(path)
             self._file = self._socket.makefile("rw", encoding="utf-8")
@@ -51,10 +52,14 @@ class Qmp:
 
     def ask(self, command: str, **arguments: t.Any) -> t.Any:
         """Send a command and return its answer; events in between are dropped."""
+        self._socket.begin(SLOW.get(command, self._timeout_seconds))
         self._file.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
         self._file.flush()
         while line := self._line(command):
-            answer = json.loads(line)
+            try:
+                answer = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise HostError(f"QEMU answered {command} with no JSON: {line[:200]}") from error
             if "error" in answer:
                 raise Refusal(command, str(answer["error"].get("desc")))
             if "return" in answer:
@@ -63,11 +68,10 @@ class Qmp:
 
     def _line(self, command: str) -> str:
         """What QEMU says next, or nothing if it ended, which may be within a line."""
-        seconds = SLOW.get(command, self._timeout_seconds)
-        self._socket.settimeout(seconds)
         try:
             line = self._file.readline()
         except socket.timeout as error:
+            seconds = SLOW.get(command, self._timeout_seconds)
             raise HostError(f"QEMU did not answer {command} within {seconds:g} seconds. Run this again") from error
         return line if line.endswith("\n") else ""
 

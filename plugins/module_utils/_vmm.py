@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import re
 import socket
+import time
 import typing as t
 from dataclasses import dataclass
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import volume_path
 from ansible_collections.agentfleet.metal.plugins.module_utils._network import Interface
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 
 AGENT_PORT = 1024
 CONFIG_SERIAL, DATA_SERIAL = "agentfleet-config", "agentfleet-data"  # a serial has at most 20 characters
@@ -278,6 +280,33 @@ def landlock(host: Host) -> bool:
     """Whether the kernel has Landlock with the ABI that VMMs ask for (3, of Linux 6.2)."""
     release = [int(number) for number in re.findall(r"\d+", host.read("/proc/sys/kernel/osrelease"))[:2]]
     return release >= [6, 2] and "landlock" in host.read("/sys/kernel/security/lsm").split(",")
+
+
+class Connection(socket.socket):
+    """A connection to a VMM. One that its guest has taken over can hold nobody, and fill no memory, whatever it answers."""
+
+    ANSWER_BYTES = 8 << 20
+
+    def __init__(self) -> None:
+        super().__init__(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._end, self._left_bytes = 0.0, 0
+
+    def begin(self, timeout_seconds: float) -> None:
+        """Give the next question, with all of its answer, this time and ANSWER_BYTES."""
+        self._end, self._left_bytes = time.monotonic() + timeout_seconds, self.ANSWER_BYTES
+        self.settimeout(timeout_seconds)
+
+    def recv_into(self, buffer: t.Any, nbytes: int = 0, flags: int = 0) -> int:
+        """What files that ``makefile`` makes read with."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        self.settimeout(left)
+        size = super().recv_into(buffer, nbytes, flags)
+        self._left_bytes -= size
+        if self._left_bytes < 0:
+            raise HostError(f"the VMM answers more than {self.ANSWER_BYTES} bytes")
+        return size
 
 
 class Machine(t.Protocol):

@@ -14,12 +14,14 @@ import socketserver
 import stat
 import tempfile
 import threading
+import time
 import typing as t
 
 import pytest
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _cloud_hypervisor as driver
 from ansible_collections.agentfleet.metal.plugins.module_utils import _cloud_hypervisor_config as config
+from ansible_collections.agentfleet.metal.plugins.module_utils import _vmm
 from ansible_collections.agentfleet.metal.plugins.module_utils._cloud_hypervisor_api import Api
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import Change, changes
@@ -497,6 +499,38 @@ def test_a_wait_is_bounded(spec: t.Any) -> None:
         silent.listen()
         with pytest.raises(HostError, match=r"did not answer vm.info within 0.1 seconds"):
             Api(f"{root}/api", timeout_seconds=0.1).get("vm.info")
+
+
+@pytest.mark.parametrize(
+    ("head", "part", "why"),
+    [
+        (b"HTTP/1.1 200", b"x", "within 0.3 seconds"),
+        (b"HTTP/1.1 200 \r\nContent-Length: 99999999\r\n\r\n", b"x", "within 0.3 seconds"),
+        (b"HTTP/1.1 200 \r\nContent-Length: 99999999\r\n\r\n", b"x" * 65536, "more than 1048576 bytes"),
+    ],
+)
+def test_no_answer_holds_us_or_fills_our_memory(monkeypatch: t.Any, head: bytes, part: bytes, why: str) -> None:
+    monkeypatch.setattr(_vmm.Connection, "ANSWER_BYTES", 1 << 20)
+
+    def serve(server: socket.socket) -> None:
+        connection, _address = server.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(head)
+            while True:
+                connection.sendall(part)
+                time.sleep(0.02 if len(part) == 1 else 0)
+
+    with (
+        tempfile.TemporaryDirectory(prefix="ch", dir="/tmp") as root,
+        contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as server,
+    ):
+        server.bind(f"{root}/api")
+        server.listen()
+        thread = threading.Thread(target=serve, args=(server,), daemon=True)
+        thread.start()
+        with pytest.raises(HostError, match=why):
+            Api(f"{root}/api", timeout_seconds=0.3 if len(part) == 1 else 30).get("vm.info")
+        thread.join(10)
 
 
 def test_a_machine_that_is_not_there_is_an_os_error(spec: t.Any) -> None:

@@ -34,6 +34,8 @@ class Machine:
     def __enter__(self) -> Machine:
         if self.name == "ending":
             raise HostError("gone")
+        if self.name == "hostile":
+            raise TypeError("a list where QEMU has none")
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -125,8 +127,9 @@ def test_the_console_is_told_on_request(host: t.Any) -> None:
     assert host.calls[-1].startswith("journalctl --unit=agentfleet-microvm@a1.service")
 
 
-def test_one_that_ends_meanwhile_has_no_counters(host: t.Any, monkeypatch: t.Any) -> None:
-    monkeypatch.setattr(_qemu, "machine", lambda _host, _spec: Machine("ending"))
+@pytest.mark.parametrize("name", ["ending", "hostile"])
+def test_one_that_ends_meanwhile_or_tells_nonsense_has_no_counters(host: t.Any, monkeypatch: t.Any, name: str) -> None:
+    monkeypatch.setattr(_qemu, "machine", lambda _host, _spec: Machine(name))
     assert look(host, ["a1"])["a1"]["counters"] == {}
 
 

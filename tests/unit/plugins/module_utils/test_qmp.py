@@ -14,7 +14,7 @@ import typing as t
 
 import pytest
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _qmp
+from ansible_collections.agentfleet.metal.plugins.module_utils import _qmp, _vmm
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 from ansible_collections.agentfleet.metal.plugins.module_utils._qmp import Qmp
 
@@ -94,6 +94,39 @@ def test_a_device_may_take_longer_than_other_commands(qemu: str, monkeypatch: t.
         monkeypatch.setitem(_qmp.SLOW, "device_add", 0.1)
         with pytest.raises(HostError, match="QEMU did not answer device_add within 0.1 seconds"):
             qmp.ask("device_add")
+
+
+@pytest.mark.parametrize(
+    ("flood", "why"), [(b"x", "did not answer query-status within 0.3"), (b"x" * 65536, "more than 1048576")]
+)
+@pytest.mark.parametrize("ending", [b"", b'"}\n'])
+def test_no_answer_holds_us_or_fills_our_memory(
+    tmp_path: t.Any, monkeypatch: t.Any, flood: bytes, why: str, ending: bytes
+) -> None:
+    monkeypatch.setattr(_vmm.Connection, "ANSWER_BYTES", 1 << 20)
+    path = str(tmp_path / "qmp")
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    server.bind(path)
+    server.listen(1)
+
+    def serve() -> None:
+        connection, _address = server.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(b'{"QMP": {}}\n{"return": {}}\n')
+            while True:  # no line has an end, or one event follows another
+                connection.sendall(b'{"event": "' * bool(ending) + flood + ending)
+                time.sleep(0.02 if len(flood) == 1 else 0)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    begin = time.monotonic()
+    with Qmp(path, 30) as qmp:
+        qmp._timeout_seconds = 0.3 if len(flood) == 1 else 30
+        with pytest.raises(HostError, match=why):
+            qmp.ask("query-status")
+    assert time.monotonic() - begin < 10
+    thread.join(10)
+    server.close()
 
 
 @pytest.mark.parametrize("command", ["quit", "crash"])
