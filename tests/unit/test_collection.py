@@ -92,7 +92,7 @@ def test_preflight_asks_for_what_a_role_will_do(role: str) -> None:
 def test_teardown_takes_back_every_part_of_the_command_line() -> None:
     merged = re.findall(r"\b[a-z]+_cmdline\b", load("roles/kernel/vars/main.yml")["kernel__cmdline"])
     given = load("playbooks/teardown.yml")[-1]["tasks"][-1]["vars"]
-    assert merged and {name: given.get(name) for name in merged} == dict.fromkeys(merged, {})
+    assert merged and [name for name in merged if given.get(name) != {}] == []
 
 
 def test_action_group_has_all_modules() -> None:
