@@ -105,16 +105,22 @@ def _owners(host: Host, path: str) -> set[str]:
 
 def _open_nodes(host: Host) -> t.Iterator[tuple[str, str]]:
     """(device node, ``pid name`` of a process that has it open); udev's, which only look at what a disk has, left out."""
-    names: dict[str, str] = {}
-    for link in host.glob("/proc/[0-9]*/fd/*"):
-        try:
-            node = os.readlink(host.path(link))
-        except OSError:  # the process has ended
+    for process in host.names("/proc"):
+        if not process.isdigit():
             continue
-        if node.startswith("/dev/"):
-            process = link.split("/")[2]
-            name = names.setdefault(process, host.read(f"/proc/{process}/comm"))
-            if name not in ("(udev-worker)", "systemd-udevd"):
+        try:
+            links = os.listdir(host.path(f"/proc/{process}/fd"))  # of all processes there are too many to sort
+        except OSError:
+            continue
+        name = host.read(f"/proc/{process}/comm")
+        if name in ("(udev-worker)", "systemd-udevd"):
+            continue
+        for link in links:
+            try:
+                node = os.readlink(host.path(f"/proc/{process}/fd/{link}"))
+            except OSError:  # closed meanwhile
+                continue
+            if node.startswith("/dev/"):
                 yield node, f"{process} {name}"
 
 
@@ -243,7 +249,9 @@ def _network_uses(host: Host, uses: dict[str, list[str]], vital: set[str], booti
                     use(name, f"the interface {upper[6:]}")
     for address, texts in uses.items():
         path = f"{DEVICES}/{address}"
-        if any(not host.names(net) for net in host.glob(f"{path}/net") + host.glob(f"{path}/virtio*/net")):
+        driver = host.link_name(f"{path}/driver")
+        nets = host.glob(f"{path}/net") + host.glob(f"{path}/virtio*/net")
+        if driver and "vfio" not in driver and any(not host.names(net) for net in nets):
             texts.append("its network interface is in another network namespace")
     return found
 

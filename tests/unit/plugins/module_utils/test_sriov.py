@@ -119,7 +119,10 @@ def test_a_vf_whose_interface_is_up_goes_only_with_the_option(lab: LabHost) -> N
 
 def test_a_vf_whose_interface_is_in_another_namespace_goes_only_with_the_option(lab: LabHost) -> None:
     run(lab, {"pf": IGB, "vfs": 1})
-    lab.files({"/sys/devices/pci0000:00/0000:00:17.0/net": None})  # what sysfs shows of a pod's VF
+    vf = "/sys/devices/pci0000:00/0000:00:17.0"
+    lab.files(
+        {f"{vf}/net": None, f"{vf}/driver": "-> ../../../bus/pci/drivers/igbvf"}
+    )  # what sysfs shows of a pod's VF
     with pytest.raises(Refused, match=r"0000:00:17.0 \(its network interface is in another network namespace\)"):
         plan(lab, {"pf": IGB, "vfs": 2})
     assert [step.verb for step in plan(lab, {"pf": IGB, "vfs": 2}, destroy_used_vfs=True)] == ["resize", "persist"]
