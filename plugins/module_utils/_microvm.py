@@ -705,8 +705,11 @@ class MicroVms:
                     f"{', '.join(alive)} did not stop ({told or 'systemctl says nothing'}), so that nothing is removed. "
                     f"journalctl -u {unit(alive[0])} may say why"
                 )
-        for name, _bridge in sorted(_network.attached(self.host)):
-            if name in names:  # its end did not get its turn
+        attached = sorted({name for name, _bridge in _network.attached(self.host)})
+        found = state_of.unit_states(self.host, attached)
+        known = set(state_of.declared(self.host)) - set(names)
+        for name in attached:
+            if name not in known and found[name]["active"] in ("inactive", "failed"):  # its end did not get its turn
                 self._run_taps("down", name)
         for name in names:
             made = [path for path in self.made if path.startswith(volume_path(name, ""))]

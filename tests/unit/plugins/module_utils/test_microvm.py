@@ -363,11 +363,12 @@ def test_absent_leaves_nothing(metal: t.Any) -> None:
 
 def test_absent_clears_up_after_an_end_that_did_not(metal: t.Any) -> None:
     run(metal, call({"name": "a1"}, {"name": "a2"}))
-    metal.files({"/run/agentfleet/a1.taps": TAP, "/run/agentfleet/a2.taps": TAP})
+    metal.files({f"/run/agentfleet/{name}.taps": TAP for name in ("a1", "a2", "old", "unknown")})
+    metal.systemd.active["unknown"] = 99  # "old" has gone long ago
     metal.answers["/usr/local/lib/agentfleet/microvm-taps"] = ""
     run(metal, {**call(), "state": "absent", "instances": [{"name": "a1"}]})
     assert [line for line in metal.calls if "microvm-taps" in line] == [
-        "/usr/local/lib/agentfleet/microvm-taps down a1"
+        f"/usr/local/lib/agentfleet/microvm-taps down {name}" for name in ("a1", "old")
     ]
 
 
