@@ -89,7 +89,7 @@ class Resolver:
             if cids.get(spec["cid"], name) != name:
                 raise Refused(
                     f"{option}.cid", spec["cid"], f"microVM {cids[spec['cid']]} has it",
-                    "Give another cid; one that a running microVM is to leave is free after its restart (allow_restart)",
+                    "Give another cid; one that a running microVM is to leave is free after its restart",
                 )  # fmt: skip
             self._check_nodes(option, spec)
             self._check_devices(option, spec, devices)

@@ -232,7 +232,8 @@ class Networks:
                 if holders.get(wish[address], name) != name:
                     raise Refused(
                         f"{option}.networks[{index}].{address}", wish[address],
-                        f"microVM {holders[wish[address]]} has it", "Give another address",
+                        f"microVM {holders[wish[address]]} has it",
+                        "Give another address; one that a running microVM is to leave is free after its restart",
                     )  # fmt: skip
                 chosen[name, wish["network"]] = wish[address]
                 holders[wish[address]] = name
