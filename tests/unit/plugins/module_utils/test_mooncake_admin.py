@@ -125,7 +125,7 @@ class Stores(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def stores(monkeypatch: pytest.MonkeyPatch) -> t.Iterator[t.Any]:
-    monkeypatch.setattr(_mooncake_admin, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(_mooncake_admin, "_POLL_SECONDS", 0.05)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Stores)
     server.stores, server.jobs, server.asked, server.busy = {}, {}, [], 0  # type: ignore[attr-defined]
     server.lock = threading.Lock()  # type: ignore[attr-defined]
@@ -158,7 +158,7 @@ def test_a_drain_waits_until_all_is_moved(stores: t.Any) -> None:
 @pytest.mark.parametrize("_again", range(3))
 def test_hosts_that_drain_at_once_take_turns_and_nothing_is_lost(stores: t.Any, _again: int) -> None:
     stores.stores = {"a": ["OK", 2], "b": ["OK", 3], "c": ["OK", 4]}
-    found = drains(stores, ["a"], ["b"], ["c"], seconds=3)  # a busy machine needs some of them
+    found = drains(stores, ["a"], ["b"], ["c"], seconds=5)  # a busy machine needs some of them
     # The last one finds nobody who takes its data, and keeps them.
     (left,) = [name for name, (state, _used) in stores.stores.items() if state == "OK"]
     assert sorted(isinstance(one, str) for one in found) == [False, False, True]
