@@ -59,7 +59,7 @@ class Qmp:
             return [{"name": name} for kind, name in self.there if kind == "device"]
         if command == self.refuse:
             raise Refusal(command, "not today")
-        kind, _, verb = command.replace("_", "-").rpartition("-")
+        kind, _dash, verb = command.replace("_", "-").rpartition("-")
         thing = kind, str(arguments.get("id") or arguments.get("node-name"))
         if verb == "add":
             if thing in self.there:

@@ -140,7 +140,7 @@ def test_other_directories_of_libraries_restart_what_runs(host: t.Any) -> None:
         ("write", "storage"),
         ("restart", "storage"),
     ]
-    assert "LD_LIBRARY_PATH=/opt/3fs/1/lib" in host.read(STORAGE) != before
+    assert host.read(STORAGE) != before and "LD_LIBRARY_PATH=/opt/3fs/1/lib" in host.read(STORAGE)
     assert converge(host, services=["storage"], library_path=["/opt/3fs/1/lib"]) == []
     stopping = Services(host, {"cluster": "stage", "services": ["storage"], "state": "stopped"})
     assert stopping.result(stopping.observe())["warnings"] == [], "it is not told the directories, and need not be"
