@@ -26,7 +26,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_s
 from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_state as state_of
 from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_units as units
 from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_volumes as volumes
-from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host, sync
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
     HOME,
     LIBRARY,
@@ -727,6 +727,9 @@ class MicroVms:
                 os.rmdir(self.host.path(f"{VOLUMES}/{name}"))
         if common:
             self._remove_common(common)
+        for directory in (HOME, SYSTEM):  # a power cut brings nothing back
+            with contextlib.suppress(FileNotFoundError):
+                sync(self.host.path(directory))
         self._apply_reload([])
 
     def _remove_common(self, common: list[str]) -> None:
