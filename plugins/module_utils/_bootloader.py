@@ -34,7 +34,7 @@ _BEGIN, _END = "# agentfleet.metal begin\n", "# agentfleet.metal end\n"
 # Parameters that the boot loader adds itself, so that ours stand after its own (the last one counts).
 LOADERS_OWN = ("root", "ro", "rw")
 # Only together, since their order counts.
-_PAGES = ("hugepagesz", "hugepages")
+PAGES = {"hugepagesz", "hugepages"}
 
 Wish = t.Mapping[str, t.Sequence[str]]  # parameter -> its tokens; none when it shall be absent
 
@@ -543,7 +543,8 @@ class Bls(Loader):
         steps = []
         for entry in self.entries():
             names = {*unmet(entry.arguments, full)}
-            names |= {*_PAGES} & {*full} if names & {*_PAGES} else set()
+            if names & PAGES:
+                names |= PAGES & {*full}
             wrong = {name: tuple(full[name]) for name in full if name in names}
             if wrong:
                 after = predict(entry.arguments, wrong)

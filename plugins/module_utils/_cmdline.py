@@ -15,6 +15,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._bootguard import
     summary,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._bootloader import (
+    PAGES,
     Entry,
     loader_of,
     split,
@@ -95,7 +96,7 @@ class KernelCmdline:
             raise Refused(
                 option, value, "an empty list says neither what nor that nothing shall be there", "Write null"
             )
-        if name in ("hugepagesz", "hugepages") and len(values) > 1:
+        if name in PAGES and len(values) > 1:
             raise Refused(
                 option,
                 value,

@@ -652,8 +652,8 @@ class MicroVms:
         """What the agent of a microVM says, and no other one's; with the cid that it is declared with, another may run."""
         running = state_of.running(self.host, [name]).get(name)
         told = state_of.ask_agent(self.host, running, 2) if running else None
-        others = [one for one in self.host.names(HOME) if one != name]
-        return told if told and told.get("hostname") not in others else None
+        called = (told or {}).get("hostname")
+        return None if called != name and called in self.host.names(HOME) else told
 
     def _processes(self, tenant: str, name: str) -> bool:
         """Whether the unit has processes; cheaper than to ask systemd while guests boot.

@@ -134,7 +134,7 @@ include "{RUN}/*.nft"
 """
 
 # ExecStartPre runs "up", ExecStopPost "down". "up" on a running microVM is how networks are added and removed
-# live: it makes what is new and removes what is not in the directory that it is given.
+# live: it makes what is new and removes what is not in the file that it is given.
 TAPS = f"""\
 #!/bin/sh
 # Written by agentfleet.metal. microvm-taps up NAME [FILE], down NAME: makes and removes the tap devices of one

@@ -178,13 +178,13 @@ class VfioBindings:
             with each_alone(bool(self.wait_seconds), address, lacking):
                 self._check(functions[address], binding, observed["users"].get(address, []))
                 continue
-            del wish[address]
+            del wish[address]  # it was refused, and the others go on
         mates: dict[str, Binding] = {}
         for address in sorted(wish):
             with each_alone(bool(self.wait_seconds), address, lacking):
                 mates.update(self._group_mates(functions, wish, address))
                 continue
-            del wish[address]
+            del wish[address]  # it was refused, and the others go on
         wish.update(mates)
         self.named = sorted(wish)
         steps = self._access_steps(observed)

@@ -19,16 +19,23 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._qmp import Qmp
 
 
+@contextlib.contextmanager
+def serving(path: str, serve: t.Callable[[socket.socket], None]) -> t.Iterator[None]:
+    """A socket of which one connection is served."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+        server.bind(path)
+        server.listen(1)
+        thread = threading.Thread(target=lambda: serve(server.accept()[0]), daemon=True)
+        thread.start()
+        yield
+    thread.join(10)
+
+
 @pytest.fixture
 def qemu(tmp_path: t.Any) -> t.Iterator[str]:
     """A socket that answers query-status after an event, device_add late, refuses what it does not know, and ends at quit."""
-    path = str(tmp_path / "qmp")
-    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    server.bind(path)
-    server.listen(1)
 
-    def serve() -> None:
-        connection, _address = server.accept()
+    def serve(connection: socket.socket) -> None:
         with (
             contextlib.suppress(ConnectionError),  # a client that was tired of waiting
             connection,
@@ -53,11 +60,9 @@ def qemu(tmp_path: t.Any) -> t.Iterator[str]:
                     "query-status": [{"event": "RTC_CHANGE"}, {"return": {"status": "running"}}],
                 }.get(command, [{"error": {"class": "CommandNotFound", "desc": f"no {command}"}}])
 
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    yield path
-    server.close()
-    thread.join(5)
+    path = str(tmp_path / "qmp")
+    with serving(path, serve):
+        yield path
 
 
 def test_an_answer_is_found_behind_events(qemu: str) -> None:
@@ -104,29 +109,20 @@ def test_no_answer_holds_us_or_fills_our_memory(
     tmp_path: t.Any, monkeypatch: t.Any, flood: bytes, why: str, ending: bytes
 ) -> None:
     monkeypatch.setattr(_vmm.Connection, "ANSWER_BYTES", 1 << 20)
-    path = str(tmp_path / "qmp")
-    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    server.bind(path)
-    server.listen(1)
 
-    def serve() -> None:
-        connection, _address = server.accept()
+    def serve(connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
             connection.sendall(b'{"QMP": {}}\n{"return": {}}\n')
             while True:  # no line has an end, or one event follows another
                 connection.sendall(b'{"event": "' * bool(ending) + flood + ending)
                 time.sleep(0.02 if len(flood) == 1 else 0)
 
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    begin = time.monotonic()
-    with Qmp(path, 30) as qmp:
+    begin, path = time.monotonic(), str(tmp_path / "qmp")
+    with serving(path, serve), Qmp(path, 30) as qmp:
         qmp._timeout_seconds = 0.3 if len(flood) == 1 else 30
         with pytest.raises(HostError, match=why):
             qmp.ask("query-status")
     assert time.monotonic() - begin < 10
-    thread.join(10)
-    server.close()
 
 
 @pytest.mark.parametrize("command", ["quit", "crash"])
