@@ -202,6 +202,7 @@ if disk agentfleet-data; then
     content=$(sha256sum <"$device" | cut -c1-64)
 fi
 if ! grep -qsx "$content" "$root/var/lib/agentfleet/firstboot"; then
+    rm -f "$root{LIBRARY}/firstboot.d/user-data" # of another content
     [ "$content" = none ] || tar -xf "$device" -C "$root" || fail "the first-boot data does not unpack"
     echo "$content" >/run/agentfleet/firstboot # init runs the scripts, and remembers
 fi

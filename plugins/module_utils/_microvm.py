@@ -631,6 +631,12 @@ class MicroVms:
             asked = state_of.together(self._answer, list(booting))
             silent = [name for name, told in asked.items() if not told]
             outcomes = {name: "" for name in asked if name not in silent}
+            for name in outcomes:
+                if failing := (asked[name] or {}).get("first_boot_failed"):
+                    self.warnings.append(
+                        f"microVM {name} runs, but of its first boot {failing!r:.200} failed, which runs again when it "
+                        "starts again. Its console says why (microvm_info with console)"
+                    )
             vanished = [name for name in silent if not self._processes(self.specs[name]["tenant"], name)]
             if vanished and time.monotonic() - looked > LOOK_SECONDS:
                 looked = time.monotonic()

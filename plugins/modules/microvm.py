@@ -204,7 +204,10 @@ options:
                 type: str
                 default: "0600"
           run:
-            description: Shell commands that the guest runs once, after the files are there and before its services start.
+            description:
+              - Shell commands that the guest runs once, after the files are there and before its services start.
+              - The first that fails ends them. The microVM runs all the same, with a warning, and runs all of them again when it
+                starts again.
             type: list
             elements: str
             default: []

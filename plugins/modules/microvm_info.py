@@ -111,7 +111,9 @@ instances:
       description: Whether the agent answered.
       type: bool
     agent:
-      description: What the agent answered (hostname, kernel, dax, memory), or empty.
+      description:
+        - What the agent answered (hostname, kernel, dax, memory), or empty. C(first_boot_failed) names the scripts of the
+          first boot that failed.
       type: dict
     cid:
       description: Its vsock address.

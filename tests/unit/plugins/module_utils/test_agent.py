@@ -119,6 +119,15 @@ def test_everybody_may_ask_what_it_is(agent: t.Any) -> None:
     assert told["memory_total_bytes"] > 0
 
 
+def test_it_tells_which_scripts_of_the_first_boot_failed(
+    agent: t.Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "FIRST_BOOT_FAILED", str(tmp_path / "firstboot-failed"))
+    assert agent.describe()["first_boot_failed"] == ""
+    (tmp_path / "firstboot-failed").write_text(" 10-keys user-data\n")
+    assert agent.describe()["first_boot_failed"] == "10-keys user-data"
+
+
 @pytest.mark.parametrize("path", ["/identity", "/poweroff", "/detaching"])
 def test_only_the_host_may_change_it(agent: t.Any, monkeypatch: t.Any, path: str) -> None:
     called: list[str] = []

@@ -319,6 +319,53 @@ def test_a_volume_is_made_once_and_grows_with_its_file_system(tmp_path: Path, fi
     assert int(before.split()[0]) < 350 < 600 < int(after.split()[0])
 
 
+# What the first program and init do for the first boot, as one start of a guest that keeps its root and has a new /run.
+INIT = (Path(__file__).resolve().parents[4] / "roles/rootfs/files/init").read_text()
+FIRST_BOOT = """
+set -e
+rm -rf "$top/run" && mkdir -p "$top/run"
+root=$top/root library=$root/usr/lib/agentfleet
+fail() { echo "failed: $*"; exit 1; }
+disk() { device=$top/$1; [ -e "$device" ]; }
+"""
+FIRST_BOOT += _early_init.SCRIPT[_early_init.SCRIPT.index("# First-boot data:") : _early_init.SCRIPT.index("load last")]
+FIRST_BOOT += INIT[INIT.index("# First boot:") : INIT.index("if [ -x /sbin/init ]")].replace(
+    "/var/lib/", "$root/var/lib/"
+)
+FIRST_BOOT = FIRST_BOOT.replace("/run/agentfleet", "$top/run").replace("/dev/console", "$top/run/console")
+
+
+def test_first_boot_data_is_applied_until_all_succeeds_and_once_for_each_content(tmp_path: Path) -> None:
+    scripts, ran, token = (
+        tmp_path / "root/usr/lib/agentfleet/firstboot.d",
+        tmp_path / "ran",
+        tmp_path / "root/etc/token",
+    )
+    scripts.mkdir(parents=True)
+    (scripts / "00-image").write_text(f"#!/bin/sh\necho image >>{ran}\n")
+    (scripts / "00-image").chmod(0o755)
+    (scripts / "README").write_text("not a script")
+    file = {"path": "/etc/token", "content": "it's $HOME\n", "mode": "0640"}
+    commands = [f"echo data >>{ran}", f"test -e {tmp_path}/allowed", f"echo end >>{ran}"]
+
+    def boot(**user_data: t.Any) -> tuple[list[str], str]:
+        """What runs, and what the agent would tell of it."""
+        (tmp_path / "agentfleet-data").write_text(_microvm_data.archive("user_data", user_data))
+        ran.write_text("")
+        subprocess.run(["sh", "-c", FIRST_BOOT], env={**os.environ, "top": str(tmp_path)}, check=True)
+        told = tmp_path / "run/firstboot-failed"
+        return ran.read_text().split(), told.read_text().strip() if told.exists() else ""
+
+    assert boot(files=[file], run=commands) == (["image", "data"], "user-data")
+    assert (tmp_path / "run/console").read_text() == "agentfleet: first boot: user-data failed\n"
+    assert (token.read_text(), token.stat().st_mode & 0o777) == (file["content"], 0o640)
+    (tmp_path / "allowed").touch()
+    assert boot(files=[file], run=commands) == (["image", "data", "end"], "")
+    token.unlink()
+    assert boot(files=[file], run=commands) == ([], "") and not token.exists()
+    assert boot(files=[file]) == (["image"], "") and token.exists()  # and not what ran for the content before
+
+
 def test_settings_survive_the_shell() -> None:
     text = _initramfs.shell({"image_verity": "0 8 verity 1 /dev/pmem0", "other": "it's"})
     out = subprocess.run(["sh", "-c", text + 'echo "$image_verity/$other"'], capture_output=True, text=True, check=True)

@@ -501,6 +501,19 @@ def test_of_many_each_ones_fate_is_told(metal: t.Any, monkeypatch: t.Any) -> Non
     assert "microVM a2: no answer" in module.outcome["msg"]
 
 
+def test_a_first_boot_that_failed_is_a_warning(metal: t.Any, monkeypatch: t.Any) -> None:
+    def agent(_host: t.Any, spec: t.Any, *_more: t.Any) -> dict[str, str]:
+        return {"hostname": spec["name"], "first_boot_failed": {"a1": "user-data", "a2": ""}[spec["name"]]}
+
+    monkeypatch.setattr(_microvm_state, "ask_agent", agent)
+    resource = MicroVms(metal, call({"name": "a1"}, {"name": "a2"}))
+    apply_all(resource, resource.plan(resource.observe()))
+    told = resource.result(resource.observe())
+    (warning,) = told["warnings"]
+    assert warning.startswith("microVM a1 runs, but of its first boot 'user-data' failed")
+    assert [(one["state"], one["error"]) for one in told["instances"]] == [("running", "")] * 2
+
+
 def test_command_line(microvm_spec: t.Any) -> None:
     share = {"tag": "m", "source": "/srv", "target": "/mnt/m", "readonly": True, "dax": "never"}
     text = " ".join(_qemu.command({**microvm_spec, "shares": [share]}))
