@@ -8,13 +8,14 @@ This module is private to the collection and imports nothing of Ansible.
 
 from __future__ import annotations
 
+import re
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 
 
 def sources(host: Host) -> t.Iterator[tuple[str, list[str]]]:
-    """Each (URI, suites) of the machine's binary package sources, in apt's order."""
+    """Each (URI, components) of the machine's binary package sources, in apt's order."""
     for path in ["/etc/apt/sources.list", *host.glob("/etc/apt/sources.list.d/*")]:
         text = host.read(path)
         if path.endswith(".sources"):
@@ -32,11 +33,11 @@ def _one_line(text: str) -> t.Iterator[tuple[str, list[str]]]:
             while len(words) > 1 and not words.pop(1).endswith("]"):
                 pass
         if len(words) > 2:
-            yield words[1], [words[2]]
+            yield words[1], words[3:]
 
 
 def _deb822(text: str) -> t.Iterator[tuple[str, list[str]]]:
-    for stanza in text.split("\n\n"):
+    for stanza in re.split(r"\n\s*\n", text):
         fields: dict[str, str] = {}
         key = ""
         for line in stanza.splitlines():
@@ -48,9 +49,10 @@ def _deb822(text: str) -> t.Iterator[tuple[str, list[str]]]:
                 key, _colon, value = line.partition(":")
                 key = key.lower()
                 fields[key] = value.strip()
-        if "deb" in fields.get("types", "").split() and fields.get("enabled", "yes").lower() != "no":
+        enabled = fields.get("enabled", "yes").lower() not in ("no", "false", "0")
+        if enabled and "deb" in fields.get("types", "").split():
             for uri in fields.get("uris", "").split():
-                yield uri, fields.get("suites", "").split()
+                yield uri, fields.get("components", "").split()
 
 
 def mirror_of(host: Host, family: str) -> str | None:
@@ -58,7 +60,15 @@ def mirror_of(host: Host, family: str) -> str | None:
 
     :param family: last part of the archive's path: ``debian``, ``ubuntu``
     """
-    for uri, _suites in sources(host):
-        if "://" in uri and uri.rstrip("/").rpartition("/")[2] == family:
-            return uri.rstrip("/")
+    for uri, components in sources(host):
+        if uri.startswith("mirror+file:"):
+            uri = (host.read(uri[len("mirror+file:") :]).split() or [""])[0]
+        uri = uri.rstrip("/")
+        # Vendors and PPAs have archives below a directory of the distribution's name, too.
+        if (
+            re.match(r"(https?|file|copy|ftp):/(?!/(private-)?ppa\.)", uri)
+            and uri.endswith(f"/{family}")
+            and "main" in components
+        ):
+            return uri
     return None

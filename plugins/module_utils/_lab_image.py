@@ -25,6 +25,7 @@ import tarfile
 import typing as t
 import uuid
 
+from ansible_collections.agentfleet.metal.plugins.module_utils import _apt
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 
@@ -143,64 +144,6 @@ def digest_of(wanted: t.Mapping[str, t.Any]) -> str:
     return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
 
 
-# -- apt sources ----------------------------------------------------------------
-
-
-class Source(t.NamedTuple):
-    """One enabled source of binary packages."""
-
-    uri: str
-    suites: tuple[str, ...]
-    components: tuple[str, ...]
-
-
-def parse_sources(name: str, text: str) -> list[Source]:
-    """The enabled sources of a file in apt's one-line (``.list``) or deb822 (``.sources``) form."""
-    found: list[Source] = []
-    if name.endswith(".list"):
-        for line in text.splitlines():
-            match = re.match(r"\s*deb\s+(?:\[[^\]]*\]\s*)?(\S+)\s+(\S+)\s*([^#]*)", line)
-            if match:
-                found.append(Source(match.group(1), (match.group(2),), tuple(match.group(3).split())))
-        return found
-    uncommented = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
-    for stanza in re.split(r"\n\s*\n", uncommented):
-        fields = {
-            key.lower(): value.split()
-            for key, value in re.findall(r"^([A-Za-z-]+):((?:.*)(?:\n[ \t]+.*)*)", stanza, re.MULTILINE)
-        }
-        if "deb" not in fields.get("types", []) or (fields.get("enabled") or ["yes"])[0].lower() in (
-            "no",
-            "false",
-            "0",
-        ):
-            continue
-        suites, components = tuple(fields.get("suites", [])), tuple(fields.get("components", []))
-        found += [Source(uri, suites, components) for uri in fields.get("uris", [])]
-    return found
-
-
-def find_mirror(host: Host, distribution: str, codename: str) -> str | None:
-    """The address from which this machine itself takes its distribution's main component.
-
-    Other vendors' archives may use the same suite names; the distribution's own ends in its name.
-    """
-    names = ["/etc/apt/sources.list", *host.glob("/etc/apt/sources.list.d/*.list")]
-    for name in [*names, *host.glob("/etc/apt/sources.list.d/*.sources")]:
-        for source in parse_sources(name, host.read(name)):
-            uri = source.uri
-            if uri.startswith("mirror+file:"):
-                uri = (host.read(uri[len("mirror+file:") :]).split() or [""])[0]
-            if (
-                re.match(r"(https?|file|copy|ftp)://?", uri)
-                and uri.rstrip("/").endswith("/" + distribution)
-                and codename in source.suites
-                and "main" in source.components
-            ):
-                return uri.rstrip("/")
-    return None
-
-
 def os_release(host: Host) -> dict[str, str]:
     """The fields of /etc/os-release."""
     pairs = (line.partition("=") for line in host.read("/etc/os-release").splitlines())
@@ -243,7 +186,7 @@ class LabImage:
         for path in params.get("files") or {}:
             if not path.startswith("/") or ".." in path.split("/"):
                 raise Refused("files", path, "not an absolute path", "Give paths in the image such as /etc/motd")
-        self.mirror = params.get("mirror") or find_mirror(host, self.distribution, codename)
+        self.mirror = params.get("mirror") or _apt.mirror_of(host, self.distribution)
         self.keyring = params.get("keyring") or f"/usr/share/keyrings/{self.distribution}-archive-keyring.gpg"
         self.cache = os.path.realpath(os.path.expanduser(params["cache_dir"]))
         self.definition = definition(

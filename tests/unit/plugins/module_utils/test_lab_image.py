@@ -17,91 +17,11 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._host import Comp
 from ansible_collections.agentfleet.metal.plugins.module_utils._lab_image import (
     MINIMUM_DISK,
     LabImage,
-    Source,
     definition,
     digest_of,
-    find_mirror,
     mbr,
-    parse_sources,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
-
-DEB822 = """\
-# a comment
-Types: deb deb-src
-# http://snapshot.example.org/
-URIs: http://mirror.example.org/debian/
-Suites: bookworm bookworm-updates
-Components: main contrib
-Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
-
-Enabled: no
-Types: deb
-URIs: http://disabled.example.org/debian
-Suites: bookworm
-Components: main
-
-Types: deb
-URIs: http://mirror.example.org/debian-security
-Suites: bookworm-security
-Components: main
-"""
-
-
-def test_deb822_sources_without_comments_and_disabled_ones() -> None:
-    assert parse_sources("debian.sources", DEB822) == [
-        Source("http://mirror.example.org/debian/", ("bookworm", "bookworm-updates"), ("main", "contrib")),
-        Source("http://mirror.example.org/debian-security", ("bookworm-security",), ("main",)),
-    ]
-
-
-def test_deb822_lists_may_continue_on_the_next_line() -> None:
-    text = "Types: deb\nURIs:\n http://a.example.org/debian\n http://b.example.org/debian\nSuites: trixie\nComponents: main\n"
-    assert [source.uri for source in parse_sources("x.sources", text)] == [
-        "http://a.example.org/debian",
-        "http://b.example.org/debian",
-    ]
-
-
-def test_one_line_sources() -> None:
-    text = """\
-# deb http://commented.example.org/debian bookworm main
-deb-src http://source.example.org/debian bookworm main
-deb [arch=amd64 signed-by=/k.gpg] http://mirror.example.org/debian bookworm main contrib # the mirror
-"""
-    assert parse_sources("sources.list", text) == [
-        Source("http://mirror.example.org/debian", ("bookworm",), ("main", "contrib"))
-    ]
-
-
-@pytest.mark.parametrize(
-    ("files", "mirror"),
-    [
-        ({"/etc/apt/sources.list.d/debian.sources": DEB822}, "http://mirror.example.org/debian"),
-        (  # another vendor uses the same suite and component names
-            {
-                "/etc/apt/sources.list.d/aaa.list": "deb https://apt.vendor.example.org bookworm main\n",
-                "/etc/apt/sources.list.d/debian.sources": DEB822,
-            },
-            "http://mirror.example.org/debian",
-        ),
-        (  # a vendor's archive below a directory named like the distribution has another component
-            {"/etc/apt/sources.list": "deb https://download.example.org/linux/debian bookworm stable\n"},
-            None,
-        ),
-        (
-            {
-                "/etc/apt/sources.list": "deb mirror+file:/etc/apt/mirrors/debian.list bookworm main\n",
-                "/etc/apt/mirrors/debian.list": "https://cloud.example.org/debian\thttps://other.example.org/debian\n",
-            },
-            "https://cloud.example.org/debian",
-        ),
-        ({"/etc/apt/sources.list": "deb cdrom:[Debian 12]/ bookworm main\n"}, None),
-        ({}, None),
-    ],
-)
-def test_mirror_of_the_machine_itself(fake_host: t.Any, files: dict[str, str], mirror: str | None) -> None:
-    assert find_mirror(fake_host.files(files), "debian", "bookworm") == mirror
 
 
 def test_digest_changes_with_the_definition_only() -> None:
