@@ -33,10 +33,15 @@ FLEET = {
     "thp": True,  # a guest boots with 2000 exits for pages instead of 30000
     "networks": [{"network": "fleet"}],
 }
-KEEPER = {  # with a disk, a root on another one and a share, to see what survives
+KEEPER = {  # with a disk, a root on another one, a share and first-boot data, to see what survives
     "name": "keeper",
     "image": "agent",
     "memory": "128MiB",
+    "environment": {"KEPT_AS": "it's kept"},
+    "user_data": {
+        "files": [{"path": "/etc/given.conf", "content": "given\n", "mode": "0640"}],
+        "run": ["cat /etc/given.conf >>/etc/ran"],
+    },
     "volumes": [
         {"name": "root", "size": "32MiB", "writable_layer": True},
         {"name": "data", "size": "32MiB", "mount": "/data"},

@@ -12,6 +12,9 @@ import re
 import typing as t
 
 KEPT, GONE = 3, 7  # of the plain ones
+# What the one with first-boot data has of it and of its environment, and what that has to be, however often it starts.
+SEEN = 'stat -c %a:%u:%g /etc/given.conf && cat /etc/given.conf /etc/ran && echo "$KEPT_AS"'
+GIVEN = "640:0:0\ngiven\ngiven\nit's kept\n"
 
 UP: set[str] = set()
 
@@ -30,6 +33,11 @@ def test_sixteen_from_one_image_in_one_call(microvms: t.Any, sixteen: t.Any) -> 
     UP.update(microvms.left())
 
 
+def test_first_boot_data_and_environment_are_the_guests(microvms: t.Any) -> None:
+    assert microvms.inside("keeper", SEEN) == GIVEN
+    assert microvms.look("keeper")["keeper"]["agent"]["first_boot_failed"] == ""
+
+
 def test_a_killed_vmm_comes_back_by_itself(host: t.Any, microvms: t.Any, sixteen: t.Any) -> None:
     before = microvms.look("fleet-01")["fleet-01"]
     host.check_output("kill -9 %s", str(before["pid"]))
@@ -45,6 +53,7 @@ def test_a_killed_virtiofsd_and_synced_data_survive(host: t.Any, microvms: t.Any
     host.check_output("pkill -9 -f '[v]irtiofsd .*fleet-models'")
     microvms.until("it comes back", "keeper", so=lambda one: one["ready"] and one["pid"] != before["pid"])
     assert microvms.inside("keeper", "cat /mnt/models/model /data/kept /etc/kept") == "weights\nprecious\nprecious\n"
+    assert microvms.inside("keeper", SEEN) == GIVEN  # nothing ran again
     assert not microvms.bring(*sixteen.instances, networks=sixteen.networks)["changed"]
     assert microvms.left() == UP
 
