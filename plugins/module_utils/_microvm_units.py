@@ -185,7 +185,9 @@ RemoveOnStop=yes
 
 SHARE_SERVICE = f"""\
 # Written by agentfleet.metal. Serves one share; ends with its microVM and starts with its next connection.
-# What it knew of the guest's open files is gone when it is killed, so that the guest must start anew, too.
+# What it knew of the guest's open files is gone with it, so that the guest must start anew, too: before it when it is
+# stopped or restarted (PartOf= in the microVM's drop-in), after it when it is killed. By itself it ends when the guest
+# has left. A share that is declared no more, and so has no SHARE_SOURCE, is stopped without its guest.
 [Unit]
 Description=agentfleet virtiofsd for %i
 
@@ -193,7 +195,8 @@ Description=agentfleet virtiofsd for %i
 # "-": it may be removed while the service, whose guest has left, still ends
 EnvironmentFile=-{SHARES}/%i.env
 ExecStart={_vmm.VIRTIOFSD} --fd=3 --sandbox=namespace --inode-file-handles=prefer --shared-dir ${{SHARE_SOURCE}} $SHARE_FLAGS
-ExecStopPost=/bin/sh -c 'share=%i; [ "$$SERVICE_RESULT" = success ] || \\
+ExecStopPost=/bin/sh -c 'share=%i; \\
+    case "$$SERVICE_RESULT $$EXIT_CODE $$SHARE_SOURCE" in "success exited "*|"success killed ") exit;; esac; \\
     exec systemctl --no-block try-restart "agentfleet-microvm@$${{share%%%%:*}}.service"'
 LimitNOFILE=1048576
 NoNewPrivileges=yes
@@ -291,8 +294,9 @@ def _needs(spec: Spec) -> list[str]:
     if shares:
         sockets = " ".join(f"{share}.socket" for share in shares)
         services = " ".join(f"{share}.service" for share in shares)
-        # A service starts with its first connection; its place here is for the stop, when the guest still writes.
-        lines += [f"Requires={sockets}", f"After={sockets} {services}"]
+        # A service starts with its first connection; its place here is for the stop, when the guest still writes: of
+        # all (the host shuts down), or of the service alone, which takes the guest along (as a restart does).
+        lines += [f"Requires={sockets}", f"After={sockets} {services}", f"PartOf={services}"]
     if paths:  # of which, as they are checked, none has a space or a quote
         lines.append("RequiresMountsFor=" + " ".join(path.replace("%", "%%") for path in paths))
     if spec["restore_from"]:  # a start that fails takes a minute or more: five of them are never within 300 s

@@ -44,6 +44,8 @@ def test_a_host_that_shuts_down_ends_the_guest_before_its_shares(microvm_spec: d
     names = ["agentfleet-virtiofsd@a1:m", "agentfleet-virtiofsd@a1:w"]
     assert section["After"] == [f"{name}.{kind}" for kind in ("socket", "service") for name in names]
     assert section["Requires"] == [f"{name}.socket" for name in names]  # the services start with a connection
+    # Whoever stops or restarts one of these (needrestart does) does so to the guest first, by After=.
+    assert section["PartOf"] == [f"{name}.service" for name in names]
 
 
 def test_it_starts_when_what_it_shares_and_its_volumes_are_mounted(microvm_spec: dict[str, t.Any]) -> None:
@@ -63,8 +65,20 @@ def test_a_clone_that_never_starts_is_given_up(microvm_spec: dict[str, t.Any]) -
     )  # jobs of two minutes are no failure
 
 
-@pytest.mark.parametrize(("result", "restarted"), [("success", ""), ("signal", "a1"), ("exit-code", "a1")])
-def test_a_killed_virtiofsd_takes_its_microvm_along(result: str, restarted: str) -> None:
+@pytest.mark.parametrize(
+    ("result", "code", "source", "restarted"),
+    [
+        ("success", "exited", "/srv/a", False),  # its guest has left
+        ("success", "killed", "/srv/a", True),  # by SIGTERM
+        ("signal", "killed", "/srv/a", True),
+        ("exit-code", "exited", "/srv/a", True),
+        ("success", "killed", None, False),  # the share is taken away from a guest that goes on
+        ("signal", "killed", None, True),
+    ],
+)
+def test_a_killed_virtiofsd_takes_its_microvm_along(
+    result: str, code: str, source: str | None, restarted: bool
+) -> None:
     """The unit's own shell line, with systemd's expansions done and systemctl in words."""
     match = re.search(r"^ExecStopPost=/bin/sh -c '(.*?)'$", units.SHARE_SERVICE.replace("\\\n", " "), re.MULTILINE)
     assert match
@@ -73,13 +87,17 @@ def test_a_killed_virtiofsd_takes_its_microvm_along(result: str, restarted: str)
     )
     done = subprocess.run(
         ["sh", "-c", script],
-        env={"SERVICE_RESULT": result, "PATH": "/bin:/usr/bin"},
+        env={
+            "SERVICE_RESULT": result,
+            "EXIT_CODE": code,
+            **({"SHARE_SOURCE": source} if source else {}),
+            "PATH": "/bin:/usr/bin",
+        },
         capture_output=True,
         text=True,
         check=True,
     )
-    wanted = f"--no-block try-restart agentfleet-microvm@{restarted}.service\n" if restarted else ""
-    assert done.stdout == wanted
+    assert done.stdout == ("--no-block try-restart agentfleet-microvm@a1.service\n" if restarted else "")
 
 
 def test_its_unit_may_open_what_a_pci_function_needs() -> None:
