@@ -42,6 +42,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._image_definition
     digest_of,
     sha256_of,
 )
+from ansible_collections.agentfleet.metal.plugins.module_utils._kernel import dpkg_packages
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 
 ALIGNMENT = 2 << 20
@@ -149,7 +150,7 @@ class Build:
             "files": {name: describe(f"{self.work}/{name}") for name in files},
             "kernel_release": release,
             "kernel_arguments": self._arguments(table) if kernel and initrd is None else [],
-            "packages": _sbom.dpkg_packages(Host(self.tree).read("/var/lib/dpkg/status")),
+            "packages": dpkg_packages(Host(self.tree).read("/var/lib/dpkg/status")),
             "python_packages": _sbom.python_packages(self.tree),
             "base": self.base["files"][_store.IMAGE]["sha256"] if self.base else "",
             "verity": table,

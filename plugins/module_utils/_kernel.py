@@ -74,7 +74,7 @@ def observe_kernel(host: Host) -> dict[str, t.Any]:
 def observe_packages(host: Host) -> dict[str, str]:
     """Installed packages and their versions, from dpkg's status file or the rpm database."""
     if host.exists("/var/lib/dpkg/status"):
-        return _dpkg(host.read("/var/lib/dpkg/status"))
+        return dpkg_packages(host.read("/var/lib/dpkg/status"))
     if not (host.exists("/var/lib/rpm") or host.exists("/usr/lib/sysimage/rpm")):
         return {}
     done = host.run(["rpm", "-qa", "--queryformat", "%{NAME}\\t%{EVR}\\n"], check=False)
@@ -244,7 +244,8 @@ def _secure_boot(host: Host) -> bool:
     return False
 
 
-def _dpkg(text: str) -> dict[str, str]:
+def dpkg_packages(text: str) -> dict[str, str]:
+    """Package -> version of what is installed, also on hold, from dpkg's status file."""
     packages: dict[str, str] = {}
     name = ""
     installed = False

@@ -27,16 +27,6 @@ def program() -> str | None:
     return shutil.which(PROGRAM, path=os.path.dirname(sys.executable)) or shutil.which(PROGRAM)
 
 
-def dpkg_packages(status: str) -> dict[str, str]:
-    """Package -> version from dpkg's status file."""
-    found = {}
-    for stanza in status.split("\n\n"):
-        fields = dict(line.split(": ", 1) for line in stanza.splitlines() if ": " in line and line[0] != " ")
-        if fields.get("Status") == "install ok installed":
-            found[fields["Package"]] = fields["Version"]
-    return found
-
-
 def python_packages(tree: str) -> dict[str, str]:
     """Name -> version of what pip installed in a tree (Debian's own packages are dpkg's)."""
     found = {}

@@ -152,12 +152,6 @@ def test_check_mode_plans_a_build_without_the_tools(fake_host: t.Any) -> None:
     assert images.result({})["store"] == [{"name": "agent", "digest": "", "files": {}, "deltas": []}]
 
 
-def test_packages_are_those_installed() -> None:
-    installed = "Package: a\nStatus: install ok installed\nVersion: 1\nDescription: x\n more: y\n"
-    removed = "Package: b\nStatus: deinstall ok config-files\nVersion: 2\n"
-    assert _sbom.dpkg_packages(f"{installed}\n{removed}") == {"a": "1"}
-
-
 def test_python_packages_are_those_of_pip(tmp_path: Path) -> None:
     for name, record in (("of_pip-1.0", True), ("of_debian-2.0", False)):
         info = tmp_path / f"usr/lib/python3/dist-packages/{name}.dist-info"

@@ -124,10 +124,11 @@ def test_packages_of_dpkg(fake_host: t.Any) -> None:
         {
             "/var/lib/dpkg/status": "Package: cxl\nStatus: install ok installed\nVersion: 81-1\n\n"
             "Package: gone\nStatus: deinstall ok config-files\nVersion: 1\n\n"
+            "Package: held\nStatus: hold ok installed\nVersion: 3\nDescription: x\n Version: y\n\n"
             "Package: half\nStatus: install ok half-installed\nVersion: 2\n"
         }
     )
-    assert _kernel.observe_packages(fake_host) == {"cxl": "81-1"}
+    assert _kernel.observe_packages(fake_host) == {"cxl": "81-1", "held": "3"}
 
 
 def test_packages_of_rpm(fake_host: t.Any) -> None:
