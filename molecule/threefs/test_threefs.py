@@ -108,10 +108,10 @@ class Cluster:
             assert time.monotonic() < end, f"{what}: {rows}"
             time.sleep(2)
 
-    def assert_well(self, nodes: set[str], replicas: int = 2) -> None:
-        """Every chain serves with so many replicas, on exactly these nodes."""
+    def assert_well(self, nodes: set[str]) -> None:
+        """Every chain serves with two replicas, on exactly these nodes."""
         rows = self.chains()
-        assert rows and all(row[3] == "SERVING" and len(row) == FIRST_TARGET + replicas for row in rows), rows
+        assert rows and all(row[3] == "SERVING" and len(row) == FIRST_TARGET + 2 for row in rows), rows
         assert nodes_of(rows) == nodes
 
 

@@ -122,7 +122,7 @@ class Artifact:
         for source in self.sources if not present else ():
             if not _URL.match(source["src"]) and not self.coming:
                 files[source["src"]] = self._digest(source["src"])
-        return {"present": present, "files": files, "releases": self.host.names(self.directory)}
+        return {"present": present, "files": files}
 
     def _digest(self, path: str) -> str | None:
         try:

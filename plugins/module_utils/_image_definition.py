@@ -388,8 +388,7 @@ class _Reader:
 
     def _content(self, where: str, given: t.Mapping[str, t.Any], item: Item) -> None:
         if given["src"] is None:
-            item.data = str(given["content"]).encode()
-            item.sha256 = hashlib.sha256(item.data).hexdigest()
+            item.data, item.sha256 = given["content"].encode(), _text_digest(given["content"])
             return
         item.source = self.host.path(given["src"])
         if not os.path.isfile(item.source):

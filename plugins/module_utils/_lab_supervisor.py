@@ -33,10 +33,6 @@ SHORTEST_RUN_SECONDS = 2.0  # a guest that resets faster than this, RESETS times
 RESETS = 5
 
 
-class Ended(Exception):
-    """The host is off; the text says why."""
-
-
 class Supervisor:
     """One host: ``run()`` returns the reason when it is off."""
 

@@ -466,7 +466,7 @@ def quotas(pool_name: str) -> dict[str, dict[str, int]]:
 
 def set_quotas(pool_name: str) -> None:
     """Make the master's tenants those of the declaration; of the others their data goes first."""
-    pool, ids, admin = _pool(pool_name), _tenant_ids(pool_name), None
+    pool, ids = _pool(pool_name), _tenant_ids(pool_name)
     admin = Admin(pool)
     wanted = {ids[tenant["name"]]: tenant["quota_bytes"] for tenant in pool["tenants"]}
     present = admin.quotas()

@@ -738,8 +738,8 @@ class Pools:
         done = self.host.run(["systemctl", "enable", "--quiet", "--now", *units], timeout_seconds=patience, check=False)
         if done.rc == 0:
             return
-        observed = {"units": show(self.host, units, "ActiveState,UnitFileState")}
-        failed = [unit for unit in units if observed["units"].get(unit, {}).get("ActiveState") != "active"] or units
+        states = show(self.host, units, "ActiveState,UnitFileState")
+        failed = [unit for unit in units if states.get(unit, {}).get("ActiveState") != "active"] or units
         # Not left behind in a loop of restarts that would look half-made.
         self.host.run(["systemctl", "disable", "--quiet", "--now", *failed], timeout_seconds=120, check=False)
         said = [

@@ -15,7 +15,6 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._kernel import ob
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size
 
 CHECKS = ("rdma", "clock", "memory", "shm")
-AIO_REQUESTS = 67108864
 _EMPTY_GID = re.compile(r"^(0000:){7}0000$|^fe80:(0000:){3}(0000:){3}0000$")
 # What upstream's listeners take for TCP unless told otherwise.
 _NAMES = re.compile(r"^(en|eth|bond|xgbe)")
@@ -39,7 +38,6 @@ def observe(host: Host) -> dict[str, t.Any]:
                     "port": port["port"],
                     "state": port["state"],
                     "link_layer": port["link_layer"],
-                    "gids": len(usable),
                     "roce_v2": sum(kinds[name] == "RoCE v2" for name in usable),
                 }
             )

@@ -58,7 +58,6 @@ def parse(
             "targets": [
                 {"id": int(cell.group(1)), "public": cell.group(2), "local": cell.group(3)} for cell in matches if cell
             ],
-            "preferred": [int(number) for number in re.findall(r"\d+", row["PreferredOrder"])],
         }
     for row in tables:
         versions = found["tables"].setdefault(int(row["ChainTableId"]), {})

@@ -107,15 +107,14 @@ def checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
-def arp(source: str, sender: str, address: str, target: str, to: bytes = BROADCAST) -> bytes:
+def arp(source: str, sender: str, address: str, target: str) -> bytes:
     """An ARP reply that says: ``address`` is at ``sender``."""
     body = struct.pack("!HHBBH", 1, 0x800, 6, 4, 2) + mac(sender) + socket.inet_aton(address)
-    return to + mac(source) + b"\x08\x06" + body + BROADCAST + socket.inet_aton(target)
+    return BROADCAST + mac(source) + b"\x08\x06" + body + BROADCAST + socket.inet_aton(target)
 
 
-def udp(
-    source: str, to: bytes, address: str, target: str, sport: int = 9, payload: bytes = b"agentfleet-test!"
-) -> bytes:
+def udp(source: str, to: bytes, address: str, target: str, sport: int = 9) -> bytes:
+    payload = b"agentfleet-test!"
     data = struct.pack("!HHHH", sport, 9, 8 + len(payload), 0) + payload
     ip = ipaddress.ip_address(address)
     if ip.version == 6:

@@ -58,7 +58,7 @@ class Document:
 class Lab:
     """One mgmtd, one meta and some storage services on a fake host that has admin_cli."""
 
-    def __init__(self, root: Path, monkeypatch: t.Any, nodes: int = 3, disks: int = 2) -> None:
+    def __init__(self, root: Path, monkeypatch: t.Any) -> None:
         load("fdb_double", DOUBLES / "foundationdb/fdb_double.py")
         self.double = load("threefs_double", DOUBLES / "threefs/threefs_double.py")
         self.root, self.now = root, 1_000_000.0
@@ -75,9 +75,8 @@ class Lab:
         monkeypatch.setattr("time.sleep", self.sleep)
         self.storages: dict[int, t.Any] = {}
         self.running: dict[int, t.Any] = {}
-        self.disks = disks
         self.configure()
-        self.start(nodes)
+        self.start()
 
     # -- the cluster -----------------------------------------------------------------
 
@@ -97,7 +96,7 @@ class Lab:
         self.host.write("/etc/3fs/stage/cluster.json", json.dumps(described))
         (self.root / "var/lib/3fs/stage").mkdir(parents=True)
 
-    def start(self, nodes: int) -> None:
+    def start(self) -> None:
         """mgmtd, meta and storage services, as after bring-up."""
         settings = {"authenticate": "true", "heartbeat_fail_interval": "'15s'", "bootstrapping_length": "'1s'"}
         lines = "".join(f"{key} = {value}\n" for key, value in settings.items())
@@ -124,7 +123,7 @@ class Lab:
         self.served["10.0.0.1:8000"] = self.mgmtd.answer
         self.served["10.0.0.1:8001"] = self.meta
         self.running[100] = self.double.Running(keys["configs"]["META"])
-        for node in range(10001, 10001 + nodes):
+        for node in range(10001, 10004):
             self.add(node)
         self.sleep(1)
         self.sleep(2)
@@ -137,7 +136,7 @@ class Lab:
 
     def add(self, node: int) -> None:
         """Start a storage service (again)."""
-        paths = [self.root / f"disks/{node}/{disk}" for disk in range(self.disks)]
+        paths = [self.root / f"disks/{node}/{disk}" for disk in range(2)]
         for path in paths:
             path.mkdir(parents=True, exist_ok=True)
         targets = {"target_paths": [str(path) for path in paths], "allow_disk_without_uuid": True}

@@ -414,7 +414,7 @@ def test_the_first_time_is_init_cluster_and_later_only_what_differs(host: t.Any)
 
 def port(**more: t.Any) -> dict[str, t.Any]:
     """A port that is good."""
-    good = {"device": "mlx5_0", "port": 1, "state": "ACTIVE", "link_layer": "Ethernet", "gids": 2, "roce_v2": 1}
+    good = {"device": "mlx5_0", "port": 1, "state": "ACTIVE", "link_layer": "Ethernet", "roce_v2": 1}
     return {**good, **more}
 
 
