@@ -241,10 +241,7 @@ class Build:
         shutil.rmtree(unpacked)
         os.unlink(f"{self.work}/kernel.tar")
         shutil.rmtree(target, ignore_errors=True)
-        for directory, _directories, files in os.walk(made):
-            for path in (f"{directory}/{name}" for name in files):
-                if not os.path.islink(path):
-                    sync(path)
+        self.host.run(["sync", "--file-system", made], timeout_seconds=600)  # a power cut leaves all of it or no name
         os.rename(made, target)
         return target
 
