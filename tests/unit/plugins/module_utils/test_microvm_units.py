@@ -12,18 +12,31 @@ import typing as t
 import pytest
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_units as units
-from ansible_collections.agentfleet.metal.plugins.module_utils import _snapshot
+from ansible_collections.agentfleet.metal.plugins.module_utils import _snapshot, _vmm
 
 SHARE = {"tag": "m", "source": "/srv/models", "target": "/mnt/m", "readonly": True, "dax": "never", "cache": "always"}
 
 
-def test_a_share_says_what_virtiofsd_may_do(microvm_spec: dict[str, t.Any]) -> None:
-    microvm_spec["shares"] = [SHARE, {**SHARE, "tag": "w", "readonly": False, "cache": "auto"}]
+@pytest.mark.parametrize("cache", _vmm.SHARE_CACHES)
+def test_a_share_says_what_virtiofsd_may_do(microvm_spec: dict[str, t.Any], cache: str) -> None:
+    microvm_spec["shares"] = [{**SHARE, "cache": cache}, {**SHARE, "tag": "w", "readonly": False, "cache": cache}]
     files = units.files_of(t.cast("t.Any", microvm_spec), {"drop_in": ""})
-    assert (
-        files[f"{units.SHARES}/a1:m.env"][0] == 'SHARE_SOURCE="/srv/models"\nSHARE_FLAGS="--cache=always --readonly"\n'
-    )
-    assert files[f"{units.SHARES}/a1:w.env"][0] == 'SHARE_SOURCE="/srv/models"\nSHARE_FLAGS="--cache=auto"\n'
+    texts = [files[f"{units.SHARES}/a1:{tag}.env"][0].splitlines() for tag in ("m", "w")]
+    assert texts == [
+        ['SHARE_SOURCE="/srv/models"', f'SHARE_FLAGS="--cache={cache} --readonly"'],
+        ['SHARE_SOURCE="/srv/models"', f'SHARE_FLAGS="--cache={cache}"'],
+    ]
+
+
+def test_virtiofsd_sees_its_directory_alone_and_is_reached_by_the_group_of_vmms() -> None:
+    command = re.findall(r"^ExecStart=(.*)$", units.SHARE_SERVICE, re.MULTILINE)
+    assert [one.split() for one in command] == [[
+        "/usr/libexec/virtiofsd", "--fd=3", "--sandbox=namespace", "--inode-file-handles=prefer",
+        "--shared-dir", "${SHARE_SOURCE}", "$SHARE_FLAGS",
+    ]]  # fmt: skip
+    # A VMM is not root, and of this group.
+    assert {"SocketGroup=kvm", "SocketMode=0660"} <= set(units.SHARE_SOCKET.splitlines())
+    assert "SupplementaryGroups=kvm" in units.MICROVM.splitlines()
 
 
 def test_a_definition_from_before_cache_policies_still_has_one(microvm_spec: dict[str, t.Any]) -> None:
