@@ -38,6 +38,25 @@ def test_first_boot_data_and_environment_are_the_guests(microvms: t.Any) -> None
     assert microvms.look("keeper")["keeper"]["agent"]["first_boot_failed"] == ""
 
 
+def test_a_first_start_that_fails_leaves_nothing(microvms: t.Any, sixteen: t.Any) -> None:
+    """Neither volume nor share, nor the bridge that it would have been the first on."""
+    bad = {
+        "name": "fleet-bad",
+        "image": "agent",
+        "memory": "112MiB",
+        "thp": True,
+        "kernel_arguments": ["rdinit=/nonexistent"],
+        "restart_policy": "never",
+        "volumes": [{"name": "data", "size": "32MiB", "mount": "/data"}],
+        "shares": [{"tag": "models", "source": "/srv/fleet-models"}],
+        "networks": [{"network": "bad"}],
+    }
+    told = microvms.refused(bad, networks=[{"name": "bad", "prefix": "10.86.1.0/24", "bridge": "afbad"}])
+    assert "microVM fleet-bad: the VMM ended" in told
+    assert microvms.left() == UP
+    assert set(microvms.look()) == {one["name"] for one in sixteen.made["instances"]}
+
+
 def test_a_killed_vmm_comes_back_by_itself(host: t.Any, microvms: t.Any, sixteen: t.Any) -> None:
     before = microvms.look("fleet-01")["fleet-01"]
     host.check_output("kill -9 %s", str(before["pid"]))
