@@ -27,14 +27,16 @@ def observe_pci(host: Host, booting: bool = False) -> dict[str, t.Any]:
     """All PCI functions of the host.
 
     ``in_use`` gives each use that a rebind would break as a text; ``boot_critical``
-    says that one of them is the running system or the way to reach it.
+    says that one of them is the running system or the way to reach it. ``users`` are
+    the processes (``pid name``) that hold the vfio nodes of a function or its group open.
 
     :param booting: what an interface got by itself since the start (addresses, a place below another) is no use
     """
     addresses = sorted(host.names(DEVICES))  # hexadecimal, so plain order
     uses = {address: list[str]() for address in addresses}
     vital: set[str] = set()
-    blocks, nets = _block_uses(host, uses, vital), _network_uses(host, uses, vital, booting)
+    opened = list(_open_nodes(host))
+    blocks, nets = _block_uses(host, opened, uses, vital), _network_uses(host, uses, vital, booting)
     return {
         "functions": [
             {
@@ -42,6 +44,7 @@ def observe_pci(host: Host, booting: bool = False) -> dict[str, t.Any]:
                 "netdevs": nets.get(address, []),
                 "blockdevs": blocks.get(address, []),
                 "in_use": uses[address],
+                "users": _users(host, address, opened),
                 "boot_critical": address in vital,
             }
             for address in addresses
@@ -143,7 +146,9 @@ def _block_owners(host: Host, name: str) -> set[str]:
     return _owners(host, path)
 
 
-def _block_uses(host: Host, uses: dict[str, list[str]], vital: set[str]) -> dict[str, list[str]]:
+def _block_uses(
+    host: Host, opened: t.Iterable[tuple[str, str]], uses: dict[str, list[str]], vital: set[str]
+) -> dict[str, list[str]]:
     """Add the uses of block devices; returns function -> its disks."""
     owners = {name: _block_owners(host, name) for name in host.names("/sys/class/block")}
     disks: dict[str, list[str]] = {}
@@ -160,7 +165,7 @@ def _block_uses(host: Host, uses: dict[str, list[str]], vital: set[str]) -> dict
     for line in host.read("/proc/swaps").splitlines()[1:]:
         name = _device_name(host, line.split()[0])
         use(name, f"{name} is swap", True)
-    for node, process in _open_nodes(host):  # a virtual machine's or a database's raw disk, which need not claim it
+    for node, process in opened:  # a virtual machine's or a database's raw disk, which need not claim it
         use(node[5:], f"{node[5:]} is open in process {process}")
     for name, addresses in owners.items():
         path = f"/sys/class/block/{name}"
@@ -350,18 +355,9 @@ def wait_for(host: Host, addresses: t.Iterable[str], seconds: float, with_driver
         return
 
 
-def vfio_users(host: Host, addresses: t.Iterable[str]) -> dict[str, list[str]]:
-    """Address -> processes (``pid name``) that hold the function's vfio nodes open; one pass over all open files."""
-    users: dict[str, list[str]] = {address: [] for address in addresses}
-    owners: dict[str, list[str]] = {}
-    for address in users:
-        for node in vfio_nodes(host, address):
-            owners.setdefault(node, []).append(address)
-    for node, process in _open_nodes(host) if owners else []:
-        for address in owners.get(node, []):
-            if process not in users[address]:
-                users[address].append(process)
-    return users
+def _users(host: Host, address: str, opened: t.Iterable[tuple[str, str]]) -> list[str]:
+    nodes = vfio_nodes(host, address)
+    return list(dict.fromkeys(process for node, process in opened if node in nodes)) if nodes else []
 
 
 def vfio_nodes(host: Host, address: str) -> list[str]:
@@ -398,5 +394,6 @@ def virtual_function(host: Host, pf: dict[str, t.Any], number: int) -> dict[str,
         "netdevs": [],
         "blockdevs": [],
         "in_use": [],
+        "users": [],
         "boot_critical": False,
     }

@@ -80,14 +80,13 @@ class SriovVfs:
     # -- the four verbs -----------------------------------------------------------------
 
     def observe(self) -> dict[str, t.Any]:
-        """PCI functions, who uses their VFs, and the settings of the VFs that are wished for."""
+        """PCI functions, and the settings of the VFs that are wished for."""
         pfs = [item["pf"] for item in self.items]
         if self.wait_seconds:
             _pci.wait_for(self.host, pfs, self.wait_seconds, with_driver=True)
         functions = _pci.observe_pci(self.host)["functions"]
         return {
             "functions": functions,
-            "users": _pci.vfio_users(self.host, [f["address"] for f in functions if f["physfn"]]),
             "up": [name for name in self.host.names("/sys/class/net") if self._is_up(name)],
             "settings": {f["address"]: self._settings(f) for f in functions if f["sriov"] and f["netdevs"]}
             if any(len(self._wish(item, 0)) for item in self.items)
@@ -206,7 +205,7 @@ class SriovVfs:
 
         def fixed(vf: dict[str, t.Any]) -> list[str]:
             uses = vf["in_use"] if vf["boot_critical"] or vf["blockdevs"] else []
-            return uses + [f"open in process {user}" for user in observed["users"][vf["address"]]]
+            return uses + [f"open in process {user}" for user in vf["users"]]
 
         kept = listed(fixed)
         if kept:

@@ -141,15 +141,13 @@ class VfioBindings:
     # -- the four verbs -----------------------------------------------------------------
 
     def observe(self) -> dict[str, t.Any]:
-        """PCI functions, IOMMU groups, users of vfio nodes, and the access that the nodes have."""
+        """PCI functions, IOMMU groups, and the access that the nodes have."""
         if self.wait_seconds:
             _pci.wait_for(self.host, [item["address"] for item in self.items], self.wait_seconds)
         functions = _pci.observe_pci(self.host, booting=bool(self.wait_seconds))["functions"]
-        bound = [function for function in functions if "vfio" in function["driver"]]
         return {
             "functions": functions,
             "iommu": _pci.observe_iommu(self.host),
-            "users": _pci.vfio_users(self.host, [function["address"] for function in bound]),
             "drivers": self.host.names("/sys/bus/pci/drivers"),
             "nodes": {path: self._access(path) for path in self._nodes()},
             "gid": self._gid(self.desired.get("access_group") or ""),
@@ -176,7 +174,7 @@ class VfioBindings:
         lacking: list[Step] = []
         for address, binding in sorted(wish.items()):
             with each_alone(bool(self.wait_seconds), address, lacking):
-                self._check(functions[address], binding, observed["users"].get(address, []))
+                self._check(functions[address], binding)
                 continue
             del wish[address]  # it was refused, and the others go on
         mates: dict[str, Binding] = {}
@@ -301,13 +299,13 @@ class VfioBindings:
         self.warnings.append(f"The host has no active IOMMU; it is taken as on after a reboot. {remedy}")
 
     @staticmethod
-    def _check(function: dict[str, t.Any], binding: Binding, users: list[str]) -> None:
+    def _check(function: dict[str, t.Any], binding: Binding) -> None:
         """Refuse a change of one function that would break the host or a microVM."""
         option, address = binding.option, function["address"]
         if function["driver"] == binding.driver or not (binding.driver or "vfio" in function["driver"]):
             return
-        if users:
-            problem = f"in use through vfio by process {', '.join(users)}"
+        if "vfio" in function["driver"] and function["users"]:  # without the driver it is another one of its group
+            problem = f"in use through vfio by process {', '.join(function['users'])}"
             raise Refused(option, address, problem, "Stop the virtual machine that has the function")
         if function["class"].startswith("06"):
             raise Refused(option, address, "a bridge, which vfio does not take", "Name the functions behind it")
@@ -341,7 +339,7 @@ class VfioBindings:
             )
         together = Binding(f"bind_whole_group ({binding.option})", binding.driver)
         for mate in mates:
-            self._check(mate, together, [])
+            self._check(mate, together)
         return {mate["address"]: together for mate in mates}
 
     @staticmethod
