@@ -511,14 +511,12 @@ class MicroVms:
         self._tell(running, changes)
 
     def _tell(self, running: _vmm.Spec, changes: list[_vmm.Change]) -> None:
-        """Let the guest use CPUs, networks, images and shares that are new; its kernel only sees them."""
+        """Let the guest use CPUs, networks, images, shares and room on volumes that are new; its kernel only sees them."""
         new = {change.item for change in changes if change.key == "networks" and change.after is not None}
-        images, shares = (
+        images, shares, disks = (
             [change.after for change in changes if change.key == key and change.after is not None]
-            for key in ("data_images", "shares")
+            for key in ("data_images", "shares", "volumes")
         )
-        if not new and not images and not shares and not any(change.key == "vcpus" for change in changes):
-            return
         name = running["name"]
         networks = self.specs[name]["networks"]
         lines = zip(networks, _network.guest_lines(networks))
@@ -526,7 +524,10 @@ class MicroVms:
             "networks": [line for interface, line in lines if interface["network"] in new],
             "images": _microvm_data.image_lines(images),
             "shares": _microvm_data.share_lines(shares),
+            "volumes": _microvm_data.grown_lines(disks),
         }
+        if not any(message.values()) and not any(change.key == "vcpus" for change in changes):
+            return
         told = state_of.ask_agent(self.host, running, ATTACH_SECONDS, "/attached", message) or {"error": "no answer"}
         if "error" in told:
             self.warnings.append(f"microVM {name}: its agent does not use what was attached: {told['error']}")

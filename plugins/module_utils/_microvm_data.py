@@ -18,7 +18,7 @@ import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _network
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
-from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import DataImage, Share, Spec
+from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import DataImage, Share, Spec, Volume
 
 SECTOR = 512
 # systemd's limit for all credentials of a unit is 1 MiB.
@@ -34,6 +34,15 @@ def share_lines(shares: t.Iterable[Share]) -> list[str]:
 def image_lines(images: t.Iterable[DataImage]) -> list[str]:
     """What a guest maps beside its root: UUID, target, file system and options of each image."""
     return [f"{image['uuid']} {image['target']} {image['filesystem']} {image['options']}" for image in images]
+
+
+def grown_lines(volumes: t.Iterable[Volume]) -> list[str]:
+    """Volumes whose file systems a guest lets grow: serial, file system and size of each."""
+    return [
+        f"{volume['name']} {volume['filesystem']} {volume['size_bytes']}"
+        for volume in volumes
+        if volume["filesystem"] and not volume["readonly"]
+    ]
 
 
 def config(spec: Spec) -> str:

@@ -30,8 +30,8 @@ options:
       - V(stopped) defines and stops by the power button. V(restarted) stops what runs, too, and starts all.
       - V(absent) stops and removes everything that a microVM has on the host but its volumes; only O(instances[].name) and
         O(instances[].count) matter then.
-      - What can be changed while a microVM runs (CPUs and memory up to their maximum, balloon, images of data, volumes,
-        shares, networks, devices, disk limits) is.
+      - What can be changed while a microVM runs (CPUs and memory up to their maximum, balloon, images of data, volumes that
+        grow or that the guest does not mount, shares, networks, devices, disk limits) is.
     type: str
     choices: [present, running, paused, stopped, restarted, absent]
     default: running
@@ -236,7 +236,9 @@ options:
             type: str
             required: true
           size:
-            description: Size. A larger one than before makes the volume grow; it never shrinks.
+            description:
+              - Size. A larger one than before makes the volume grow, also while the microVM runs, with the file system that its
+                guest makes; it never shrinks.
             type: str
             required: true
           template:
@@ -247,7 +249,9 @@ options:
             type: bool
             default: false
           mount:
-            description: Mount point in the guest, which mounts it when it starts. Without one, it can come and go while it runs.
+            description:
+              - Mount point in the guest, which mounts it when it starts, so that it comes and goes with a restart. Without one,
+                the volume can come and go while the microVM runs.
             type: str
           filesystem:
             description: File system that the guest makes on a blank volume that it mounts, and lets grow with it. By default V(ext4).

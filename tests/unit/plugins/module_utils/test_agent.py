@@ -232,6 +232,113 @@ def test_shares_are_mounted_once_and_let_go_when_nothing_uses_them(tmp_path: Pat
     assert refusal == f"[Errno 16] umount2 {tmp_path}/scratch 0: Device or resource busy"
 
 
+# In a mount namespace of its own: a disk that is mounted here, or is the upper layer of an overlay that was mounted elsewhere.
+ON_A_LOOP_DEVICE = """
+import importlib.machinery, importlib.util, os, subprocess, sys
+loader = importlib.machinery.SourceFileLoader("agent", sys.argv[1])
+agent = importlib.util.module_from_spec(importlib.util.spec_from_loader("agent", loader))
+loader.exec_module(agent)
+top, filesystem, loop = sys.argv[2:]
+call = lambda *words: subprocess.run(words, check=True)
+agent.GROWN, agent.disk = f"{top}/grown", lambda serial, size: loop
+call(f"mkfs.{filesystem}", "-q", loop)
+call("mount", loop, f"{top}/data")
+for name in ("upper", "work", "lower"):
+    os.makedirs(f"{top}/data/{name}", exist_ok=True)
+call("mount", "-t", "overlay", "-o", f"lowerdir={top}/lower,upperdir={top}/data/upper,workdir={top}/data/work", "x", f"{top}/root")
+call("umount", "-l", f"{top}/data")
+os.truncate(f"{top}/disk", 700 << 20)
+call("losetup", "--set-capacity", loop)
+wish = {"networks": [], "shares": [], "volumes": [f"root {filesystem} {700 << 20}"]}
+size = lambda: print(os.statvfs(f"{top}/root").f_blocks * os.statvfs(f"{top}/root").f_frsize >> 20)
+size()
+agent.use(wish)
+size()
+agent.use(wish)
+size()
+print(sum(f"{top}/grown" in line for line in open("/proc/mounts")))
+"""
+
+
+@pytest.mark.parametrize("filesystem", ["ext4", "xfs"])
+def test_a_file_system_grows_with_its_volume_wherever_it_is_mounted(tmp_path: Path, filesystem: str) -> None:
+    programs = [f"mkfs.{filesystem}", "losetup", {"ext4": "resize2fs", "xfs": "xfs_growfs"}[filesystem]]
+    if os.geteuid() or not all(map(shutil.which, programs)):
+        pytest.skip(f"root, {', '.join(programs)} are needed")
+    capabilities = Path("/proc/self/status").read_text().partition("CapEff:")[2].split()[0]
+    if filesystem == "ext4" and not int(capabilities, 16) >> 24 & 1:
+        pytest.skip("ext4 grows with CAP_SYS_RESOURCE only")
+    for name in ("data", "lower", "root"):
+        (tmp_path / name).mkdir()
+    with open(tmp_path / "disk", "wb") as file:
+        file.truncate(350 << 20)
+    made = subprocess.run(
+        ["losetup", "--find", "--show", tmp_path / "disk"], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip("a loop device is needed")
+    loop = made.stdout.strip()
+    try:
+        words = [
+            "unshare",
+            "--mount",
+            sys.executable,
+            "-c",
+            ON_A_LOOP_DEVICE,
+            str(AGENT),
+            str(tmp_path),
+            filesystem,
+            loop,
+        ]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    finally:
+        subprocess.run(["losetup", "--detach", loop], check=True)
+    assert done.returncode == 0, done.stderr
+    before, after, again, mounts = map(int, done.stdout.split())
+    assert before < 350 < 600 < after == again and mounts == 0
+
+
+def test_a_disk_is_awaited_until_it_has_its_size(agent: t.Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, serial, sectors in (("vda", "agentfleet-config", 1), ("vdb", "data", 2048)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "serial").write_text(serial)
+        (tmp_path / name / "size").write_text(f"{sectors}\n")
+    monkeypatch.setattr(agent, "paths", lambda _directory, beginning: sorted(map(str, tmp_path.glob(f"{beginning}*"))))
+    assert agent.disk("data", 1 << 20) == "/dev/vdb"
+    for serial, size in (("data", 2 << 20), ("gone", 512)):
+        with pytest.raises(OSError, match=f"no disk {serial} has {size} bytes"):
+            agent.disk(serial, size)
+    monkeypatch.setattr(agent, "ATTACH_SECONDS", 0)
+    with pytest.raises(OSError, match="no disk data has 2097152 bytes"):
+        agent.use({"networks": [], "shares": [], "volumes": ["data ext4 2097152"]})
+
+
+@pytest.mark.parametrize(
+    ("filesystem", "command"), [("ext4", "resize2fs /dev/vdb"), ("xfs", "xfs_growfs {grown}")], ids=["ext4", "xfs"]
+)
+def test_a_file_system_is_mounted_no_longer_than_it_grows(
+    agent: t.Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, filesystem: str, command: str
+) -> None:
+    grown, called = str(tmp_path / "grown"), []
+
+    def fails(*words: str) -> None:
+        called.append(words)
+        raise OSError("No space left")
+
+    monkeypatch.setattr(agent, "GROWN", grown)
+    monkeypatch.setattr(agent, "disk", lambda serial, size: {("data", 1 << 20): "/dev/vdb"}[serial, size])
+    monkeypatch.setattr(agent, "libc", lambda *words: called.append(words))
+    monkeypatch.setattr(agent, "run", fails)
+    status, told = ask(
+        agent,
+        post("/attached", {"networks": [], "shares": [], "volumes": [f"data {filesystem} 1048576"]}),
+        trusted=True,
+    )
+    assert (status[-25:], told) == ("500 Internal Server Error", {"error": "OSError: No space left"})
+    words = tuple(command.format(grown=grown).split())
+    assert called == [("mount", "/dev/vdb", grown, filesystem, 0, 0), words, ("umount2", grown, 0)]
+
+
 def test_a_share_is_mounted_as_soon_as_the_kernel_has_its_device(
     agent: t.Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

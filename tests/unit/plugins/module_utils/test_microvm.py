@@ -698,7 +698,7 @@ def test_an_image_of_data_comes_while_it_runs(models: t.Any, monkeypatch: t.Any)
     assert models.asked == [f"a1: data_images {'12' * 32} added"]
     assert any(f"MemoryMax={555745280 + (2 << 20)} " in line for line in models.calls if "set-property" in line)
     line = f"{'21' * 16} /opt/model erofs ro,dax=always"
-    assert told == [("/attached", {"networks": [], "images": [line], "shares": []})]
+    assert told == [("/attached", {"networks": [], "images": [line], "shares": [], "volumes": []})]
     assert run(models, params) == []
 
 
@@ -898,8 +898,32 @@ def test_a_share_that_comes_is_mounted_and_one_that_goes_is_unmounted_before(
     run(machines, params)
     assert machines.asked == [
         "/detaching {'targets': ['/mnt/models']}", "a1: shares models removed", "a1: shares data added",
-        "/attached {'networks': [], 'images': [], 'shares': ['data /mnt/data ro']}",
+        "/attached {'networks': [], 'images': [], 'shares': ['data /mnt/data ro'], 'volumes': []}",
     ]  # fmt: skip
+
+
+def test_a_volume_that_grows_is_filled_by_its_guest(machines: t.Any, monkeypatch: t.Any) -> None:
+    """Unless the guest has no file system of its own on it, or cannot write it."""
+    machines.files({"/srv/models": "x"})
+    volumes: list[dict[str, t.Any]] = [
+        {"name": "root", "writable_layer": True}, {"name": "data", "mount": "/data", "filesystem": "xfs"}, {"name": "raw"},
+        {"name": "models", "mount": "/models", "template": "/srv/models", "readonly": True},
+    ]  # fmt: skip
+
+    def sized(size: str) -> dict[str, t.Any]:
+        return call({"name": "a1", "volumes": [{**volume, "size": size} for volume in volumes]})
+
+    def agent(_host: t.Any, spec: t.Any, _seconds: float = 0, path: str = "/", message: t.Any = None) -> dict[str, str]:
+        machines.asked.append((path, message))
+        return {"hostname": spec["name"]}
+
+    run(machines, sized("1MiB"))
+    monkeypatch.setattr(_microvm_state, "ask_agent", agent)
+    run(machines, sized("2MiB"))
+    assert machines.asked[:-1] == [f"a1: volumes {name} changed" for name in ("root", "data", "raw", "models")]
+    path, message = machines.asked[-1]
+    assert (path, message["volumes"]) == ("/attached", ["root ext4 2097152", "data xfs 2097152"])
+    assert run(machines, sized("2MiB")) == []
 
 
 def test_limits_of_what_runs_are_set_at_once_and_written_down_once(machines: t.Any) -> None:
