@@ -84,6 +84,18 @@ def test_a_virtiofsd_that_ends_takes_its_guest_along_and_synced_data_survive(
     assert microvms.left() == UP
 
 
+def test_file_systems_grow_with_their_volumes_while_it_runs(microvms: t.Any, sixteen: t.Any) -> None:
+    """Also the one below the root. All later tests have the larger volumes."""
+    keeper = next(one for one in sixteen.instances if one["name"] == "keeper")
+    keeper["volumes"] = [{**volume, "size": "64MiB"} for volume in keeper["volumes"]]
+    before = microvms.look("keeper")["keeper"]
+    (made,) = microvms.bring(keeper, networks=sixteen.networks)["instances"]
+    assert not made["restart_required"] and made["pid"] == before["pid"]
+    sizes = microvms.inside("keeper", "df -m --output=size / /data | tail -n 2").split()  # they were below 32
+    assert len(sizes) == 2 and all(40 < int(size) < 64 for size in sizes), sizes
+    assert microvms.inside("keeper", "cat /data/kept /etc/kept") == "precious\nprecious\n"
+
+
 def test_fewer_are_wanted_and_the_others_leave_nothing(microvms: t.Any) -> None:
     names = [f"fleet-{index:02d}" for index in range(KEPT + 1, KEPT + GONE + 1)]
     microvms.bring(*({"name": name} for name in names), state="absent")
