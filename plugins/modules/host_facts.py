@@ -53,23 +53,42 @@ ansible_facts:
           type: dict
           returned: always
         packages:
-          description: Installed packages and their versions.
+          description: Installed packages and their versions, from the package database's own files.
           type: dict
           returned: always
         numa:
-          description: NUMA nodes, memory tiers, auto-online policy, block size, demotion and interleave weights.
+          description: >-
+            C(nodes), each with C(id), C(tier), C(cpus), C(size_bytes), C(free_bytes), C(cache_bytes), C(distances),
+            C(hugepages), C(access), C(online_blocks), C(offline_blocks), C(normal_bytes) and C(movable_bytes); C(tiers),
+            each with C(tier) and C(nodes), fastest first; C(auto_online), C(block_size_bytes), C(demotion), C(balancing),
+            C(promote_rate_limit_mib), C(weighted_interleave) and C(weighted_interleave_auto).
           type: dict
           returned: always
         cxl:
-          description: CXL memory devices, root decoders, regions, dax devices and soft-reserved ranges.
+          description: >-
+            C(memdevs), each with C(name), C(serial), C(pci_address), C(host_bridge), C(route), C(numa_node), its sizes
+            C(ram_bytes), C(pmem_bytes), C(ram_free_bytes), C(pmem_free_bytes) and C(label_bytes), C(firmware) and C(enabled);
+            the root C(decoders), each with C(name), C(ram), C(pmem), C(start), C(size_bytes), C(available_bytes),
+            C(interleave_ways), C(interleave_granularity), C(targets), C(target_uids), C(qos_class), C(locked) and
+            C(firmware_ram_bytes); C(regions), each with C(name), C(decoder), C(type), C(state), C(start), C(size_bytes),
+            C(interleave_ways), C(interleave_granularity), C(memdevs) (serials), C(pci_addresses), C(locked), C(access) and
+            C(dax); C(dax), each with C(name), C(region), C(namespace_uuid), C(mode), C(size_bytes), C(resource),
+            C(target_node), C(align_bytes), C(online_blocks), C(total_blocks), C(zone), C(online) and C(movable);
+            C(soft_reserved) ranges; and C(persisted), the concerns that come back at boot.
           type: dict
           returned: always
         pci:
-          description: PCI functions with driver, IOMMU group, SR-IOV and what would be lost with them.
+          description: >-
+            C(functions), each with C(address), C(vendor), C(device), C(class), C(driver), C(driver_override), C(iommu_group),
+            C(numa_node), C(physfn), C(sriov) (C(totalvfs), C(numvfs), C(autoprobe) and C(vfs), if it has them), C(netdevs),
+            C(blockdevs), what a rebind would break (C(in_use)), the processes that hold its vfio nodes open (C(users)), and
+            whether the running system needs it (C(boot_critical)).
           type: dict
           returned: always
         iommu:
-          description: Whether an IOMMU is at work, its kind, its groups, and whether iommufd exists.
+          description: >-
+            Whether an IOMMU is at work (C(enabled)), its C(kind), its C(groups) with C(id), C(type) and C(functions), and
+            whether C(iommufd) exists.
           type: dict
           returned: always
         kvm:
@@ -77,11 +96,15 @@ ansible_facts:
           type: dict
           returned: always
         rdma:
-          description: RDMA devices with their ports.
+          description: >-
+            C(devices), each with C(name), C(node_guid), C(pci_address), C(netdevs), C(numa_node) and C(ports) (C(port),
+            C(state), C(link_layer), C(rate)).
           type: dict
           returned: always
         ub:
-          description: Whether the firmware has UnifiedBus, and its devices.
+          description: >-
+            Whether the firmware has UnifiedBus (C(present)), and its C(devices) with C(name), C(driver), C(guid), C(type),
+            C(vendor), C(device) and C(class_code).
           type: dict
           returned: always
         audit:
