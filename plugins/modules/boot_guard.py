@@ -100,11 +100,6 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
 
 
-def build(params, host):
-    """The resource of this module."""
-    return BootGuard(host, params)
-
-
 def main():
     """Bring the guard to a state."""
     module = AnsibleModule(
@@ -116,7 +111,7 @@ def main():
         },
         supports_check_mode=True,
     )
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: BootGuard(Host(), module.params))
 
 
 if __name__ == "__main__":

@@ -132,8 +132,6 @@ refused:
   type: dict
 """
 
-import typing as t
-
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._cxl import OPTIONS, CxlRegions
@@ -141,15 +139,10 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
 
 
-def build(params: dict[str, t.Any], host: Host) -> CxlRegions:
-    """The regions that the options declare."""
-    return CxlRegions(host, params)
-
-
 def main() -> None:
     """Entry point."""
     module = AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True)
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: CxlRegions(Host(), module.params))
 
 
 if __name__ == "__main__":

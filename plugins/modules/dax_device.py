@@ -145,8 +145,6 @@ refused:
   type: dict
 """
 
-import typing as t
-
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._dax import OPTIONS, DaxDevices
@@ -154,15 +152,10 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
 
 
-def build(params: dict[str, t.Any], host: Host) -> DaxDevices:
-    """The dax devices that the options declare."""
-    return DaxDevices(host, params)
-
-
 def main() -> None:
     """Entry point."""
     module = AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True)
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: DaxDevices(Host(), module.params))
 
 
 if __name__ == "__main__":

@@ -83,18 +83,11 @@ refused:
   type: dict
 """
 
-import typing as t
-
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._fdb import Database
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
-
-
-def build(params: t.Mapping[str, t.Any], host: Host) -> Database:
-    """The resource that the options declare."""
-    return Database(host, params)
 
 
 def main() -> None:
@@ -111,7 +104,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: Database(Host(), module.params))
 
 
 if __name__ == "__main__":

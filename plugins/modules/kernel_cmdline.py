@@ -105,15 +105,10 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
 
 
-def build(params, host):
-    """The resource of this module."""
-    return KernelCmdline(host, params)
-
-
 def main():
     """Configure the command line."""
     module = AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True)
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: KernelCmdline(Host(), module.params))
 
 
 if __name__ == "__main__":

@@ -131,15 +131,10 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import conv
 from ansible_collections.agentfleet.metal.plugins.module_utils._tunables import OPTIONS, Tunables
 
 
-def build(params, host):
-    """The resource of this module."""
-    return Tunables(host, params)
-
-
 def main():
     """Set the tunables."""
     module = AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True)
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: Tunables(Host(), module.params))
 
 
 if __name__ == "__main__":

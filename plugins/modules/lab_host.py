@@ -259,19 +259,12 @@ refused:
   type: dict
 """
 
-import typing as t
-
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._lab import STATES, LabHosts
 from ansible_collections.agentfleet.metal.plugins.module_utils._lab_qemu import OPTIONS
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
-
-
-def build(params: t.Mapping[str, t.Any], host: Host) -> LabHosts:
-    """The resource of these parameters."""
-    return LabHosts(host, params)
 
 
 def main() -> None:
@@ -288,7 +281,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: LabHosts(Host(), module.params))
 
 
 if __name__ == "__main__":

@@ -89,18 +89,11 @@ refused:
   type: dict
 """
 
-import typing as t
-
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._lab_image import LabImage
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
-
-
-def build(params: t.Mapping[str, t.Any], host: Host) -> LabImage:
-    """The resource of these parameters."""
-    return LabImage(host, params)
 
 
 def main() -> None:
@@ -117,7 +110,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: LabImage(Host(), module.params))
 
 
 if __name__ == "__main__":

@@ -102,8 +102,6 @@ refused:
   type: dict
 """
 
-import typing as t
-
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
@@ -111,15 +109,10 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import conv
 from ansible_collections.agentfleet.metal.plugins.module_utils._tiering import OPTIONS, MemoryTiering
 
 
-def build(params: dict[str, t.Any], host: Host) -> MemoryTiering:
-    """The policies that the options declare."""
-    return MemoryTiering(host, params)
-
-
 def main() -> None:
     """Entry point."""
     module = AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True)
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: MemoryTiering(Host(), module.params))
 
 
 if __name__ == "__main__":

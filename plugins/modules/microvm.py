@@ -727,15 +727,10 @@ ARGUMENTS = {
 }
 
 
-def build(params: dict, host: Host) -> MicroVms:
-    """The resource of one call; raises Refused for bad options."""
-    return MicroVms(host, params)
-
-
 def main() -> None:
     """Run the module."""
     module = unlogged(AnsibleModule)(argument_spec=ARGUMENTS, supports_check_mode=True)
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: MicroVms(Host(), module.params))
 
 
 if __name__ == "__main__":

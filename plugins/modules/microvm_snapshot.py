@@ -160,15 +160,10 @@ ARGUMENTS = {
 }
 
 
-def build(params: dict, host: Host) -> Snapshots:
-    """The resource of one call; raises Refused for bad options."""
-    return Snapshots(host, params)
-
-
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: Snapshots(Host(), module.params))
 
 
 if __name__ == "__main__":

@@ -473,15 +473,10 @@ ARGUMENTS = {
 }
 
 
-def build(params: dict, host: Host) -> Images:
-    """The resource of one call; raises Refused for bad options."""
-    return Images(host, params)
-
-
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: Images(Host(), module.params))
 
 
 if __name__ == "__main__":

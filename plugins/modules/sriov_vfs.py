@@ -105,24 +105,17 @@ refused:
   type: dict
 """
 
-import typing as t
-
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Resource, converge
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
 from ansible_collections.agentfleet.metal.plugins.module_utils._sriov import OPTIONS, SriovVfs
-
-
-def build(params: dict[str, t.Any], host: Host) -> Resource:
-    """The resource of these parameters; raises Refused."""
-    return SriovVfs(host, params)
 
 
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(argument_spec=OPTIONS, supports_check_mode=True)
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: SriovVfs(Host(), module.params))
 
 
 if __name__ == "__main__":

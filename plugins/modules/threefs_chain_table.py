@@ -246,18 +246,11 @@ refused:
   type: dict
 """
 
-import typing as t
-
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._placement_table import ChainTable
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
-
-
-def build(params: t.Mapping[str, t.Any], host: Host) -> ChainTable:
-    """The resource of these parameters."""
-    return ChainTable(host, params)
 
 
 def main() -> None:
@@ -290,7 +283,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: ChainTable(Host(), module.params))
 
 
 if __name__ == "__main__":

@@ -250,18 +250,11 @@ refused:
   type: dict
 """
 
-import typing as t
-
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge, unlogged
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_config import Config
-
-
-def build(params: t.Mapping[str, t.Any], host: Host) -> Config:
-    """The resource that the options declare."""
-    return Config(host, params)
 
 
 def main() -> None:
@@ -335,7 +328,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: Config(Host(), module.params))
 
 
 if __name__ == "__main__":

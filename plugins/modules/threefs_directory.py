@@ -77,18 +77,11 @@ refused:
   type: dict
 """
 
-import typing as t
-
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_directory import Directories
-
-
-def build(params: t.Mapping[str, t.Any], host: Host) -> Directories:
-    """The resource that the options declare."""
-    return Directories(host, params)
 
 
 def main() -> None:
@@ -113,7 +106,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: Directories(Host(), module.params))
 
 
 if __name__ == "__main__":

@@ -83,18 +83,11 @@ refused:
   type: dict
 """
 
-import typing as t
-
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_disk import Disks
-
-
-def build(params: t.Mapping[str, t.Any], host: Host) -> Disks:
-    """The resource that the options declare."""
-    return Disks(host, params)
 
 
 def main() -> None:
@@ -114,7 +107,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: Disks(Host(), module.params))
 
 
 if __name__ == "__main__":

@@ -98,18 +98,11 @@ tables:
   type: dict
 """
 
-import typing as t
-
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_info import Info
-
-
-def build(params: t.Mapping[str, t.Any], host: Host) -> Info:
-    """The resource that the options declare."""
-    return Info(host, params)
 
 
 def main() -> None:
@@ -125,7 +118,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: Info(Host(), module.params))
 
 
 if __name__ == "__main__":

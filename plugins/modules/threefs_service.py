@@ -101,18 +101,11 @@ refused:
   type: dict
 """
 
-import typing as t
-
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_service import Services
-
-
-def build(params: t.Mapping[str, t.Any], host: Host) -> Services:
-    """The resource that the options declare."""
-    return Services(host, params)
 
 
 def main() -> None:
@@ -136,7 +129,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: Services(Host(), module.params))
 
 
 if __name__ == "__main__":

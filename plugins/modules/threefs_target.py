@@ -131,18 +131,11 @@ refused:
   type: dict
 """
 
-import typing as t
-
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_target import Targets
-
-
-def build(params: t.Mapping[str, t.Any], host: Host) -> Targets:
-    """The resource that the options declare."""
-    return Targets(host, params)
 
 
 def main() -> None:
@@ -182,7 +175,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: Targets(Host(), module.params))
 
 
 if __name__ == "__main__":

@@ -95,18 +95,11 @@ refused:
   type: dict
 """
 
-import typing as t
-
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge, unlogged
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_user import Users
-
-
-def build(params: t.Mapping[str, t.Any], host: Host) -> Users:
-    """The resource that the options declare."""
-    return Users(host, params)
 
 
 def main() -> None:
@@ -134,7 +127,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    converge(module, lambda: build(module.params, Host()))
+    converge(module, lambda: Users(Host(), module.params))
 
 
 if __name__ == "__main__":

@@ -54,9 +54,11 @@ def test_refused(module: str, row: dict[str, t.Any], fake_host: t.Any) -> None:
     fake_host.files(row.get("files", {}))
     fake_host.answers.update(row.get("answers", {}))
     before = tree(fake_host.root)
+    kinds = [found for found in vars(source).values() if isinstance(found, type) and hasattr(found, "plan")]
+    build = getattr(source, "build", lambda params, host: kinds[0](host, params))
 
     def attempt() -> None:
-        resource = source.build(params, fake_host)
+        resource = build(params, fake_host)
         resource.plan(resource.observe())
 
     with pytest.raises(Refused) as refused:
