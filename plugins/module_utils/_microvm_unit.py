@@ -4,7 +4,7 @@
 """What a microVM's unit runs on the host besides the VMM and shell scripts: waiting for its turn, and stopping.
 
 This module is private to the collection and imports nothing of Ansible. It is copied to the host, so that the
-units work without Ansible; see ``CODE`` in ``_microvm_units``.
+units work without Ansible; see ``code`` in ``_microvm_units``.
 """
 
 from __future__ import annotations

@@ -10,12 +10,11 @@ systemd is the supervisor: everything here works without Ansible.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import json
 import typing as t
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_exec, _network, _snapshot, _vmm
+from ansible_collections.agentfleet.metal.plugins.module_utils import _boot, _microvm_exec, _network, _snapshot, _vmm
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
     HOME,
     LIBRARY,
@@ -34,12 +33,6 @@ LADDER_SECONDS = STOP_SECONDS + 2 * RUNG_SECONDS + 20
 STOPPED_SECONDS = 4 * LADDER_SECONDS + 60  # ExecStop, TERM, KILL and ExecStopPost have as much each
 CLONE_LIMIT_SECONDS = 600  # five starts of a clone in this time are too many; one that fails takes 60 to 85 s
 RESTART = {"always": "always", "on-failure": "on-failure", "never": "no"}
-PACKAGE = "ansible_collections.agentfleet.metal.plugins.module_utils"
-# What _microvm_unit imports.
-CODE = (
-    "_audit", "_plan", "_host", "_units", "_microvm_names", "_network_host", "_network", "_vmm", "_qmp", "_microvm_exec", "_qemu",
-    "_cloud_hypervisor_api", "_cloud_hypervisor_config", "_cloud_hypervisor", "_systemd", "_snapshot", "_microvm_unit",
-)  # fmt: skip
 CODE_PATH = f"{LIBRARY}/microvm"  # of its own: other concerns have copies, too, and remove them
 PARALLEL = f"{LIBRARY}/microvm-parallel"
 
@@ -164,8 +157,8 @@ UNIT_CODE = f"""\
 import sys
 
 sys.path.insert(0, "{CODE_PATH}")
-from {PACKAGE}._host import Host
-from {PACKAGE}._microvm_unit import main
+from {_boot.PACKAGE}._host import Host
+from {_boot.PACKAGE}._microvm_unit import main
 
 sys.exit(main(sys.argv[1:], Host()))
 """
@@ -207,9 +200,7 @@ MODULES = ("vhost_vsock", "tun", "bridge")
 
 def code() -> dict[str, str]:
     """Path -> text of what ``microvm-unit`` runs."""
-    modules = {name: importlib.import_module(f"{PACKAGE}.{name}") for name in CODE}
-    directory = f"{CODE_PATH}/{PACKAGE.replace('.', '/')}"
-    return {f"{directory}/{name}.py": inspect.getsource(module) for name, module in modules.items()}
+    return {f"{CODE_PATH}/{path}": text for path, text in _boot.sources("_microvm_unit").items()}
 
 
 def common(modules: t.Sequence[str], parallel: int = 0) -> dict[str, tuple[str, int]]:
