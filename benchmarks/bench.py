@@ -96,10 +96,12 @@ class Bench:
         for left in (2, 1, 0):
             boot = self.boot()
             try:
-                return part(self, *given)
+                part(self, *given)
             except PlayFailed:
                 if not left or self.boot() == boot:
                     raise
+            else:
+                return
             print("-- the host was reset: once more", file=sys.stderr, flush=True)
             self.prepare(**self.prepared)
 
