@@ -110,6 +110,8 @@ def sixteen(lab: t.Any, host: t.Any, microvms: t.Any) -> Sixteen:
     if not host.run("ls /var/lib/agentfleet/microvms").stdout.strip():
         memory.write_text(json.dumps(sorted(microvms.left())))
     host.check_output("mkdir -p /srv/fleet-models && echo weights > /srv/fleet-models/model")
+    # As the role kernel has it on hosts of microVMs: huge pages for guests that ask, and not for each VMM's own heap.
+    host.check_output("echo madvise > /sys/kernel/mm/transparent_hugepage/enabled")
     found = Sixteen([FLEET, KEEPER, PARENT, *OF_TENANTS], networks(lab.first_port), set(json.loads(memory.read_text())))
     found.made = microvms.bring(*found.instances, networks=found.networks)
     return found

@@ -33,6 +33,22 @@ def test_sixteen_from_one_image_in_one_call(microvms: t.Any, sixteen: t.Any) -> 
     UP.update(microvms.left())
 
 
+def test_the_plan_of_them_holds(lab: t.Any, sixteen: t.Any) -> None:
+    """What the planner counts for each kind is at least what they take, and not absurdly more.
+
+    Of an image a guest maps what it has read, which may be little.
+    """
+    played = lab.play("plan", microvm_instances=sixteen.instances)
+    assert played.rc == 0, played.failures()
+    (plan,) = [one.result["ansible_facts"]["plan_result"] for one in played.tasks if one.name == "Add it up"]
+    assert plan["declared"] == 16 == plan["fitting"] and plan["holds"]
+    compared = {one["what"]: (one["measured_bytes"], one["planned_bytes"]) for one in plan["comparison"]}
+    assert len(compared) == 3 * len(sixteen.instances) and "guest RAM of 10 x fleet-{index:02d}" in compared
+    for what, (measured, planned) in compared.items():
+        assert 0 < measured <= 1.05 * planned, (what, compared)
+        assert what.startswith("images") or planned <= 4 * measured, (what, compared)
+
+
 def test_first_boot_data_and_environment_are_the_guests(microvms: t.Any) -> None:
     assert microvms.inside("keeper", SEEN) == GIVEN
     assert microvms.look("keeper")["keeper"]["agent"]["first_boot_failed"] == ""

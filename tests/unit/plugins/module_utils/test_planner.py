@@ -5,16 +5,25 @@
 
 from __future__ import annotations
 
+import re
 import typing as t
+from pathlib import Path
 
 import pytest
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
-from ansible_collections.agentfleet.metal.plugins.module_utils._planner import KERNEL_BYTES, VMM_BYTES, plan
+from ansible_collections.agentfleet.metal.plugins.module_utils._planner import (
+    IMAGE_REST,
+    KERNEL_BYTES,
+    TOLERANCE,
+    VMM_BYTES,
+    plan,
+)
 
 MIB, GIB = 1 << 20, 1 << 30
 IMAGES = {"agent": "1GiB"}
 AGENT = {"name": "agent", "image": "agent", "memory": "256MiB"}
+REST = int(GIB * IMAGE_REST)
 
 
 def node(number: int, size: int, cpus: t.Sequence[int] = (0,), movable: int = 0, **hugepages: int) -> dict[str, t.Any]:
@@ -38,13 +47,14 @@ def test_every_line_of_one_microvm() -> None:
         "guest RAM": 256 * MIB,
         "VMM (qemu)": VMM_BYTES["qemu"],
         "page tables": 2 * 8 * (256 + 1024) * 256,  # twice 8 bytes for each 4 KiB page
+        "rest for its image": REST,
         "virtiofsd": 16 * MIB,
         "kernel and agent": KERNEL_BYTES,
         "page structs of its RAM": 4 * MIB,
         "page structs of its image": 16 * MIB,  # 16 MiB for a GiB: 1.6 %
     }
     one = found["instances"][0]
-    assert one["bytes"] == (256 + 40 + 5 + 16) * MIB
+    assert one["bytes"] == (256 + 40 + 5 + 16) * MIB + REST
     assert one["usable_bytes"] == (256 - 48 - 4 - 16) * MIB
 
 
@@ -59,7 +69,7 @@ def test_images_of_data_are_mapped_like_the_roots() -> None:
 
 
 def test_an_image_is_counted_once_and_the_host_fills_to_the_byte() -> None:
-    each = (256 + 40 + 5) * MIB
+    each = (256 + 40 + 5) * MIB + REST
     host = 512 * MIB + GIB
     room = plan(facts(node(0, host + 10 * each)), [{**AGENT, "count": 4}], IMAGES)
     assert (room["fits"], room["fitting"], room["more"]) == (True, 4, 6)
@@ -83,13 +93,13 @@ def test_cxl_takes_ram_and_images_and_leaves_page_tables_to_dram() -> None:
     dram, cxl = node(0, 2 * GIB), node(2, 8 * GIB, cpus=(), movable=8 * GIB)
     both = plan(facts(dram, cxl), [AGENT], IMAGES)
     alone = plan(facts(dram, cxl), [AGENT], IMAGES, {"placement": "cpu"})
-    assert both["fitting"] + both["more"] == (10240 - 512 - 1024) // 301
+    assert both["fitting"] + both["more"] == (10240 - 512 - 1024) * MIB // (301 * MIB + REST)
     assert alone["fitting"] + alone["more"] == 1
     assert [n["kind"] for n in both["nodes"]] == ["cpu", "slow"]
-    # The unmovable part of each microVM is 45 MiB, so that DRAM is what runs out with CXL to spare.
+    # The unmovable part of each microVM is 45 MiB and the rest, so that DRAM is what runs out with CXL to spare.
     plenty = plan(facts(dram, node(2, 512 * GIB, cpus=(), movable=512 * GIB)), [AGENT], IMAGES)
     assert plenty["limit"] == "one more agent: no memory outside movable zones on nodes 0, 2"
-    assert plenty["fitting"] + plenty["more"] <= (2 * GIB - 512 * MIB) // (45 * MIB)
+    assert plenty["fitting"] + plenty["more"] <= (2 * GIB - 512 * MIB) // (45 * MIB + REST)
 
 
 def test_ram_that_is_bound_to_a_node_goes_nowhere_else() -> None:
@@ -167,31 +177,62 @@ def test_a_balloon_is_left_to_the_host() -> None:
     assert lines(found)["guest RAM"] == 192 * MIB
 
 
-def test_comparison_with_measurement() -> None:
+def running(name: str, ram: int, vmm: int, shared: int, pid: int = 7) -> dict[str, t.Any]:
+    """What microvm_info says of a microVM."""
+    return {"name": name, "pid": pid, "guest_ram_bytes": ram, "overhead_bytes": vmm, "shared_bytes": shared}
+
+
+def test_the_plan_of_a_kind_is_compared_with_those_of_it_that_run() -> None:
     measured = [
-        {
-            "name": name,
-            "image": "agent",
-            "pid": pid,
-            "guest_ram_bytes": ram,
-            "overhead_bytes": vmm,
-            "shared_bytes": shared,
-        }
-        for name, pid, ram, vmm, shared in (
-            ("agent1", 7, 150 * MIB, 30 * MIB, 12 * MIB),
-            ("agent2", 8, 160 * MIB, 31 * MIB, 14 * MIB),
-            ("agent3", 0, 0, 0, 0),
-        )
+        running("agent-1", 150 * MIB, 30 * MIB, 12 * MIB),
+        running("agent-2", 160 * MIB, 31 * MIB, 14 * MIB),
+        running("agent-3", 0, 0, 0, pid=0),
+        # None of these is declared here.
+        running("agent-4", 900 * MIB, 900 * MIB, GIB),
+        running("agent-x", 900 * MIB, 900 * MIB, GIB),
     ]
-    found = plan(facts(node(0, 4 * GIB)), [{**AGENT, "name": "agent{index}", "count": 3}], IMAGES, measured=measured)
+    kinds = [{**AGENT, "name": "agent-{index}", "count": 3}, {**AGENT, "name": "agent-01"}]
+    found = plan(facts(node(0, 4 * GIB)), kinds, IMAGES, measured=measured)
+    of = "of 2 x agent-{index}"
     assert found["comparison"] == [
-        {"what": "guest RAM of agent1", "planned_bytes": 256 * MIB, "measured_bytes": 150 * MIB},
-        {"what": "VMM of agent1", "planned_bytes": 40 * MIB, "measured_bytes": 30 * MIB},
-        {"what": "guest RAM of agent2", "planned_bytes": 256 * MIB, "measured_bytes": 160 * MIB},
-        {"what": "VMM of agent2", "planned_bytes": 40 * MIB, "measured_bytes": 31 * MIB},
-        {"what": "image agent, once", "planned_bytes": GIB, "measured_bytes": 14 * MIB},
+        {"what": f"guest RAM {of}", "planned_bytes": 512 * MIB, "measured_bytes": 310 * MIB, "holds": True},
+        {"what": f"VMM {of}", "planned_bytes": 80 * MIB, "measured_bytes": 61 * MIB, "holds": True},
+        {"what": f"images {of}, once", "planned_bytes": GIB, "measured_bytes": 14 * MIB, "holds": True},
     ]
-    assert "measured        30.0 MiB  VMM of agent1; planned 40.0 MiB" in found["text"]
+    assert found["holds"] is True
+    assert f"measured        61.0 MiB  VMM {of}; planned 80.0 MiB" in found["text"]
+    assert "holds" not in plan(facts(node(0, 4 * GIB)), kinds, IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("taken", "exceeded"),
+    [
+        ([(128, 42, 100)], []),  # the VMM by 5 %
+        ([(128, 43, 100)], ["VMM"]),
+        ([(160, 40, 100), (90, 40, 100)], []),  # overcommit is about the sum
+        ([(160, 40, 100), (120, 40, 100)], ["guest RAM"]),
+        ([(100, 40, 1100)], ["images"]),
+    ],
+)
+def test_a_plan_that_does_not_hold_says_where(taken: list[tuple[int, int, int]], exceeded: list[str]) -> None:
+    measured = [running(f"a{number + 1:02d}", *(size * MIB for size in sizes)) for number, sizes in enumerate(taken)]
+    kind = {**AGENT, "name": "a{index:02d}", "count": 4}
+    found = plan(facts(node(0, 4 * GIB)), [kind], IMAGES, {"overcommit": 2.0}, measured)
+    assert [one["what"].partition(" of ")[0] for one in found["comparison"] if not one["holds"]] == exceeded
+    assert found["holds"] is not bool(exceeded)
+    assert sum("MORE THAN PLANNED" in text for text in found["text"]) == len(exceeded)
+
+
+def test_an_image_costs_each_further_guest_what_the_benchmark_measured() -> None:
+    """Page structs in the guest, page tables and the rest on the host."""
+    result = (Path(__file__).resolve().parents[4] / "benchmarks/results/density.txt").read_text(encoding="utf-8")
+    (percent,) = re.findall(r"(\d+\.\d+) % of its size with pmem", result)
+    small, large = (
+        sum(one["bytes"] for one in plan(facts(node(0, 8 * GIB)), [AGENT], images)["instances"][0]["lines"])
+        for images in (IMAGES, {"agent": "2GiB"})
+    )
+    measured = GIB * float(percent) / 100
+    assert measured <= (large - small) * (1 + TOLERANCE) <= 2 * measured
 
 
 BAD: list[tuple[str, dict[str, t.Any], str, str]] = [
