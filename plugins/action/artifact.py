@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import typing as t
 
@@ -13,6 +12,7 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._artifact import shown
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import sha256_of
 
 
 class ActionModule(ActionBase):
@@ -54,18 +54,15 @@ class ActionModule(ActionBase):
     def _verified(option: str, source: dict[str, t.Any]) -> str:
         """A file of the controller whose digest is the pinned one."""
         path = os.path.expanduser(str(source["src"]))
-        digest = hashlib.sha256()
         try:
-            with open(path, "rb") as file:
-                for block in iter(lambda: file.read(1 << 20), b""):
-                    digest.update(block)
+            found = sha256_of(path)
         except OSError as error:
             raise AnsibleActionFail(
                 f"{option}.src: '{shown(path)}': {error.strerror} on the controller. Correct the path"
             ) from error
-        if digest.hexdigest() != str(source["sha256"]).lower():
+        if found != str(source["sha256"]).lower():
             raise AnsibleActionFail(
-                f"{option}.sha256: '{source['sha256']}': checksum mismatch: {path} has {digest.hexdigest()}. "
+                f"{option}.sha256: '{source['sha256']}': checksum mismatch: {path} has {found}. "
                 "Fetch the file again, or give the digest of this one if you trust it"
             )
         return path

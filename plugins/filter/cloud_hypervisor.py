@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 
@@ -16,6 +15,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._cloud_hypervisor
     parse_version,
     refusals,
 )
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import sha256_of
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
 
 SOURCES = ("url", "file", "program", "package")
@@ -81,13 +81,9 @@ def _check_url(url, _sha256):
 def _check_file(path, sha256):
     if not os.path.isfile(path):
         raise Refused("cloud_hypervisor_file", path, "no such file on the controller", "Give the path of the program")
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != sha256:
+    if (found := sha256_of(path)) != sha256:
         raise Refused(
-            "cloud_hypervisor_file", path, f"its SHA-256 is {digest.hexdigest()}",
+            "cloud_hypervisor_file", path, f"its SHA-256 is {found}",
             "Give the file that cloud_hypervisor_sha256 belongs to",
         )  # fmt: skip
 

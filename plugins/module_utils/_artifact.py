@@ -18,7 +18,7 @@ import tempfile
 import typing as t
 from urllib.parse import unquote
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host, sha256_of
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 
 RECORD = ".agentfleet.json"
@@ -126,8 +126,7 @@ class Artifact:
 
     def _digest(self, path: str) -> str | None:
         try:
-            with open(self.host.path(path), "rb") as file:
-                return _sha256(file)
+            return sha256_of(self.host.path(path))
         except OSError:
             return None
 
@@ -202,8 +201,7 @@ class Artifact:
                 raise HostError(
                     f"{shown(src)} cannot be fetched: {error}. Check the URL, or bring the file to the host"
                 ) from error
-            with open(target, "rb") as file:
-                found = _sha256(file)
+            found = sha256_of(target)
         if found != source["sha256"]:
             raise HostError(
                 f"checksum mismatch: {shown(src)} has {found} instead of {source['sha256']}. Nothing was installed"
@@ -288,12 +286,3 @@ def _absolute(option: str, value: t.Any) -> str:
     if not path.startswith("/") or ".." in path.split("/"):
         raise Refused(option, value, "not an absolute path", "Write a path from / on, such as /opt/3fs/releases")
     return path
-
-
-def _sha256(file: t.BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while True:
-        block = file.read(_BLOCK)
-        if not block:
-            return digest.hexdigest()
-        digest.update(block)

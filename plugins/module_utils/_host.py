@@ -237,6 +237,17 @@ def sync(path: str) -> None:
         os.close(handle)
 
 
+def sha256_of(path: str) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    import hashlib  # most who have a host need it not
+
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def open_directory(name: str, beneath: int | None = None) -> int:
     """A descriptor of a directory, which must be no link to one.
 

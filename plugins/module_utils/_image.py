@@ -25,7 +25,7 @@ import typing as t
 from contextlib import contextmanager
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _apt, _guest_kernel, _oci, _sbom, _store
-from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host, sync
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host, sha256_of, sync
 from ansible_collections.agentfleet.metal.plugins.module_utils._image_build import (
     LOG,
     SBOM,
@@ -38,7 +38,6 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._image_definition
     FileDigests,
     canonical,
     read_all,
-    sha256_of,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size

@@ -33,14 +33,13 @@ from ansible_collections.agentfleet.metal.plugins.module_utils import (
     _sbom,
     _store,
 )
-from ansible_collections.agentfleet.metal.plugins.module_utils._host import Completed, Host, sync
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Completed, Host, sha256_of, sync
 from ansible_collections.agentfleet.metal.plugins.module_utils._image_definition import (
     FORMAT,
     Definition,
     Item,
     canonical,
     digest_of,
-    sha256_of,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._kernel import dpkg_packages
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError

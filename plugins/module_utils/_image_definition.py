@@ -20,7 +20,7 @@ import typing as t
 from dataclasses import dataclass, field
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _early_init, _guest_kernel, _initramfs, _oci
-from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host, sha256_of
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
 
 FORMAT = 2  # part of every definition digest; raise it when the same definition gives another image
@@ -46,15 +46,6 @@ def canonical(value: t.Any) -> bytes:
 def digest_of(value: t.Any) -> str:
     """The SHA-256 of a value's one spelling."""
     return hashlib.sha256(canonical(value)).hexdigest()
-
-
-def sha256_of(path: str) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _text_digest(text: str) -> str:

@@ -32,7 +32,13 @@ import time
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _vmm
-from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host, open_beneath, open_directory, sync
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import (
+    Host,
+    open_beneath,
+    open_directory,
+    sha256_of,
+    sync,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_exec import exchange
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
     HOME,
@@ -180,7 +186,7 @@ def problem(host: Host, name: str, manifest: t.Mapping[str, t.Any], thorough: bo
             return f"its file {file} is missing"
         if state.st_size != entry["size_bytes"]:
             return f"its file {file} has {state.st_size} bytes instead of {entry['size_bytes']}"
-        if (thorough or state.st_mtime_ns != entry["mtime_ns"]) and _sha256(path) != entry["sha256"]:
+        if (thorough or state.st_mtime_ns != entry["mtime_ns"]) and sha256_of(path) != entry["sha256"]:
             return f"its file {file} is damaged: its SHA-256 is not that of the manifest"
     images = [manifest["spec"]["image_path"], *(image["path"] for image in manifest["spec"].get("data_images", ()))]
     gone = [image for image in images if not host.exists(image)]
@@ -579,7 +585,7 @@ class Snapshots:
             os.chmod(path, 0o444)  # the directory above is closed
             sync(path)
             state = os.stat(path)
-            files[file] = {"size_bytes": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": _sha256(path)}
+            files[file] = {"size_bytes": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": sha256_of(path)}
         manifest = {
             "format": FORMAT, "name": name, "microvm": spec["name"], "key": key_of(self.host, spec, version),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "spec": spec, "files": files,
@@ -657,14 +663,6 @@ def _copy_sparse(directory: int, name: str, target: str) -> None:
                 writer.write(block)
             position += BLOCK
         writer.truncate(size)
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 # -- in the unit of a clone ------------------------------------------------------------

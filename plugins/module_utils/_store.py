@@ -12,7 +12,7 @@ link to a digest's directory, switched atomically.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 import re
@@ -21,7 +21,7 @@ import tempfile
 import time
 import typing as t
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host, sync
+from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host, sha256_of, sync
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import IMAGES, RUN, VOLUMES
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 
@@ -201,7 +201,9 @@ class Store:
                 path = self.host.path(image_path(digest, name))
                 wanted = entry["sha256"]
                 if wanted not in hashed:
-                    hashed[wanted] = _sha256(path)
+                    hashed[wanted] = ""  # it cannot be read
+                    with contextlib.suppress(OSError):
+                        hashed[wanted] = sha256_of(path)
                 if hashed[wanted] != wanted:
                     found.append({"digest": digest, "file": name, "expected": wanted, "found": hashed[wanted]})
         return found
@@ -416,7 +418,7 @@ class Store:
                     "was; free space, or remove unused images with gc: true"
                 )
             raise HostError(f"{name} of image {image['name']} arrived damaged ({done.text[:200]}). Send it again")
-        found = _sha256(new)
+        found = sha256_of(new)
         if found != digest:
             self.host.remove(sources[0])
             raise HostError(
@@ -468,15 +470,3 @@ def free_bytes(path: str) -> int:
         path = os.path.dirname(path)
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize
-
-
-def _sha256(path: str) -> str:
-    """SHA-256 of a file; empty when it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as data:
-            while chunk := data.read(1 << 20):
-                digest.update(chunk)
-    except OSError:
-        return ""
-    return digest.hexdigest()
