@@ -305,6 +305,13 @@ class MicroVms:
         assert done.rc == 0, f"{name}: {done.stdout} {done.stderr}"
         return str(done.stdout)
 
+    def assert_differ(self, *names: str) -> None:
+        """Guests, each with one network, have in common neither what their kernels draw by lot, nor machine-id, nor MAC."""
+        look = "head -c 16 /dev/urandom | od -An -tx1; cat /etc/machine-id; grep -hv ^00:00 /sys/class/net/*/address"
+        seen = [self.inside(name, look).splitlines() for name in names]
+        assert all(len(lines) == 3 for lines in seen), seen
+        assert all(len({lines[number] for lines in seen}) == len(names) for number in range(3)), seen
+
     def left(self) -> set[str]:
         """What microVMs have on the host now."""
         done = self.host.run(LEFT)

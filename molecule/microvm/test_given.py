@@ -23,6 +23,7 @@ REGION = {"type": "ram", "memdevs": ["0x1", "0x2"]}
 WEIGHTS = {"image": "weights", "target": "/opt/weights"}  # of converge.yml
 VECTORS = {"image": "vectors", "target": "/opt/vectors"}
 LATER = {"tag": "later", "source": "/srv/given/later"}
+HUGEPAGES = f"/sys/devices/system/node/node{DRAM}/hugepages/hugepages-2048kB"  # of other nodes none are wanted
 
 
 class Given:
@@ -30,13 +31,14 @@ class Given:
 
     def __init__(self, microvms: t.Any, driver: str) -> None:
         self.microvms, self.host = microvms, microvms.host
-        self.name = f"given-{driver.replace('_', '-')}"
+        self.driver, self.name = driver, f"given-{driver.replace('_', '-')}"
         self.before = microvms.left()
         self.wish: dict[str, t.Any] = {
             "name": self.name,
             "driver": driver,
             "image": "agent",
             "hotplug_slots": 2,
+            "free_page_reporting": False,  # so that QEMU makes no balloon, which PCI functions do not bear
             "thp": True,
         }
 
@@ -114,6 +116,8 @@ def test_images_of_data_are_mapped_beside_the_root(given: Given) -> None:
     assert after["ready"] and after["pid"] == before["pid"]
     given.bring(data_images=[])
     assert given.inside("grep -c /opt/ /proc/mounts || true") == "0\n"
+    (last,) = given.microvms.look(given.name).values()
+    assert (last["pid"] == after["pid"]) == (given.driver == "cloud_hypervisor")  # QEMU takes none away while it runs
 
 
 def test_memory_is_where_its_zones_are_bound_to(given: Given) -> None:
@@ -130,8 +134,14 @@ def test_memory_is_where_its_zones_are_bound_to(given: Given) -> None:
     assert pages[DRAM][DRAM] <= FIRST and 0 < pages[SLOW][SLOW] <= SECOND and 0 < pages[CXL][CXL] <= SECOND
 
 
-def test_memory_goes_back_with_its_region(given: Given) -> None:
-    given.bring(memory_zones=[], memory="192MiB")
+def test_memory_goes_back_with_its_region_and_is_of_huge_pages(given: Given) -> None:
+    pages = FIRST // (2 * MIB)
+    reserved = given.host.check_output(f"echo {pages} >{HUGEPAGES}/nr_hugepages; cat {HUGEPAGES}/nr_hugepages")
+    assert int(reserved) == pages
+    given.bring(memory_zones=[], memory=f"{FIRST // MIB}MiB", hugepages="2MiB")
+    taken = pages - int(given.host.check_output(f"cat {HUGEPAGES}/free_hugepages"))
+    (one,) = given.microvms.look(given.name).values()
+    assert one["ready"] and one["guest_ram_bytes"] >= taken * 2 * MIB > 32 * MIB  # it may have touched more since
     given.microvms.lab.module("cxl_region", regions=[{**REGION, "state": "absent"}], persist=False)
     assert given.host.check_output("cat /sys/devices/system/node/has_memory") == "0-1"
 
@@ -140,7 +150,10 @@ def test_a_pci_function_is_the_guests_and_comes_back(given: Given) -> None:
     wish = {"vendor_device": NVME, "count": 1}
     (function,) = given.microvms.lab.module("vfio_bind", functions=[wish])["functions"]
     (node,) = function["nodes"]
+    (before,) = given.microvms.look(given.name).values()
     given.bring(devices=[function["address"]])
+    (after,) = given.microvms.look(given.name).values()
+    assert (after["pid"] == before["pid"]) == (given.driver == "qemu")  # Cloud Hypervisor starts with the first one
     assert given.host.check_output(f"stat -c %u {node}") != "0"
     # All of its memory is pinned for the function's DMA: what is written went there and what is read came back.
     disk = "/dev/nvme0n1"
@@ -150,6 +163,8 @@ def test_a_pci_function_is_the_guests_and_comes_back(given: Given) -> None:
     )
     assert given.inside(f"dd if={disk} bs=64k count=16 iflag=direct status=none | sha256sum") == written
     given.bring(devices=[])
+    (last,) = given.microvms.look(given.name).values()
+    assert last["ready"] and last["pid"] == after["pid"]
     assert given.host.check_output(f"stat -c %u {node}") == "0"
     unbound = {"address": function["address"], "state": "unbound"}
     given.microvms.lab.module("vfio_bind", functions=[unbound])
@@ -159,6 +174,7 @@ def test_a_pci_function_is_the_guests_and_comes_back(given: Given) -> None:
 
 def test_nothing_is_left(given: Given) -> None:
     given.microvms.bring({"name": given.name}, state="absent")
+    given.host.check_output(f"echo 0 >{HUGEPAGES}/nr_hugepages")
     left = given.microvms.left() - given.before
     # The unit that binds functions again at boot is the host's, and stays enabled.
     assert {line for line in left if not line.endswith("/agentfleet-restore.service")} == set()

@@ -8,11 +8,14 @@ The tests build on each other: each starts from the state that the one before le
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import typing as t
 from pathlib import Path
@@ -28,6 +31,12 @@ BLOCK = 4096
 PATTERN = "written by a guest"
 AGENT = {"name": "agent", "kernel_modules": ["nvme"]}  # as in converge.yml
 EXTRA = {"name": "agent-extra", "base": "agent", "files": [{"path": "/etc/extra", "content": "extra"}]}
+VERIFIED = {"name": "agent-verified", "base": "agent", "dax": False, "verity": True}
+# The verified image's first block, which is cached nowhere since its file system was mounted, read past the cache.
+DAMAGED = (
+    "dd if=/dev/zero of=/dev/pmem0 bs=4096 count=1 conv=fsync 2>/dev/null; "
+    "dd if=/dev/dm-0 of=/dev/null bs=4096 count=1 iflag=direct"
+)
 # A file system of its own for this process alone, too small for a build, that has one image of a cache.
 ON_A_FULL_DISK = """
 set -e
@@ -87,6 +96,33 @@ class Guests:
     def sum(self) -> str:
         """SHA-256 of the image as the host reads it."""
         return str(self.host.run(f"sha256sum {STORE}/names/agent/rootfs.erofs").stdout.split()[0])
+
+
+def write_oci_archive(path: Path, layers: list[Path]) -> None:
+    """An OCI image as an archive.
+
+    :param layers: of a cache of images, compressed; their names begin with the SHA-256 of their content
+    """
+    with tarfile.open(path, "w") as archive:
+
+        def add(data: bytes, kind: str, name: str = "") -> dict[str, t.Any]:
+            digest = hashlib.sha256(data).hexdigest()
+            entry = tarfile.TarInfo(name or f"blobs/sha256/{digest}")
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+            media = f"application/vnd.oci.image.{kind}"
+            return {"mediaType": media, "digest": f"sha256:{digest}", "size": len(data)}
+
+        def document(kind: str, **content: t.Any) -> dict[str, t.Any]:
+            return add(json.dumps(content).encode(), kind)
+
+        digests = [f"sha256:{layer.name.partition('.')[0]}" for layer in layers]
+        filesystem = {"type": "layers", "diff_ids": digests}
+        config = document("config.v1+json", architecture="amd64", os="linux", rootfs=filesystem)
+        described = [add(layer.read_bytes(), "layer.v1.tar+zstd") for layer in layers]
+        manifest = document("manifest.v1+json", schemaVersion=2, config=config, layers=described)
+        add(json.dumps({"schemaVersion": 2, "manifests": [manifest]}).encode(), "index.v1+json", "index.json")
+        add(json.dumps({"imageLayoutVersion": "1.0.0"}).encode(), "layout", "oci-layout")
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +235,29 @@ def test_damage_is_found_named_and_repaired(guests: Guests) -> None:
     assert guests.lab.module("image_store", verify=True)["damaged"] == []
 
 
+def test_a_verified_image_and_one_of_an_oci_archive_boot(guests: Guests, microvms: t.Any) -> None:
+    """Both of the agent's packages, which the cache has."""
+    cache, archive = guests.lab.directory / "images", guests.lab.directory / "agent.oci.tar"
+    (agent,) = guests.lab.module("rootfs_image", on="localhost", cache=str(cache), images=[guests.agent])["images"]
+    layers = json.loads((cache / agent["definition_digest"] / "manifest.json").read_text())["layers"]
+    write_oci_archive(archive, [cache / f"layers/{layer}.tar.zst" for layer in layers])
+    unpacked = {"name": "agent-oci", "oci": {"path": str(archive)}}
+    guests.lab.succeed("images", rootfs_images=[AGENT, VERIFIED, unpacked], rootfs_cache=str(cache))
+    names = {image: f"image-{image}" for image in ("agent-verified", "agent-oci")}
+    microvms.bring(*({"name": name, "image": image, "memory": "160MiB", "thp": True} for image, name in names.items()))
+    seen = microvms.look(*names.values())
+    verified, of_archive = (seen[name] for name in names.values())
+    assert of_archive["ready"] and of_archive["agent"]["dax"] and of_archive["image_digest"] != guests.digest()
+    assert verified["ready"] and not verified["agent"]["dax"]
+    mounted = "awk '$2 == \"/run/agentfleet/image\" {print $1, $3}' /proc/mounts; cat /sys/block/dm-0/dm/name"
+    assert microvms.inside(verified["name"], mounted) == "/dev/dm-0 erofs\nagentfleet-image\n"
+    refused = microvms.run(verified["name"], DAMAGED)
+    assert refused.rc != 0 and "Input/output error" in refused.stderr, refused
+    microvms.bring(*({"name": name} for name in names.values()), state="absent")
+
+
 def test_nothing_is_left(guests: Guests) -> None:
-    guests.lab.module("image_store", state="absent", images=[{"name": "agent-extra"}], gc=True)
+    gone = [{"name": name} for name in ("agent-extra", "agent-verified", "agent-oci")]
+    guests.lab.module("image_store", state="absent", images=gone, gc=True)
     left = guests.host.run(f"ls -A {STORE}; ls /var/tmp").stdout.split()
     assert not [name for name in left if name.startswith((".", "agentfleet-"))]

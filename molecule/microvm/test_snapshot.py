@@ -68,6 +68,7 @@ def test_clones_are_warm_and_cheap_and_each_is_itself(
         ask = f"from urllib.request import urlopen; print(urlopen('{url}', timeout=60).read().decode())"
         told = json.loads(host.run(f'python3 -c "{ask}"').stdout)
         assert told["hostname"] == one["name"]
+    microvms.assert_differ(*NAMES)
     assert [microvms.inside(name, "echo $NUMBER") for name in NAMES[1:]] == ["1\n", "2\n"]
     neighbours = host.run("ip neigh show dev affleet").stdout.split()
     macs = [neighbours[number + 1] for number, word in enumerate(neighbours) if word == "lladdr"]

@@ -75,12 +75,15 @@ def uptime(host: Host) -> float:
 def stop(host: Host, name: str, ended: t.Callable[[float], bool]) -> str:
     """Power button, then shutdown, then the VMM's own end, each bounded; returns the rung that did it.
 
+    A VMM that does not answer at all is left to systemd at once.
+
     :param ended: waits so many seconds for the VMM's end and says whether it came
     """
     spec = read_spec(host, name)
     if spec is None or ended(0):
         return "nothing to stop"
     for rung, seconds in (("power_button", STOP_SECONDS), ("shutdown", RUNG_SECONDS), ("quit", RUNG_SECONDS)):
+        start = time.monotonic()
         try:
             with _vmm.driver(spec["driver"]).machine(host, spec) as machine:
                 if rung == "power_button" and machine.state() == "paused":
@@ -88,6 +91,8 @@ def stop(host: Host, name: str, ended: t.Callable[[float], bool]) -> str:
                 getattr(machine, rung)()
         except (OSError, HostError, ValueError) as error:
             sys.stderr.write(f"{rung}: {error}\n")
+            if time.monotonic() - start > RUNG_SECONDS:
+                break  # it answers nobody: on the next rung it would be waited for as long, and all have to fit
             seconds = 1
         if ended(seconds):
             return rung

@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import subprocess
+import types
 import typing as t
 
 import pytest
@@ -152,6 +153,16 @@ def test_a_rung_that_breaks_does_not_keep_the_next_waiting(host: t.Any, monkeypa
     assert _microvm_unit.stop(host, "a1", lambda seconds: bool(waited.append(seconds))) == "left to systemd"
     assert waited == [0, 1, 5, 5]
     assert "power_button: power_button" in capsys.readouterr().err
+
+
+def test_a_vmm_that_does_not_answer_is_asked_once(host: t.Any, monkeypatch: t.Any) -> None:
+    """All rungs together would otherwise take longer than the unit has: 30 seconds of silence on each, and more."""
+    done: list[str] = []
+    clock = iter((100.0, 130.0))
+    monkeypatch.setattr(_microvm_unit, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(_qemu, "machine", lambda *_more: Machine(done, ["power_button"], "running"))
+    assert _microvm_unit.stop(host, "a1", lambda seconds: False) == "left to systemd"
+    assert done == ["power_button"]
 
 
 def test_the_end_of_a_process_is_waited_for() -> None:
