@@ -54,7 +54,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
 
 def images(**wish):
-    return rootfs_image.build(ArgumentSpecValidator(rootfs_image.ARGUMENTS).validate(wish).validated_parameters, Host())
+    return rootfs_image.Images(Host(), ArgumentSpecValidator(rootfs_image.ARGUMENTS).validate(wish).validated_parameters)
 
 wish = json.loads(sys.argv[1])
 try:
@@ -147,7 +147,7 @@ def test_a_build_with_nothing_to_do_takes_less_than_a_second(guests: Guests) -> 
 
     wish = ArgumentSpecValidator(rootfs_image.ARGUMENTS).validate({"images": [guests.agent]}).validated_parameters
     start = time.process_time()  # of this process, since others use this machine, too
-    images = rootfs_image.build(wish, Host())
+    images = rootfs_image.Images(Host(), wish)
     observed = images.observe()
     assert images.plan(observed) == [] and images.result(observed)["images"][0]["image_digest"] == guests.digest()
     assert time.process_time() - start < 1
