@@ -16,6 +16,7 @@ compressed, by SHA-256; ``kernels/`` and ``layers/`` what builds can reuse.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -36,7 +37,6 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._image_build impo
 from ansible_collections.agentfleet.metal.plugins.module_utils._image_definition import (
     Definition,
     FileDigests,
-    canonical,
     read_all,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
@@ -197,7 +197,7 @@ class Images:
             own = sum(os.path.getsize(item.source) for item in image.items.values() if item.source)
             layers = sum(int(layer.get("size", 0)) for layer in image.oci.layers) if image.oci else 0
             need = max(need, 4 * own + 8 * layers + (BOOTSTRAP_BYTES if image.packages or image.base else 0))
-        free = _free(self.host.path(self.cache))
+        free = _store.free_bytes(self.host.path(self.cache))
         if free < need:
             raise Refused(
                 "cache", self.cache, f"has {free >> 20} MiB free, and a build may need {need >> 20} MiB",
@@ -253,7 +253,7 @@ class Images:
             os.replace(f"{work}/{LOG}", kept)
         except OSError:
             kept = "(not written)"
-        free = _free(self.cache)
+        free = _store.free_bytes(self.cache)
         if free < FULL_BYTES or "No space left" in str(error):
             raise HostError(
                 f"the file system of {self.cache} is full ({format_size(free)} free). The images that were there are as they "
@@ -281,7 +281,7 @@ class Images:
             digest = files[_store.IMAGE]["sha256"] if manifest else ""
             if manifest:
                 text = manifest_text(manifest).encode()
-                files[_store.MANIFEST] = {"sha256": _sha256(text), "size_bytes": len(text)}
+                files[_store.MANIFEST] = {"sha256": hashlib.sha256(text).hexdigest(), "size_bytes": len(text)}
             store.append(
                 {"name": name, "digest": digest, "files": files, "deltas": manifest["deltas"] if manifest else []}
             )
@@ -300,19 +300,3 @@ class Images:
                 }
             )
         return {"images": images, "store": store, "blobs": f"{self.cache}/blobs", "warnings": self.warnings}
-
-
-def _sha256(data: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()
-
-
-def _free(path: str) -> int:
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
-
-
-__all__ = ["Images", "canonical"]

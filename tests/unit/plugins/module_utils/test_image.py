@@ -519,7 +519,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_build(
     builder: Builder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_image, "RESERVE_BYTES", 256 << 20)
-    monkeypatch.setattr(_image, "_free", lambda path: 100 << 20)
+    monkeypatch.setattr(_image._store, "free_bytes", lambda path: 100 << 20)
     made = builder.images({})
     with pytest.raises(Refused, match="has 100 MiB free, and a build may need 256 MiB") as refused:
         made.plan(made.observe())
