@@ -14,18 +14,16 @@ from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_s
 from ansible_collections.agentfleet.metal.plugins.module_utils import _network, _vmm
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import NAME
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused, Step
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Looking, Refused
 from ansible_collections.agentfleet.metal.plugins.module_utils._proc import NOTHING, memory_of
 
 
-class MicrovmInfo:
+class MicrovmInfo(Looking):
     """What microVMs are and cost, as a resource that never changes anything.
 
     :param names: only these; all that are declared when None
     :param console: whether the end of each console is wanted
     """
-
-    predicting = False
 
     def __init__(
         self, host: Host, names: t.Sequence[str] | None, agent_timeout_seconds: int, console: bool = False
@@ -96,13 +94,6 @@ class MicrovmInfo:
         if self.console:
             found["console"] = inner.get("console", "")
         return found
-
-    def plan(self, observed: list[dict[str, t.Any]]) -> list[Step]:
-        """Nothing to change."""
-        return []
-
-    def apply(self, step: Step) -> None:
-        """Never called: there are no steps."""
 
     def result(self, observed: list[dict[str, t.Any]]) -> dict[str, t.Any]:
         """The microVMs as they were seen."""

@@ -95,6 +95,19 @@ class Resource(t.Protocol):
         """What the module returns besides changed, plan and diff (also in check mode)."""
 
 
+class Looking:
+    """A resource that never changes anything, and says in ``result`` what it saw."""
+
+    predicting = False
+
+    def plan(self, observed: t.Any) -> list[Step]:
+        """Nothing to change."""
+        return []
+
+    def apply(self, step: Step) -> None:
+        """Never called: there are no steps."""
+
+
 def diff(steps: t.Sequence[Step]) -> list[dict[str, str]]:
     """Ansible's ``diff`` value: one before/after pair for each step."""
 

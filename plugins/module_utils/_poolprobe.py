@@ -15,7 +15,7 @@ import typing as t
 from ansible_collections.agentfleet.metal.plugins.module_utils import _boot, _connectors, _slab
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._mooncake import ENGINE, POOLS, devdax_of_memdevs
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Looking, Refused
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import parse_size
 
 PROGRAM = f"{ENGINE}/bin/python3 -m {_boot.PACKAGE}._mooncake"
@@ -36,13 +36,11 @@ def declared(host: Host) -> dict[str, dict[str, t.Any]]:
     return found
 
 
-class PoolInfo:
+class PoolInfo(Looking):
     """What pools can do, as a resource that never changes anything.
 
     :param names: pools to probe; all that are declared when None
     """
-
-    predicting = False
 
     def __init__(self, host: Host, names: t.Sequence[str] | None, probe_size: str | None, samples: int) -> None:
         self.host, self.names = host, names
@@ -68,13 +66,6 @@ class PoolInfo:
             done = self.host.run(agent("quotas", pool["name"]), check=False)
             found["tenants"] = json.loads(done.stdout) if done.rc == 0 else {"problem": done.text[-500:]}
         return found
-
-    def plan(self, observed: dict[str, t.Any]) -> list[Step]:
-        """Nothing to change."""
-        return []
-
-    def apply(self, step: Step) -> None:
-        """Never called: there are no steps."""
 
     def result(self, observed: dict[str, t.Any]) -> dict[str, t.Any]:
         """The pools as they were measured."""

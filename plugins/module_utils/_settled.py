@@ -20,7 +20,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils import (
     _vfio,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Looking, Refused
 
 # Module -> (its options, its class), in the order in which the roles call them.
 RESOURCES: dict[str, tuple[dict[str, t.Any], t.Callable[[Host, dict[str, t.Any]], t.Any]]] = {
@@ -34,14 +34,11 @@ RESOURCES: dict[str, tuple[dict[str, t.Any], t.Callable[[Host, dict[str, t.Any]]
 }
 
 
-class Settled:
+class Settled(Looking):
     """A resource that changes nothing: it asks others for their plans.
 
     :param declared: module -> its options, complete with defaults
     """
-
-    predicting = False
-    audited = False
 
     def __init__(self, host: Host, declared: t.Mapping[str, dict[str, t.Any]]) -> None:
         self.host = host
@@ -61,14 +58,6 @@ class Settled:
         except (Refused, HostError, OSError):
             return False  # the module itself will say it, as its own failure
         return not result.get("reboot_required") and not result.get("warnings")
-
-    def plan(self, observed: list[str]) -> list[Step]:
-        """Nothing."""
-        del observed
-        return []
-
-    def apply(self, step: Step) -> None:
-        """There are no steps."""
 
     def result(self, observed: list[str]) -> dict[str, t.Any]:
         """Whether all is as declared, and what is not."""

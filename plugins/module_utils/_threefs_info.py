@@ -11,7 +11,7 @@ import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._placement_files import decode_chain
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Looking, Refused
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import check_cluster, target_place
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import Admin
 
@@ -115,14 +115,11 @@ def problems(
     return found
 
 
-class Info:
+class Info(Looking):
     """The state of a cluster, waited for if asked, as a resource that changes nothing.
 
     :param params: options of the module ``threefs_info``
     """
-
-    predicting = False
-    audited = False
 
     def __init__(self, host: Host, params: t.Mapping[str, t.Any]) -> None:
         self.host = host
@@ -182,13 +179,6 @@ class Info:
                 for target in chain["targets"]
             )
         ]
-
-    def plan(self, observed: t.Any) -> list[Step]:
-        """Nothing."""
-        return []
-
-    def apply(self, step: Step) -> None:
-        """Nothing."""
 
     def result(self, observed: dict[str, t.Any] | None) -> dict[str, t.Any]:
         """The state and what is wrong with it."""
