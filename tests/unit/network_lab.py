@@ -263,6 +263,11 @@ def main() -> None:
     found["and what is allowed"] = connects("blue2", guests["blue1"][0]["address"], 7000)
     found["without egress"] = egress("none")
     found["egress that came while it ran"] = egress("nat")
+    run("ip", "netns", "exec", "outside", "ip", "route", "add", "fd00:88::/64", "via", MANAGEMENT6)
+    found["whom the outside sees, routed"] = whom("routed")
+    for address in _network.addresses(guests["blue1"]):
+        found[f"outside to {address}, routed"] = connects("outside", address, 7000)
+    found["whom the outside sees, nat"] = whom("nat")
     found["egress, IPv6, everywhere"] = connects("blue1", OUTSIDE6, 80)
     found["a cloud's metadata, IPv6"] = connects("blue1", METADATA6, 80)
     found["outside to guest, untracked"] = untracked(guests["blue1"][0])
@@ -293,6 +298,23 @@ def egress(policy: str) -> list[t.Any]:
     write(_network_host.policy_path(network["bridge"]), network["policy"])
     script("load")
     return [connects("blue1", OUTSIDE, 80) == "open", *switches()[:2]]
+
+
+def whom(policy: str) -> list[str]:
+    """Change a network; the addresses that a guest of it has for servers outside."""
+    egress(policy)
+    seen = []
+    for address in (OUTSIDE, OUTSIDE6):
+        with inside("outside"):
+            server = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        with server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind((address, 4000))
+            server.listen()
+            server.settimeout(0.7)
+            outcome = connects("blue1", address, 4000)
+            seen.append(server.accept()[1][0] if outcome == "open" else outcome)
+    return seen
 
 
 def untracked(one: _network.Interface) -> bool:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -80,6 +81,19 @@ def test_link_local_addresses_are_those_of_the_standard() -> None:
     netaddr = pytest.importorskip("netaddr")
     for mac in ("02:00:00:00:00:01", "fe:dc:ba:98:76:54"):
         assert str(_network.link_local(mac)) == str(netaddr.EUI(mac).ipv6_link_local())
+
+
+def test_what_is_derived_is_what_the_standards_have_for_hosts() -> None:
+    netaddr = pytest.importorskip("netaddr")
+    networks = {"address": netaddr.IPNetwork("10.88.0.0/28"), "address6": netaddr.IPNetwork("fd00:88::/64")}
+    names = [f"a{number}" for number in range(13)]  # all but the network, its broadcast and the host
+    found = [one for (one,) in resolve(names, prefix="10.88.0.0/28").values()]
+    for key, network in networks.items():
+        addresses = {netaddr.IPAddress(one[key]) for one in found}
+        assert len(addresses) == len(names) and addresses <= set(itertools.islice(network.iter_hosts(), 64))
+        assert {netaddr.IPNetwork(one["gateway" + key[7:]]).ip for one in found}.isdisjoint(addresses)
+    macs = [netaddr.EUI(one["mac"]) for one in found]
+    assert {mac.words[0] & 0b11 for mac in macs} == {0b10}  # of one device, and of no manufacturer
 
 
 def test_everything_is_refused_that_is_not_declared() -> None:
@@ -366,6 +380,8 @@ STATE = {
     "left behind": ["taps.lock"],
     "without egress": [False, "0", "0"],
     "egress that came while it ran": [True, "1", "1"],
+    "whom the outside sees, nat": ["192.0.2.1", "2001:db8::1"],
+    "whom the outside sees, routed": ["10.88.0.2", "fd00:88::2"],
     "forwarding is as it was": ["0", "0", "1"],
 }
 
@@ -376,7 +392,7 @@ def test_what_is_allowed_works(seen: dict[str, t.Any]) -> None:
 
 def test_nothing_else_does(seen: dict[str, t.Any]) -> None:
     others = {check: outcome for check, outcome in seen.items() if check not in ALLOWED and check not in STATE}
-    assert len(others) == 36 and {check for check, outcome in others.items() if outcome in (True, "open")} == set()
+    assert len(others) == 38 and {check for check, outcome in others.items() if outcome in (True, "open")} == set()
 
 
 def test_nothing_is_left(seen: dict[str, t.Any]) -> None:
