@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import typing as t
+from pathlib import Path
 
 import pytest
 
@@ -1300,6 +1302,62 @@ def test_volumes_grow_stay_and_go_only_when_told(metal: t.Any) -> None:
     (step,) = run(metal, call({"name": "a1"}, state="absent", delete_volumes=True))
     assert step.before == {"a1": {"data": "2MiB"}} and step.disruptive
     assert not metal.exists("/var/lib/agentfleet/volumes")
+
+
+# In a mount namespace of its own: two volumes of one template, the second one larger; how much each took of the disk.
+ON_A_FILE_SYSTEM = """
+import os, subprocess, sys
+from ansible_collections.agentfleet.metal.plugins.module_utils import _host, _microvm_volumes
+top, filesystem = sys.argv[1:]
+subprocess.run([f"mkfs.{filesystem}", "-q", f"{top}/disk"], check=True, stdout=subprocess.DEVNULL)
+if subprocess.run(["mount", "-o", "loop", f"{top}/disk", f"{top}/mnt"]).returncode:
+    sys.exit(77)
+host, volumes = _host.Host(f"{top}/mnt"), "/var/lib/agentfleet/volumes"
+def used():
+    os.sync()
+    found = os.statvfs(host.path("/"))
+    return (found.f_blocks - found.f_bfree) * found.f_frsize >> 20
+content = os.urandom(64 << 20)
+with open(host.path("/template"), "wb") as file:
+    file.write(content)
+before = used()
+_microvm_volumes.create(host, f"{volumes}/a1/data", 64 << 20, "/template")
+_microvm_volumes.create(host, f"{volumes}/a2/data", 80 << 20, "/template")
+print(used() - before)
+with open(host.path(f"{volumes}/a1/data"), "r+b") as file:
+    file.write(bytes(16 << 20))
+print(used() - before)
+for path, wanted in (
+    ("/template", content),
+    (f"{volumes}/a1/data", bytes(16 << 20) + content[16 << 20 :]),
+    (f"{volumes}/a2/data", content + bytes(16 << 20)),
+):
+    with open(host.path(path), "rb") as file:
+        print(file.read() == wanted)
+"""
+
+
+@pytest.mark.parametrize("filesystem", ["xfs", "btrfs"])
+def test_a_volume_shares_its_templates_blocks_until_it_is_written(tmp_path: Path, filesystem: str) -> None:
+    if os.geteuid() or not shutil.which(f"mkfs.{filesystem}"):
+        pytest.skip(f"root and mkfs.{filesystem} are needed")
+    (tmp_path / "mnt").mkdir()
+    with open(tmp_path / "disk", "wb") as file:
+        file.truncate(350 << 20)
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a mount namespace is needed")
+    done = subprocess.run(
+        ["unshare", "--mount", sys.executable, "-c", ON_A_FILE_SYSTEM, str(tmp_path), filesystem],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(_vmm.__file__).parents[5]), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 77:
+        pytest.skip(f"a loop device with {filesystem} does not mount here: {done.stderr}")
+    assert done.returncode == 0, done.stderr
+    shared, written, *same = done.stdout.split()
+    assert int(shared) < 8 and 16 <= int(written) < 24 and same == ["True"] * 3
 
 
 @pytest.mark.parametrize("verb", ["create", "grow", "give"])
