@@ -162,7 +162,7 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._fdb import Absent, Servers
+from ansible_collections.agentfleet.metal.plugins.module_utils._fdb_server import Absent, Servers
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import converge
 

@@ -1,7 +1,7 @@
 # Copyright: agentfleet.metal contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""FoundationDB: _fdb."""
+"""FoundationDB: its servers, and the database that they make."""
 
 from __future__ import annotations
 
@@ -19,14 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._fdb import (
-    Absent,
-    Database,
-    Servers,
-    check_layout,
-    connection,
-    coordinators_of,
-)
+from ansible_collections.agentfleet.metal.plugins.module_utils._fdb import check_layout, connection, coordinators_of
+from ansible_collections.agentfleet.metal.plugins.module_utils._fdb_database import Database
+from ansible_collections.agentfleet.metal.plugins.module_utils._fdb_server import Absent, Servers
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, apply_all, diff
 from ansible_collections.agentfleet.metal.tests.unit.threefs_lab import DOUBLES, load

@@ -1,7 +1,7 @@
 # Copyright: agentfleet.metal contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""_fdb and the double of FoundationDB against what FoundationDB's own sources say (tests/contract/foundationdb.json)."""
+"""Our modules and the double of FoundationDB against what FoundationDB's own sources say (tests/contract/foundationdb.json)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ import typing as t
 
 import pytest
 
-from ansible_collections.agentfleet.metal.plugins.module_utils._fdb import (
+from ansible_collections.agentfleet.metal.plugins.module_utils._fdb import NEEDS
+from ansible_collections.agentfleet.metal.plugins.module_utils._fdb_database import (
     ALREADY_EXISTS,
-    ENDED,
     ENGINES,
-    NEEDS,
     NEVER_CREATED,
-    NOT_RUNNING,
     Database,
+)
+from ansible_collections.agentfleet.metal.plugins.module_utils._fdb_server import (
+    ENDED,
+    NOT_RUNNING,
     OldBackups,
     Servers,
 )
