@@ -60,7 +60,6 @@ def test_a_first_start_that_fails_leaves_nothing(microvms: t.Any, sixteen: t.Any
         "name": "fleet-bad",
         "image": "agent",
         "memory": "112MiB",
-        "thp": True,
         "kernel_arguments": ["rdinit=/nonexistent"],
         "restart_policy": "never",
         "volumes": [{"name": "data", "size": "32MiB", "mount": "/data"}],
