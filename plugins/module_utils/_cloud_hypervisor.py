@@ -20,7 +20,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _cloud_hypervisor_config as config
-from ansible_collections.agentfleet.metal.plugins.module_utils._cloud_hypervisor_api import Api
+from ansible_collections.agentfleet.metal.plugins.module_utils._cloud_hypervisor_api import Api, Pending
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_exec import exchange
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names import (
@@ -35,12 +35,14 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._network import I
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import (
     KERNEL_WORDS,
+    STILL_SECONDS,
     Change,
     DataImage,
     Disk,
     Share,
     Spec,
     Unsupported,
+    await_memory,
     disks,
     memory_does_not_plug,
     too_many_vcpus,
@@ -519,7 +521,7 @@ class CloudHypervisorMachine:
         if reason:
             raise HostError(reason)
         if change.key == "vcpus":
-            self._api.put("vm.resize", config.VmResize(desired_vcpus=change.after))
+            self._resize_cpus(change)
         elif change.key == "balloon_bytes":
             self._api.put("vm.resize", config.VmResize(desired_balloon=change.after))
         elif change.key == "memory_bytes":
@@ -531,6 +533,39 @@ class CloudHypervisorMachine:
             self._remove(_id(change))
         else:
             self._add(change, spec)
+
+    def settle(self, change: Change) -> None:
+        """Wait until the guest has given memory; of what was plugged it is told what was asked for alone."""
+        if change.key == "balloon_bytes":
+            await_memory(change, self._balloon_bytes)
+
+    def _resize_cpus(self, change: Change) -> None:
+        """It tells nowhere how many there are; but what was asked for is refused until the guest has let all go."""
+        resize = config.VmResize(desired_vcpus=change.after)
+        if change.after > change.before:
+            self._api.put("vm.resize", resize)
+            return
+        self._host.wait(
+            lambda: self._taken(resize) and self._taken(resize),
+            f"vcpus: the guest did not come down to {change.after}",
+            timeout_seconds=STILL_SECONDS,
+            interval_seconds=1,
+        )
+
+    def _taken(self, resize: config.VmResize) -> bool:
+        try:
+            self._api.put("vm.resize", resize)
+        except Pending:
+            return False
+        return True
+
+    def _balloon_bytes(self) -> int:
+        """What the guest has left. Its actual memory is what is configured, plugged or not, without that."""
+        told = self._api.get("vm.info")
+        memory = told["config"]["memory"]
+        parts = [memory, *(memory.get("zones") or ())]
+        configured = sum(int(one["size"]) + int(one.get("hotplugged_size") or 0) for one in parts)
+        return configured - int(told["memory_actual_size"])
 
     def _resize_memory(self, size: int) -> None:
         if _memory(self._spec).zones is None:

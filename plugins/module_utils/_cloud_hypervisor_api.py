@@ -21,7 +21,12 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._cloud_hypervisor
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import Connection
 
+PENDING = 429
 BODY_LIMIT = 51200  # of the server, which answers a longer one with a closed connection
+
+
+class Pending(HostError):
+    """The guest has not yet let go what it was asked for before."""
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -76,7 +81,8 @@ class Api:
         finally:
             connection.close()
         if not 200 <= answer.status < 300:
-            raise HostError(f"Cloud Hypervisor refused {path} ({answer.status}): {_told(text)}")
+            kind = Pending if answer.status == PENDING else HostError
+            raise kind(f"Cloud Hypervisor refused {path} ({answer.status}): {_told(text)}")
         try:
             told = json.loads(text) if text.strip() else {}
         except (ValueError, RecursionError) as error:

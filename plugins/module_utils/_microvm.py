@@ -19,6 +19,7 @@ import re
 import shutil
 import time
 import typing as t
+from dataclasses import replace
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_data, _network, _vmm
 from ansible_collections.agentfleet.metal.plugins.module_utils import _microvm_resolve as resolve
@@ -47,7 +48,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_names im
     volume_path,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_unit import uptime
-from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
+from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, ItemsFailed, Refused, Step
 
 
 class State(t.NamedTuple):
@@ -253,13 +254,18 @@ class MicroVms:
         if self.state.runs and not self.state.paused and standing:
             steps.append(Step("resume", "microVMs", after=standing, data=standing))
             standing = []
+        changes, after = {}, {}
         for name in up:
             live = [] if name in stop else self._differences(name, observed)[0]
             if name in standing:
                 self._check_still(name, live)
-            if live:
-                after = [str(change) for change in live]
-                steps.append(Step("change", f"microVM {name}", after=after, why="while it runs", data=(name, live)))
+            left = name in observed["running"] and name not in (*stop, *standing)
+            untold = _vmm.untold(observed["running"][name]) if left else []
+            if live or untold:
+                changes[name] = live, name not in standing
+                after[name] = [*map(str, live), *(f"{what} taken into use" for what in untold)]
+        if changes:
+            steps.append(Step("change", "microVMs", after=after, why="while they run", data=changes))
         ready = [name for name in up if states[name] == "running" and name not in observed["booting"]]
         start = [name for name in self.specs if (name not in ready and self.state.runs) or name in stop]
         if start:
@@ -281,9 +287,10 @@ class MicroVms:
         """
         stopped = {name for step in running if step.verb == "stop" for name in step.data}
         left = {
-            (step.data[0], change.before["bridge"])
+            (name, change.before["bridge"])
             for step in running if step.verb == "change"
-            for change in step.data[1] if change.key == "networks" and change.after is None
+            for name, (changes, _tell) in step.data.items()
+            for change in changes if change.key == "networks" and change.after is None
         }  # fmt: skip
         stay = {bridge for name, bridge in _network.attached(self.host) - left if name not in stopped}
         unused = _network.unused_policies(self.host, bridges | stay)
@@ -292,29 +299,32 @@ class MicroVms:
         return [Step("define", "networks", before=unused, why="no microVM uses them", data=("", {}, unused))]
 
     def _check_still(self, name: str, live: list[_vmm.Change]) -> None:
-        """A guest that stands still lets nothing go."""
+        """A guest that stands still lets nothing go, and takes no memory."""
         for change in live:
-            if _vmm.takes_away(change):
+            if _vmm.needs_guest(change):
                 raise Refused(
-                    f"{self.wanted[name]['option']}.{change.key}", change.item or change.after,
-                    f"microVM {name} is paused, and lets nothing go until it runs ({change})",
+                    f"{self.wanted[name]['option']}.{change.key.replace('_bytes', '')}", change.item or change.after,
+                    f"microVM {name} is paused, and lets nothing go and takes no memory until it runs ({change})",
                     "Resume it with state running, which changes it, too; or restart it with state restarted",
                 )  # fmt: skip
 
-    def _differences(self, name: str, observed: t.Mapping[str, t.Any]) -> tuple[list[_vmm.Change], list[str]]:
-        """What a running microVM can be given as it runs, and why the rest needs a restart."""
+    def _differences(
+        self, name: str, observed: t.Mapping[str, t.Any]
+    ) -> tuple[list[_vmm.Change], list[tuple[_vmm.Change | None, str]]]:
+        """What a running microVM can be given as it runs, and what needs a restart and why."""
         running = observed["running"].get(name)
         if running is None:
             active = observed["units"].get(name, {}).get("active") == "active"
-            return [], ["it was started without a record of how"] if active else []
-        spec, live, reasons = self.specs[name], [], []
+            return [], [(None, "it was started without a record of how")] if active else []
+        spec, live = self.specs[name], []
+        reasons: list[tuple[_vmm.Change | None, str]] = []
         if running["driver"] != spec["driver"]:
-            return [], [f"another driver: {running['driver']}"]
+            return [], [(None, f"another driver: {running['driver']}")]
         driver = _vmm.driver(running["driver"])
         for change in _vmm.changes(running, spec):
             reason = "" if change.key == "resources" else driver.restart_reason(change, running)
             if reason:
-                reasons.append(f"{change}: {reason}")
+                reasons.append((change, reason))
             else:
                 live.append(change)
         return live, reasons
@@ -394,12 +404,7 @@ class MicroVms:
 
     def apply(self, step: Step) -> None:
         """Carry out one step."""
-        try:
-            getattr(self, f"_apply_{step.verb}")(step.data)
-        except (HostError, OSError) as error:
-            if step.verb == "change":
-                self.errors[step.data[0]] = str(error)
-            raise
+        getattr(self, f"_apply_{step.verb}")(step.data)
 
     def _write(self, files: t.Mapping[str, tuple[str, int]], *readers: str) -> None:
         """Write files, and that their readers (verbs of steps) have to read them."""
@@ -431,7 +436,8 @@ class MicroVms:
     def _apply_define(self, data: tuple[str, dict[str, tuple[str, int]], list[str]]) -> None:
         name, files, left_over = data
         for path in left_over:
-            self.host.remove(path)
+            if name or path in self._unused_policies():  # what was to leave a network may not have done it
+                self.host.remove(path)
         self._write(files, *(["reload"] if name else self._filter()))
 
     def _apply_reload(self, afterwards: list[str]) -> None:
@@ -459,22 +465,37 @@ class MicroVms:
         self.host.run(["systemctl", "reset-failed", *map(unit, names)], check=False)
 
     def _apply_pause(self, names: list[str]) -> None:
-        self._machines(names, "pause")
+        self._each(names, lambda running: self._ask(running, "pause"))
 
     def _apply_resume(self, names: list[str]) -> None:
-        self._machines(names, "resume")
+        self._each(names, lambda running: self._ask(running, "resume"))
 
-    def _machines(self, names: list[str], verb: str) -> None:
+    def _apply_change(self, data: dict[str, tuple[list[_vmm.Change], bool]]) -> None:
+        self._each(list(data), lambda running: self._change(running, *data[running["name"]]), self._parallel())
+
+    def _each(self, names: t.Iterable[str], call: t.Callable[[_vmm.Spec], None], at_most: int = 16) -> None:
+        """Do something to each of those that run and have not failed before, several at the same time."""
+
         def one(name: str) -> str:
             try:
-                running = self._running(name)
-                with _vmm.driver(running["driver"]).machine(self.host, running) as machine:
-                    getattr(machine, verb)()
-            except (OSError, HostError, ValueError) as error:
-                return str(error)
+                call(self._running(name))
+            except state_of.NO_STATE as error:
+                return str(error) or type(error).__name__
             return ""
 
-        self._report({name: why for name, why in state_of.together(one, names).items() if why})
+        names = [name for name in names if name not in self.errors]
+        self._report({name: why for name, why in state_of.together(one, names, at_most).items() if why})
+
+    def _ask(self, running: _vmm.Spec, verb: str) -> None:
+        with self._machine(running) as machine:
+            getattr(machine, verb)()
+
+    def _machine(self, running: _vmm.Spec) -> _vmm.Machine:
+        return _vmm.driver(running["driver"]).machine(self.host, running)
+
+    def _parallel(self) -> int:
+        """How many guests work at the same time; more than there are CPUs only take the CPUs from each other."""
+        return int(self.params["parallel"] or os.cpu_count() or 1)
 
     def _running(self, name: str) -> _vmm.Spec:
         """What a microVM runs with, which may have ended since it was seen."""
@@ -487,50 +508,65 @@ class MicroVms:
         """Fail if any microVM did, with each one's reason."""
         self.errors.update(failed)
         if failed:
-            raise HostError("; ".join(f"microVM {name}: {why}" for name, why in failed.items()))
+            raise ItemsFailed("; ".join(f"microVM {name}: {why}" for name, why in failed.items()))
 
     # -- apply: what runs is changed -----------------------------------------------
 
-    def _apply_change(self, data: tuple[str, list[_vmm.Change]]) -> None:
-        """Removals come before additions; what is behind a device on the host goes after it and comes before it."""
-        name, changes = data
-        running = self._running(name)
-        for change in changes:
+    def _change(self, running: _vmm.Spec, changes: list[_vmm.Change], tell: bool) -> None:
+        """Removals come before additions; what is behind a device on the host goes after it and comes before it.
+
+        :param tell: whether the guest can be told, which it cannot while it stands still
+        """
+        name, short = running["name"], []
+        for wished in changes:
+            change = wished
             if change.key in ("shares", "data_images") and change.after is None:
                 self._unmount(running, change)
             self._before(name, change, running)
             if change.key == "resources":
                 self._limit(name)
             else:
-                with _vmm.driver(running["driver"]).machine(self.host, running) as machine:
-                    machine.change(change, self.specs[name])
+                try:
+                    with self._machine(running) as machine:
+                        machine.change(change, self.specs[name])
+                        machine.settle(change)
+                except _vmm.Unfinished as unfinished:  # the rest does not depend on it
+                    change = replace(change, after=unfinished.reached)
+                    short.append(str(unfinished))
             running = _vmm.applied(running, change)
-            # Written at once: whoever is interrupted here goes on with the next change.
-            self.host.write(running_spec(name), json.dumps(running, indent=2, sort_keys=True) + "\n", 0o600)
+            self._record(running)  # at once: whoever is interrupted here goes on with the next change
             self._after(name, change, running)
-        self._tell(running, changes)
+        untold = ", ".join(_vmm.untold(running))
+        if untold and tell:
+            short += self._tell(running, untold)
+        elif untold:
+            self.warnings.append(f"microVM {name} is paused: a call with state running has it use {untold}")
+        if short:
+            raise HostError("; ".join(short))
 
-    def _tell(self, running: _vmm.Spec, changes: list[_vmm.Change]) -> None:
-        """Let the guest use CPUs, networks, images, shares and room on volumes that are new; its kernel only sees them."""
-        new = {change.item for change in changes if change.key == "networks" and change.after is not None}
-        images, shares, disks = (
-            [change.after for change in changes if change.key == key and change.after is not None]
-            for key in ("data_images", "shares", "volumes")
-        )
-        name = running["name"]
-        networks = self.specs[name]["networks"]
-        lines = zip(networks, _network.guest_lines(networks))
+    def _record(self, running: _vmm.Spec) -> None:
+        self.host.write(running_spec(running["name"]), json.dumps(running, indent=2, sort_keys=True) + "\n", 0o600)
+
+    def _tell(self, running: _vmm.Spec, untold: str) -> list[str]:
+        """Let the guest use CPUs, networks, images, shares and room on volumes that are new; its kernel only sees them.
+
+        Returns what is wrong; then the next run tells it again.
+        """
+        order = {one["network"]: number for number, one in enumerate(self.specs[running["name"]]["networks"])}
+        # The first that is declared has the way out.
+        networks = sorted(running["networks"], key=lambda one: order.get(one["network"], len(order)))
+        new = _vmm.untold_of("networks", running)
         message = {
-            "networks": [line for interface, line in lines if interface["network"] in new],
-            "images": _microvm_data.image_lines(images),
-            "shares": _microvm_data.share_lines(shares),
-            "volumes": _microvm_data.grown_lines(disks),
+            "networks": [line for one, line in zip(networks, _network.guest_lines(networks)) if one in new],
+            "images": _microvm_data.image_lines(_vmm.untold_of("data_images", running)),
+            "shares": _microvm_data.share_lines(_vmm.untold_of("shares", running)),
+            "volumes": _microvm_data.grown_lines(_vmm.untold_of("volumes", running)),
         }
-        if not any(message.values()) and not any(change.key == "vcpus" for change in changes):
-            return
         told = state_of.ask_agent(self.host, running, ATTACH_SECONDS, "/attached", message) or {"error": "no answer"}
         if "error" in told:
-            self.warnings.append(f"microVM {name}: its agent does not use what was attached: {told['error']}")
+            return [f"its agent does not use {untold}: {told['error']}. Run this again"]
+        self._record(t.cast("_vmm.Spec", {**running, "untold": []}))
+        return []
 
     def _unmount(self, running: _vmm.Spec, change: _vmm.Change) -> None:
         """Have an image or a share unmounted before it goes: a guest that uses it keeps it."""
@@ -614,12 +650,11 @@ class MicroVms:
     def _start(self, names: list[str], there: t.Collection[str]) -> dict[str, str]:
         """Start microVMs and wait for their agents, so many at a time; name -> why it failed (then it is stopped).
 
-        More booting guests than CPUs only take the CPUs from each other; a booted one is idle. What starts at the same
-        time is started by one command.
+        A booted guest is idle. What starts at the same time is started by one command.
 
         :param there: what ran before; it is only waited for, and not stopped: nobody knows what it has in its memory
         """
-        parallel = self.params["parallel"] or os.cpu_count() or 1
+        parallel = self._parallel()
         self.host.run(["systemctl", "reset-failed", *map(unit, names)], check=False)
         waiting, booting, failed = list(names), {}, {}  # type: list[str], dict[str, float], dict[str, str]
         looked = 0.0
@@ -722,9 +757,7 @@ class MicroVms:
             made = [path for path in self.made if path.startswith(volume_path(name, ""))]
             for path in self._own_files(name) + made:
                 self.host.remove(path)
-        left = {one["bridge"] for spec in state_of.declared(self.host).values() for one in spec["networks"]}
-        left.update(bridge for _name, bridge in _network.attached(self.host))
-        for path in _network.unused_policies(self.host, left):
+        for path in self._unused_policies():
             self.host.remove(path)
         for name in names:
             its = [f"{HOME}/{name}", f"{SYSTEM}/{unit(name)}.d", *([] if name in RESERVED else [run_directory(name)])]
@@ -738,6 +771,12 @@ class MicroVms:
             with contextlib.suppress(FileNotFoundError):
                 sync(self.host.path(directory))
         self._apply_reload([])
+
+    def _unused_policies(self) -> list[str]:
+        """Of networks that no microVM is declared with, nor runs with."""
+        left = {one["bridge"] for spec in state_of.declared(self.host).values() for one in spec["networks"]}
+        left.update(bridge for _name, bridge in _network.attached(self.host))
+        return _network.unused_policies(self.host, left)
 
     def _remove_common(self, common: list[str]) -> None:
         self.host.run(["systemctl", "disable", "--quiet", "--no-reload", "agentfleet-microvms.target"], check=False)
@@ -765,12 +804,16 @@ class MicroVms:
             return {}
 
     def result(self, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
-        """One entry for each microVM of the call, in its order."""
+        """One entry for each microVM of the call, in its order; a warning names those that wait for a restart."""
         instances = []
+        waiting: dict[str, list[str]] = {}
         for name in self.wanted:
             spec = self.specs.get(name) or observed["specs"].get(name) or {}
             state = state_of.public_state(observed["units"].get(name))
             reasons = self._differences(name, observed)[1] if name in self.specs and state == "running" else []
+            if reasons:
+                why = "; ".join(f"{change.what}: {reason}" if change else reason for change, reason in reasons)
+                waiting.setdefault(why, []).append(name)
             instances.append(
                 {
                     "name": name,
@@ -784,8 +827,15 @@ class MicroVms:
                     "addresses": _network.addresses(spec.get("networks", [])),
                     "pid": observed["units"].get(name, {}).get("pid", 0),
                     "restart_required": bool(reasons),
-                    "restart_reasons": reasons,
+                    "restart_reasons": [f"{change}: {reason}" if change else reason for change, reason in reasons],
                     "error": self.errors.get(name, ""),
                 }
             )
-        return {"instances": instances, "warnings": sorted(set(self.warnings))}
+        warnings = sorted(set(self.warnings))
+        restarts = self.params["allow_restart"] or self.params["state"] in ("restarted", "stopped")
+        if waiting and not restarts:  # in check mode they still wait
+            told = "; ".join(f"{', '.join(names)} ({why})" for why, names in waiting.items())
+            warnings.append(
+                f"until they are restarted, as with allow_restart, these run as they were declared before: {told}"
+            )
+        return {"instances": instances, "warnings": warnings}

@@ -77,11 +77,11 @@ def public_state(state: t.Mapping[str, t.Any] | None) -> str:
     return words.get((state or {}).get("active", ""), "stopped")
 
 
-def together(call: t.Callable[[str], T], names: t.Sequence[str]) -> dict[str, T]:
+def together(call: t.Callable[[str], T], names: t.Sequence[str], at_most: int = 16) -> dict[str, T]:
     """Name -> what the call returns for it, several at the same time: each waits for somebody else."""
     if not names:
         return {}
-    with ThreadPoolExecutor(max_workers=min(16, len(names))) as pool:
+    with ThreadPoolExecutor(max_workers=min(at_most, len(names))) as pool:
         return dict(zip(names, pool.map(call, names)))
 
 

@@ -44,6 +44,10 @@ class HostError(Exception):
     """Something on the host did not work; the message says fact, cause and remedy."""
 
 
+class ItemsFailed(HostError):
+    """A step failed for some of its items, which later steps leave out: those are carried out before it is reported."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One change, as it is planned, shown and carried out.
@@ -130,21 +134,28 @@ def diff(steps: t.Sequence[Step]) -> list[dict[str, str]]:
 
 
 def apply_all(resource: Resource, steps: t.Sequence[Step], done: list[Step] | None = None) -> None:
-    """Carry out the steps in order; stop at the first failure and say what was done.
+    """Carry out the steps in order; stop at the first failure, unless it is of some items alone, and say what was done.
 
     :param done: takes the steps that were carried out, for a caller who wants to know after a failure
     """
     done = [] if done is None else done
+    failed: list[tuple[Step, Exception]] = []
     for step in steps:
         try:
             resource.apply(step)
         except (HostError, OSError) as error:
-            so_far = "; ".join(f"{past.verb} {past.object}" for past in done) or "nothing"
-            raise HostError(
-                f"{step.verb} {step.object}: {error}. Done before it: {so_far}. "
-                "Correct the cause and run again: what is done will not be repeated."
-            ) from error
-        done.append(step)
+            failed.append((step, error))
+            if not isinstance(error, ItemsFailed):
+                break
+        else:
+            done.append(step)
+    if failed:
+        told = "; ".join(f"{step.verb} {step.object}: {error}" for step, error in failed)
+        so_far = "; ".join(f"{past.verb} {past.object}" for past in done) or "nothing"
+        where = "before it" if steps[: len(done)] == done else "besides"
+        raise HostError(
+            f"{told}. Done {where}: {so_far}. Correct the cause and run again: what is done will not be repeated."
+        ) from failed[-1][1]
 
 
 def _apply_audited(module: t.Any, resource: Resource, steps: t.Sequence[Step]) -> None:

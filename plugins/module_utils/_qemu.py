@@ -34,7 +34,9 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._vmm import (
     DataImage,
     Disk,
     Spec,
+    Unfinished,
     Unsupported,
+    await_memory,
     booted_bytes,
     booted_vcpus,
     disks,
@@ -542,6 +544,18 @@ class QemuMachine:
         else:
             self._add(_part(change, self._spec))
 
+    def settle(self, change: Change) -> None:
+        """Wait until the guest has taken or given memory."""
+        if change.key == "memory_bytes":
+            await_memory(change, self._memory_bytes)
+        elif change.key == "balloon_bytes":
+            await_memory(change, lambda: booted_bytes(self._spec) - int(self.qmp.ask("query-balloon")["actual"]))
+
+    def _memory_bytes(self) -> int:
+        """What it was started with, and what its guest has taken of what can be plugged."""
+        devices = [one["data"] for one in self.qmp.ask("query-memory-devices")]
+        return booted_bytes(self._spec) + sum(int(one["size"]) for one in devices if one.get("id") == "plugged")
+
     def _resize_cpus(self, wanted: int) -> None:
         cpus = self.qmp.ask("query-hotpluggable-cpus")
         free = [cpu for cpu in reversed(cpus) if "qom-path" not in cpu]
@@ -552,8 +566,11 @@ class QemuMachine:
         surplus = len(cpus) - len(free) - wanted
         if surplus > len(plugged):
             raise HostError(f"{len(cpus) - len(free) - len(plugged)} virtual CPUs were there at boot and stay")
-        for path in plugged[: max(0, surplus)]:
-            self._unplug(path.rpartition("/")[2])
+        for gone, path in enumerate(plugged[: max(0, surplus)]):
+            try:
+                self._unplug(path.rpartition("/")[2])
+            except HostError as error:
+                raise Unfinished(wanted + surplus - gone, str(error)) from error
 
     def _add(self, part: _Part) -> None:
         """Make what is behind a device, and the device; what of it a call left that was interrupted is gone on with."""

@@ -25,6 +25,9 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Host
 AGENT_PORT = 1024
 CONFIG_SERIAL, DATA_SERIAL = "agentfleet-config", "agentfleet-data"  # a serial has at most 20 characters
 PLUG_BLOCK = 2 << 20  # of virtio-mem
+# Until a guest that does not get on with what it was asked for is given up, and until one is that does. Linux tries again
+# after 50 seconds to unplug memory that was busy.
+STILL_SECONDS, SETTLE_SECONDS = 70, 600
 # What every guest's kernel is told. A machine that cannot start is ended. No bounce buffers: nothing here has DMA that is
 # limited. No self-tests of its ciphers, which the kernel's builders have run.
 KERNEL_WORDS = ("console=hvc0", "quiet", "panic=-1", "swiotlb=noforce", "cryptomgr.notests")
@@ -142,9 +145,14 @@ class Change:
     before: t.Any
     after: t.Any
 
+    @property
+    def what(self) -> str:
+        """What differs, without its values."""
+        return f"{self.key} {self.item}".strip()
+
     def __str__(self) -> str:
         verb = "added" if self.before is None else "removed" if self.after is None else "changed"
-        return f"{self.key} {self.item} {verb}" if self.item else f"{self.key} {self.before!r} -> {self.after!r}"
+        return f"{self.what} {verb}" if self.item else f"{self.what} {self.before!r} -> {self.after!r}"
 
 
 # Key -> what names an item of its list.
@@ -170,7 +178,7 @@ def changes(before: Spec, after: Spec) -> list[Change]:
 
 
 def applied(running: Spec, change: Change) -> Spec:
-    """What runs after one change."""
+    """What runs after one change; of what comes, its guest has not been told then."""
     result = t.cast("dict[str, t.Any]", dict(running))
     if change.key == "vcpus":
         result["vcpus_booted"] = booted_vcpus(running)
@@ -179,7 +187,31 @@ def applied(running: Spec, change: Change) -> Spec:
     else:
         items = [one for one in result.get(change.key, ()) if _item(change.key, one) != change.item]
         result[change.key] = items + ([] if change.after is None else [change.after])
+    result["untold"] = [one for one in untold(running) if one != change.what]
+    if _is_used(change) or (change.key == "vcpus" and "vcpus" in untold(running)):  # of those that stay some may be new
+        result["untold"].append(change.what)
     return t.cast(Spec, result)
+
+
+def _is_used(change: Change) -> bool:
+    """Whether a guest's kernel only sees what comes, and its agent has to take it into use."""
+    before, after = change.before, change.after
+    if change.key == "vcpus":
+        return bool(after > before)
+    if change.key == "volumes":  # one that grew
+        return bool(before and after and after["filesystem"] and not after["readonly"])
+    return change.key in ("networks", "data_images", "shares") and after is not None
+
+
+def untold(running: Spec) -> list[str]:
+    """What was attached and its guest's agent has not said yet that it uses: ``vcpus``, or a key and its item's name."""
+    return list(t.cast("dict[str, t.Any]", running).get("untold", ()))
+
+
+def untold_of(key: str, running: Spec) -> list[t.Any]:
+    """The items of one of the spec's lists that its guest's agent has not said yet that it uses."""
+    left = untold(running)
+    return [one for one in t.cast("dict[str, t.Any]", running).get(key, ()) if f"{key} {_item(key, one)}" in left]
 
 
 def booted_vcpus(running: Spec) -> int:
@@ -223,9 +255,42 @@ def volume_stays(change: Change) -> str:
     return "" if grown else "a volume that is attached can only grow"
 
 
-def takes_away(change: Change) -> bool:
-    """Whether the guest has to let something go."""
+def needs_guest(change: Change) -> bool:
+    """Whether it is so only when the guest has let something go, or taken or given memory."""
+    if change.key in ("memory_bytes", "balloon_bytes"):
+        return True
     return change.after is None or (change.key == "vcpus" and change.after < change.before)
+
+
+class Unfinished(HostError):
+    """A guest has not done all that it was asked for.
+
+    :param reached: the spec's value that is so now
+    """
+
+    def __init__(self, reached: int, problem: str) -> None:
+        super().__init__(problem)
+        self.reached = reached
+
+
+def await_memory(change: Change, look: t.Callable[[], int]) -> None:
+    """Wait until a guest has taken or given memory, for as long as it gets on with it; Unfinished when it does not.
+
+    :param look: tells the spec's value that is so now, in bytes
+    """
+    began = moved = time.monotonic()
+    found = look()
+    while found != change.after:
+        now = time.monotonic()
+        if now - moved > STILL_SECONDS or now - began > SETTLE_SECONDS:
+            raise Unfinished(
+                found,
+                f"{change.key}: the guest came to {found >> 20} of {change.after >> 20} MiB. "
+                "See what it holds its memory for, and run this again",
+            )
+        time.sleep(0.1)
+        before, found = found, look()
+        moved = moved if found == before else time.monotonic()
 
 
 def images_bytes(spec: Spec) -> int:
@@ -346,6 +411,12 @@ class Machine(t.Protocol):
         """Apply one change that the driver's ``restart_reason`` has nothing against.
 
         :param spec: the declaration that it comes from
+        """
+
+    def settle(self, change: Change) -> None:
+        """Wait until a guest has taken or given the memory that a change asked it for, where its VMM tells.
+
+        Raises Unfinished, as ``change`` does where a guest let some of its CPUs go.
         """
 
     def save(self, directory: str) -> None:

@@ -31,7 +31,8 @@ options:
       - V(absent) stops and removes everything that a microVM has on the host but its volumes; only O(instances[].name) and
         O(instances[].count) matter then.
       - What can be changed while a microVM runs (CPUs and memory up to their maximum, balloon, images of data, volumes that
-        grow or that the guest does not mount, shares, networks, devices, disk limits) is.
+        grow or that the guest does not mount, shares, networks, devices, disk limits) is. What a guest did in part, or did
+        not take into use, is its RV(instances[].error), and the next call goes on with it.
     type: str
     choices: [present, running, paused, stopped, restarted, absent]
     default: running
@@ -429,7 +430,7 @@ options:
   allow_restart:
     description:
       - Whether running microVMs are restarted whose definition changed in a way that cannot be applied while they run.
-      - Otherwise RV(instances[].restart_required) says so.
+      - Otherwise a warning names them, and RV(instances[].restart_required) says so.
     type: bool
     default: false
   delete_volumes:
@@ -444,7 +445,7 @@ options:
     default: 1.0
   parallel:
     description:
-      - How many microVMs boot at the same time, also when the host boots; 0 is the host's number of CPUs.
+      - How many microVMs boot at the same time, also when the host boots, or are changed while they run; 0 is its number of CPUs.
     type: int
     default: 0
   ready_timeout_seconds:

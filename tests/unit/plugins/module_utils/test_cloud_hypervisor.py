@@ -280,6 +280,9 @@ class Server:
         self.asked: list[tuple[str, str, t.Any]] = []
         self.answers: dict[str, tuple[int, str]] = {}
         self.tree: dict[str, dict[str, str]] = {}
+        # How often a guest is asked until it lets CPUs go, those it has, and whether it still does; what memory it gives.
+        self.slow, self.vcpus, self.leaving = 0, 1, 0
+        self.spare, self.balloon = 1 << 40, 0
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -319,7 +322,18 @@ class Server:
     def answer(self, name: str, body: t.Any) -> tuple[int, str]:
         """To what no table answers; a guest lets a device go at once."""
         if name == "vm.info":
-            return 200, json.dumps({"state": "Running", "device_tree": self.tree})
+            zone = {"id": "memory0", "size": 128 << 20, "hotplugged_size": 64 << 20}
+            memory = {"size": 128 << 20, "hotplugged_size": None, "zones": [zone]}
+            told = {"config": {"memory": memory}, "memory_actual_size": (320 << 20) - self.balloon}
+            return 200, json.dumps({"state": "Running", "device_tree": self.tree, **told})
+        if name == "vm.resize" and "desired_balloon" in body:
+            self.balloon = min(body["desired_balloon"], self.spare)
+        if name == "vm.resize" and "desired_vcpus" in body:
+            if self.leaving:
+                self.leaving -= 1
+                return 429, ""
+            self.leaving = self.slow if body["desired_vcpus"] < self.vcpus else 0
+            self.vcpus = body["desired_vcpus"]
         if name.startswith("vm.add-"):
             if body["id"] in self.tree:
                 return 500, json.dumps(["Error from API", f"Identifier {body['id']} is not unique"])
@@ -434,6 +448,36 @@ def test_a_device_that_never_came_to_the_bus_is_none(machine: t.Any, spec: t.Any
     server.tree["net-agents"] = {}  # what is left of one for which no slot was free
     with pytest.raises(HostError, match="Identifier net-agents is not unique"):
         found.change(Change("networks", "agents", None, NETWORK), spec)
+
+
+def test_cpus_have_gone_when_cloud_hypervisor_takes_the_same_again(
+    machine: t.Any, spec: t.Any, monkeypatch: t.Any
+) -> None:
+    found, server, _host = machine
+    found._spec = {**spec, "vcpus": 4, "vcpus_max": 4}
+    server.vcpus, server.slow = 4, 2
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)
+    found.change(Change("vcpus", "", 4, 2), spec)
+    assert server.leaving == 0 and server.puts() == [("vm.resize", {"desired_vcpus": 2})] * 5
+    server.vcpus, server.slow = 4, 99
+    monkeypatch.setattr(driver, "STILL_SECONDS", 0)
+    with pytest.raises(HostError, match="the guest did not come down to 2: not within 0 seconds"):
+        found.change(Change("vcpus", "", 4, 2), spec)
+
+
+def test_a_balloon_is_what_the_guest_gave(machine: t.Any, spec: t.Any, monkeypatch: t.Any) -> None:
+    found, server, _host = machine
+    monkeypatch.setattr(_vmm, "STILL_SECONDS", 0)
+    change = Change("balloon_bytes", "", 0, 64 << 20)
+    server.spare = 24 << 20
+    found.change(change, spec)
+    with pytest.raises(_vmm.Unfinished, match="the guest came to 24 of 64 MiB") as short:
+        found.settle(change)
+    assert short.value.reached == 24 << 20
+    server.spare = 1 << 40
+    found.change(change, spec)
+    found.settle(change)
+    found.settle(Change("memory_bytes", "", 256 << 20, 384 << 20))  # it does not tell what of it is plugged
 
 
 def test_a_zone_is_resized_as_a_zone(machine: t.Any, spec: t.Any) -> None:

@@ -615,6 +615,9 @@ class FakeMachine:
     def change(self, change: t.Any, _spec: t.Any) -> None:
         self.asked.append(f"{self.name}: {change}")
 
+    def settle(self, change: t.Any) -> None:
+        """Nothing to wait for."""
+
 
 @pytest.fixture
 def machines(metal: t.Any, monkeypatch: t.Any) -> t.Any:
@@ -635,7 +638,7 @@ def test_what_can_be_applied_live_is_and_then_nothing_is_left(machines: t.Any) -
     }  # fmt: skip
     steps = run(machines, call(after))
     assert words(steps) == [
-        "create volume a1/data", "define microVM a1", "reload systemd", "define network agents", "change microVM a1",
+        "create volume a1/data", "define microVM a1", "reload systemd", "define network agents", "change microVMs",
     ]  # fmt: skip
     assert sorted(machines.asked) == [
         "a1: memory_bytes 268435456 -> 402653184", "a1: networks agents added", "a1: vcpus 1 -> 2",
@@ -696,7 +699,7 @@ def test_an_image_of_data_comes_while_it_runs(models: t.Any, monkeypatch: t.Any)
     run(models, call({"name": "a1", "hotplug_slots": 1}))
     monkeypatch.setattr(_microvm_state, "ask_agent", lambda *given: told.append(given[3:]) or {"hostname": "a1"})
     params = call({"name": "a1", "hotplug_slots": 1, "data_images": [{"image": "model", "target": "/opt/model"}]})
-    assert words(run(models, params)) == ["define microVM a1", "reload systemd", "change microVM a1"]
+    assert words(run(models, params)) == ["define microVM a1", "reload systemd", "change microVMs"]
     assert models.asked == [f"a1: data_images {'12' * 32} added"]
     assert any(f"MemoryMax={555745280 + (2 << 20)} " in line for line in models.calls if "set-property" in line)
     line = f"{'21' * 16} /opt/model erofs ro,dax=always"
@@ -932,7 +935,7 @@ def test_limits_of_what_runs_are_set_at_once_and_written_down_once(machines: t.A
     run(machines, call({"name": "a1"}))
     machines.files({"/run/systemd/system.control/agentfleet-microvm@a1.service.d/50-CPUWeight.conf": ""})
     params = call({"name": "a1", "resources": {"cpu_weight": 50}})
-    assert words(run(machines, params))[-1] == "change microVM a1"
+    assert words(run(machines, params))[-1] == "change microVMs"
     (line,) = [line for line in machines.calls if line.startswith("systemctl set-property")]
     assert line.endswith("agentfleet-microvm@a1.service MemoryMax=555745280 CPUWeight=50 CPUQuota= IOWeight= TasksMax=")
     assert machines.names("/run/systemd/system.control") == []
@@ -955,8 +958,134 @@ def test_an_interrupted_change_goes_on_where_it_was(machines: t.Any, monkeypatch
         run(machines, after)
     monkeypatch.setattr(FakeMachine, "change", take)
     (step,) = run(machines, after)
-    assert step.after == ["memory_bytes 268435456 -> 402653184"]
+    assert step.after == {"a1": ["memory_bytes 268435456 -> 402653184", "vcpus taken into use"]}
     assert machines.asked == ["a1: vcpus 1 -> 2", "a1: memory_bytes 268435456 -> 402653184"]
+
+
+def test_one_that_does_not_change_stops_no_other(machines: t.Any, monkeypatch: t.Any) -> None:
+    machines.files({"/run/agentfleet/a2": None})
+    before = {"vcpus_max": 4, "hotplug_slots": 1, "networks": ATTACHED}
+    run(machines, call({"name": "a1", **before}, {"name": "a2", **before}))
+    machines.files({"/run/agentfleet/a1.taps": TAP})
+    take = FakeMachine.change
+
+    def fail(self: FakeMachine, change: t.Any, spec: t.Any) -> None:
+        if self.name == "a1":
+            raise HostError("the guest did not let it go")
+        take(self, change, spec)
+
+    monkeypatch.setattr(FakeMachine, "change", fail)
+    after = {"vcpus_max": 4, "hotplug_slots": 1, "networks": []}
+    given = call({"name": "a1", **after}, {"name": "a2", **after, "vcpus": 2}, {"name": "a3"}, state="paused")
+    resource = MicroVms(machines, given)
+    steps = resource.plan(resource.observe())
+    assert words(steps)[-4:] == ["change microVMs", "start microVMs", "pause microVMs", "define networks"]
+    with pytest.raises(HostError, match="change microVMs: microVM a1: the guest did not let it go. Done besides: "):
+        apply_all(resource, steps)
+    assert machines.asked == ["a2: networks agents removed", "a2: vcpus 1 -> 2"]
+    assert [(one["state"], one["error"]) for one in resource.failure()["instances"]] == [
+        ("running", "the guest did not let it go"), ("paused", ""), ("paused", ""),
+    ]  # fmt: skip
+    assert policies(machines) == ["agentfleet0.nft"]  # a1 is on it
+
+
+def test_what_the_agent_did_not_take_is_told_again_until_it_does(models: t.Any, monkeypatch: t.Any) -> None:
+    before = {"name": "a1", "vcpus_max": 4, "hotplug_slots": 4}
+    run(models, call(before))
+    told: list[t.Any] = []
+    answers: list[t.Any] = [None, {"error": "no such device"}, {"hostname": "a1"}]
+
+    def agent(_host: t.Any, _spec: t.Any, _seconds: float = 0, path: str = "/", message: t.Any = None) -> t.Any:
+        if path != "/attached":
+            return {"hostname": "a1"}
+        told.append(message)
+        return answers.pop(0)
+
+    monkeypatch.setattr(_microvm_state, "ask_agent", agent)
+    image = [{"image": "model", "target": "/opt/model"}]
+    params = call({**before, "vcpus": 2, "networks": ATTACHED, "data_images": image})
+    what = f"vcpus, networks agents, data_images {'12' * 32}"
+    for why in ("no answer", "no such device"):
+        resource = MicroVms(models, params)
+        with pytest.raises(HostError, match="Run this again"):
+            apply_all(resource, resource.plan(resource.observe()))
+        (found,) = resource.failure()["instances"]
+        assert sorted(found["error"].partition(": ")[0].removeprefix("its agent does not use ").split(", ")) == sorted(
+            what.split(", ")
+        )
+        assert found["error"].endswith(f": {why}. Run this again")
+    assert len(models.asked) == 3  # attached once
+    (step,) = run(models, params)
+    assert step.verb == "change" and sorted(step.after["a1"]) == [
+        f"data_images {'12' * 32} taken into use", "networks agents taken into use", "vcpus taken into use",
+    ]  # fmt: skip
+    assert told[0] == told[1] == told[2]
+    assert len(told[0]["networks"]) == len(told[0]["images"]) == 1 and told[0]["shares"] == []
+    assert run(models, params) == []
+
+
+def test_what_comes_to_a_guest_that_stands_still_is_used_when_it_runs(machines: t.Any, monkeypatch: t.Any) -> None:
+    more = {"name": "a1", "hotplug_slots": 1, "memory_max": "512MiB", "networks": ATTACHED}
+    run(machines, call({**more, "networks": []}, state="paused"))
+    paths: list[t.Any] = []
+    monkeypatch.setattr(_microvm_state, "ask_agent", lambda *given: paths.append(given[3:4]) or {"hostname": "a1"})
+    resource = MicroVms(machines, call(more, state="paused"))
+    apply_all(resource, resource.plan(resource.observe()))
+    assert resource.result(resource.observe())["warnings"] == [
+        "microVM a1 is paused: a call with state running has it use networks agents"
+    ]
+    assert run(machines, call(more, state="paused")) == [] and ("/attached",) not in paths
+    for option, value in (("memory", "384MiB"), ("balloon", "64MiB")):
+        with pytest.raises(Refused, match="takes no memory until it runs") as refused:
+            run(machines, call({**more, option: value}, state="paused"))
+        assert refused.value.option == f"instances[0].{option}"
+    run(machines, call(more, state="present"))  # as it was declared
+    assert words(run(machines, call(more))) == ["resume microVMs", "change microVMs"]
+    assert paths.count(("/attached",)) == 1
+    assert run(machines, call(more)) == []
+
+
+def test_of_what_a_guest_did_in_part_the_record_has_that_part(machines: t.Any, monkeypatch: t.Any) -> None:
+    before = {"name": "a1", "vcpus_max": 4, "memory_max": "512MiB"}
+    run(machines, call({**before, "memory": "256MiB"}))
+    settle, told = FakeMachine.settle, []
+
+    def fall_short(_self: FakeMachine, change: t.Any) -> None:
+        if change.key == "memory_bytes":
+            raise _vmm.Unfinished(300 << 20, "the guest came to 300 of 384 MiB")
+
+    monkeypatch.setattr(FakeMachine, "settle", fall_short)
+    monkeypatch.setattr(_microvm_state, "ask_agent", lambda *given: told.append(given[3:4]) or {"hostname": "a1"})
+    after = call({**before, "memory": "384MiB", "vcpus": 2})
+    with pytest.raises(HostError, match="microVM a1: the guest came to 300 of 384 MiB$"):
+        run(machines, after)
+    assert ("/attached",) in told  # it has the CPUs all the same
+    assert _microvm_state.running(machines, ["a1"])["a1"]["memory_bytes"] == 300 << 20
+    monkeypatch.setattr(FakeMachine, "settle", settle)
+    (step,) = run(machines, after)
+    assert step.after == {"a1": [f"memory_bytes {300 << 20} -> {384 << 20}"]}
+    assert run(machines, after) == []
+
+
+def test_who_waits_for_a_restart_is_named_in_a_warning_without_values(machines: t.Any) -> None:
+    run(machines, call({"name": "a1"}, {"name": "a2"}, {"name": "a3"}))
+    secret = {"environment": {"TOKEN": "s3cret"}}
+    params = call({"name": "a1", **secret}, {"name": "a2", **secret}, {"name": "a3", "thp": True})
+    run(machines, params)
+
+    def warnings(**more: t.Any) -> t.Any:
+        resource = MicroVms(machines, {**params, **more})
+        resource.predicting = True
+        resource.plan(resource.observe())
+        return resource.result(resource.observe())["warnings"]
+
+    assert warnings() == [
+        "until they are restarted, as with allow_restart, these run as they were declared before: "
+        "a1, a2 (environment: QEMU reads environment when it starts); a3 (thp: QEMU reads thp when it starts)"
+    ]
+    assert warnings(allow_restart=True) == warnings(state="restarted") == warnings(state="stopped") == []
+    run(machines, {**params, "allow_restart": True})
+    assert warnings() == []
 
 
 @pytest.mark.parametrize(
@@ -1051,7 +1180,7 @@ def test_a_network_that_comes_does_not_bring_what_waits_for_a_restart(machines: 
         **both,
     )
     (change,) = [step for step in run(machines, after) if step.verb == "change"]
-    assert change.after == ["networks others added"]
+    assert change.after == {"a1": ["networks others added"]}
     taps, rules = told
     assert [line.split()[2] for line in taps.splitlines()] == ["agentfleet0", "agentfleet1"]
     assert taps.splitlines()[0] == before
@@ -1063,8 +1192,10 @@ def test_a_network_that_a_microvm_leaves_as_it_runs_goes_at_once(machines: t.Any
     machines.answers["nft"] = ""
     run(machines, call({"name": "a1", "hotplug_slots": 2, "networks": ATTACHED}))
     machines.files({"/run/agentfleet/a1.taps": TAP})
+    taps = "/usr/local/lib/agentfleet/microvm-taps"
+    machines.answers[taps] = lambda host: (host.remove("/run/agentfleet/a1.taps"), "")[1]
     steps = run(machines, call({"name": "a1", "hotplug_slots": 2}))
-    assert words(steps)[-2:] == ["change microVM a1", "define networks"]
+    assert words(steps)[-2:] == ["change microVMs", "define networks"]
     assert policies(machines) == []
 
 
@@ -1090,7 +1221,7 @@ def test_a_guest_goes_on_before_something_is_taken_away(machines: t.Any) -> None
     assert verbs.index("resume") < verbs.index("change")
     assert machines.asked == ["a1: networks agents removed"]
     run(machines, call(less, state="paused"))
-    assert "change microVM a1" in words(run(machines, call(more, state="paused")))  # what comes can wait for it
+    assert "change microVMs" in words(run(machines, call(more, state="paused")))  # what comes can wait for it
     assert "stop microVMs" in words(run(machines, call(less, state="restarted")))
 
 
@@ -1112,12 +1243,13 @@ def test_the_node_of_a_device_is_taken_back_whatever_becomes_of_it(machines: t.A
     add = _vmm.Change("devices", address, None, address)
     for _run in range(2):
         with pytest.raises(HostError, match="did not answer"):
-            resource._apply_change(("a1", [add]))
+            resource._apply_change({"a1": ([add], True)})
+        resource.errors.clear()
         assert machines.read("/run/agentfleet/a1.devices").split() == [address, "0000:42:00.0"]
     monkeypatch.setattr(FakeMachine, "change", take)
-    resource._apply_change(("a1", [add]))
+    resource._apply_change({"a1": ([add], True)})
     assert machines.read("/run/agentfleet/a1.devices").split() == [address, "0000:42:00.0"]
-    resource._apply_change(("a1", [_vmm.Change("devices", address, address, None)]))
+    resource._apply_change({"a1": ([_vmm.Change("devices", address, address, None)], True)})
     assert machines.read("/run/agentfleet/a1.devices").split() == ["0000:42:00.0"]
     node, owner = machines.path("/dev/vfio/7"), os.stat(machines.path("/run/agentfleet/a1")).st_uid
     assert given == [(node, owner)] * 3 + [(node, 0)]

@@ -12,6 +12,7 @@ import pytest
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import (
     HostError,
+    ItemsFailed,
     Refused,
     Step,
     apply_all,
@@ -114,6 +115,21 @@ def test_a_resource_is_alone_from_what_it_observes_to_what_it_returns(check_mode
 def test_a_failure_says_what_was_done_before_it() -> None:
     outcome = run(Counter(0, 3, breaks_at=2)).outcome
     assert outcome["msg"].startswith("raise counter to 2: the wheel is stuck. Done before it: raise counter to 1.")
+
+
+def test_what_fails_for_some_items_does_not_stop_the_steps_after_it() -> None:
+    class Many(Counter):
+        def apply(self, step: Step) -> None:
+            if step.after in (1, self.breaks_at):
+                raise (ItemsFailed if step.after == 1 else HostError)(f"number {step.after} is stuck")
+            super().apply(step)
+
+    resource = Many(0, 4, breaks_at=3)
+    with pytest.raises(HostError) as failed:
+        apply_all(resource, resource.plan(0))
+    assert str(failed.value).startswith(
+        "raise counter to 1: number 1 is stuck; raise counter to 3: number 3 is stuck. Done besides: raise counter to 2."
+    )
 
 
 def test_warnings_are_handed_to_ansible() -> None:

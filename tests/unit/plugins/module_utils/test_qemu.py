@@ -10,7 +10,7 @@ import typing as t
 
 import pytest
 
-from ansible_collections.agentfleet.metal.plugins.module_utils import _qemu
+from ansible_collections.agentfleet.metal.plugins.module_utils import _qemu, _vmm
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 from ansible_collections.agentfleet.metal.plugins.module_utils._qmp import Refusal
@@ -44,6 +44,7 @@ class Qmp:
     :ivar there: (kind, name)
     :ivar refuse: command that is refused
     :ivar held: devices that the guest does not let go
+    :ivar spare: bytes that the guest takes or gives at most
     :ivar busy: name -> how often it is still held, after its device has gone
     """
 
@@ -51,10 +52,15 @@ class Qmp:
         self.answers, self.asked = answers, []  # type: dict[str, t.Any], list[tuple[str, dict[str, t.Any]]]
         self.there: set[tuple[str, str]] = set()
         self.refuse, self.held, self.busy = "", set(), {}  # type: str, set[str], dict[str, int]
+        self.spare = 1 << 40
 
     def ask(self, command: str, **arguments: t.Any) -> t.Any:
         if command.startswith("query"):
             return self.answers.get(command, [])
+        if (command, arguments.get("property")) == ("qom-set", "requested-size"):
+            self._guest_has("query-memory-devices", arguments["value"])
+        if command == "balloon":
+            self._guest_has("query-balloon", arguments["value"])
         if command == "qom-list":
             return [{"name": name} for kind, name in self.there if kind == "device"]
         if command == self.refuse:
@@ -78,6 +84,15 @@ class Qmp:
                 self.there.remove(thing)
         self.asked.append((command, arguments))
         return {}
+
+    def _guest_has(self, question: str, wanted: int) -> None:
+        """What is told of a guest's memory from now on."""
+        if question == "query-balloon":
+            self.answers[question] = {"actual": wanted + max(0, (256 << 20) - wanted - self.spare)}
+        else:
+            size = min(wanted, self.spare)
+            other = {"type": "virtio-pmem", "data": {"id": "pmem", "size": 1 << 30}}
+            self.answers[question] = [other, {"type": "virtio-mem", "data": {"id": "plugged", "size": size}}]
 
     def commands(self) -> list[str]:
         """Names of the commands since the last call."""
@@ -255,7 +270,47 @@ def test_memory_is_what_comes_on_top_of_what_was_booted(microvm_spec: t.Any) -> 
     ]
 
 
-def test_cpus_come_and_go_but_not_those_of_the_boot(microvm_spec: t.Any) -> None:
+@pytest.mark.parametrize(
+    ("change", "reached"),
+    [
+        (Change("memory_bytes", "", 256 << 20, 512 << 20), 300),
+        (Change("balloon_bytes", "", 0, 64 << 20), 44),
+    ],
+)
+def test_a_guest_that_takes_or_gives_less_memory_is_told_with_how_much(
+    change: Change, reached: int, microvm_spec: t.Any, monkeypatch: t.Any
+) -> None:
+    monkeypatch.setattr(_vmm, "STILL_SECONDS", 0)
+    running, qmp = machine(microvm_spec)
+    qmp.spare = 44 << 20
+    running.change(change, microvm_spec)
+    with pytest.raises(_vmm.Unfinished, match=f"{change.key}: the guest came to {reached} of ") as short:
+        running.settle(change)
+    assert short.value.reached == reached << 20
+    qmp.spare = 1 << 40
+    running.change(change, microvm_spec)
+    running.settle(change)
+
+
+def test_a_guest_that_gets_on_is_waited_for(monkeypatch: t.Any) -> None:
+    now, sizes = [0.0], [256, 280, 280, 300, 340, 384]
+    monkeypatch.setattr(_vmm.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(_vmm.time, "sleep", lambda _seconds: now.__setitem__(0, now[0] + _vmm.STILL_SECONDS / 2))
+    change = Change("memory_bytes", "", 256 << 20, 384 << 20)
+    _vmm.await_memory(change, lambda: sizes.pop(0) << 20)
+    assert sizes == [] and now[0] > _vmm.STILL_SECONDS
+    turns = [0]
+
+    def restless() -> int:
+        turns[0] += 1
+        return (256 + turns[0] % 2) << 20
+
+    with pytest.raises(_vmm.Unfinished):
+        _vmm.await_memory(change, restless)
+    assert turns[0] < 2 * _vmm.SETTLE_SECONDS / _vmm.STILL_SECONDS + 5
+
+
+def test_cpus_come_and_go_but_not_those_of_the_boot(microvm_spec: t.Any, monkeypatch: t.Any) -> None:
     def cpu(socket: int, path: str = "") -> dict[str, t.Any]:
         one: dict[str, t.Any] = {"type": "host-x86_64-cpu", "props": {"socket-id": socket, "core-id": 0}}
         return {**one, "qom-path": path} if path else one
@@ -270,6 +325,12 @@ def test_cpus_come_and_go_but_not_those_of_the_boot(microvm_spec: t.Any) -> None
     assert qmp.asked[1:] == [("device_del", {"id": "cpu-0-1"})]
     with pytest.raises(HostError, match="1 virtual CPUs were there at boot"):
         running.change(Change("vcpus", "", 2, 0), microvm_spec)
+    cpus[0] = cpu(2, "/machine/peripheral/cpu-0-2")
+    qmp.there, qmp.held = {("device", "cpu-0-1"), ("device", "cpu-0-2")}, {"cpu-0-1"}
+    monkeypatch.setattr(_qemu, "UNPLUG_SECONDS", 0)
+    with pytest.raises(_vmm.Unfinished, match="cpu-0-1: the guest did not let it go") as short:
+        running.change(Change("vcpus", "", 3, 1), microvm_spec)
+    assert short.value.reached == 2
 
 
 @pytest.mark.parametrize(
