@@ -15,7 +15,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refu
 # redundancy -> machines and coordinators that it takes to lose one machine (two with triple) and go on
 NEEDS = {"single": (1, 1), "double": (3, 3), "triple": (5, 5)}
 NAME = re.compile(r"^[a-z0-9][a-z0-9_]{0,30}$")
-_CONNECTION = re.compile(r"^([A-Za-z0-9_]+):([A-Za-z0-9]+)@(\S+)$")
+_CONNECTION = re.compile(r"^([A-Za-z0-9_]+):([A-Za-z0-9]+)@([^@\s]+)$")
 DEFAULT = "foundationdb"
 
 
@@ -58,6 +58,11 @@ def coordinators_of(line: str) -> list[str]:
     """The coordinators that a connection string names."""
     match = _CONNECTION.match(line)
     return sorted(match.group(3).split(",")) if match else []
+
+
+def exposed(mode: int) -> str:
+    """Why a file's mode is too open; empty when it is not."""
+    return "others can read it, and FoundationDB asks nobody who he is" if mode & 0o077 else ""
 
 
 def binaries(host: Host, release: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._fdb import (
     connection,
     dashed,
     etc,
+    exposed,
     ports,
     unit_name,
 )
@@ -37,7 +38,6 @@ UNITS = "/etc/systemd/system"
 # how fdbbackup tells a backup that has ended, or that there never was one
 ENDED = ("The previous backup", "No previous backups")
 NOT_RUNNING = "was not running"
-_OTHERS = 0o077  # of a mode: what others than root may do
 DRILL_PREFIX = "agentfleet-drill/"
 _BACKUP_UNITS = (
     *(f"{verb}.{kind}" for kind in ("timer", "service") for verb in ("backup", "backup-check", "restore-drill")),
@@ -370,11 +370,11 @@ class Servers:
         if not now:
             path = cluster_file(self.name)
             steps.append(Step("create", path, after=self.connection))
-        backups, why = observed["backups"], "others can read it, and FoundationDB asks nobody who he is"
-        if observed["mode"] & _OTHERS:
+        if why := exposed(observed["mode"]):
             before = f"{observed['mode']:04o}"
             steps.append(Step("close", cluster_file(self.name), before=before, after="0600", why=why))
-        if backups["mode"] & _OTHERS and backups["ours"]:
+        backups = observed["backups"]
+        if (why := exposed(backups["mode"])) and backups["ours"]:
             before = f"{backups['mode']:04o}"
             steps.append(Step("close", self.backup["directory"], before=before, after="0700", why=why))
         writes, starts = [], []
@@ -518,11 +518,11 @@ class Servers:
     def result(self, observed: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
         """The connection string that this host has."""
         backups, directory = observed["backups"], self.backup.get("directory")
-        exposed = (
+        warning = (
             f"{directory}: other users can read the backups, and with them all of the database. The directory has other"
         )
-        exposed += " things or another owner, so that its mode stays: give the backups one of their own, with mode 0700"
+        warning += " things or another owner, so that its mode stays: give the backups one of their own, with mode 0700"
         return {
             "connection": connection(observed["cluster"]) or self.connection,
-            "warnings": [exposed] if backups["mode"] & _OTHERS and not backups["ours"] else [],
+            "warnings": [warning] if exposed(backups["mode"]) and not backups["ours"] else [],
         }

@@ -19,6 +19,7 @@ import socket
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _threefs_checks, _threefs_profiles
+from ansible_collections.agentfleet.metal.plugins.module_utils._fdb import connection, exposed, ports
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import (
@@ -44,7 +45,6 @@ PORTS = {
     "storage": {"rdma": 8002, "tcp": 9002},
     "monitor": {"tcp": 10000},
 }
-_CLUSTER_FILE = re.compile(r"^[A-Za-z0-9_]+:[A-Za-z0-9]+@[^@\s]+$")
 _SECRET = ("admin_cli", "monitor_collector_main")
 _NODE_IDS = {"mgmtd": range(1, 100), "meta": range(100, 10000), "storage": range(10000, 1000000)}
 
@@ -83,7 +83,7 @@ class Config:
         self.mgmtd = self._mgmtd(params.get("mgmtd") or [])
         self.monitor = self._address("monitor", params["monitor"], "monitor") if params.get("monitor") else ""
         self.fdb = str(params.get("fdb_cluster") or "").strip()
-        if self.fdb and not _CLUSTER_FILE.match(self.fdb):
+        if connection(self.fdb) != self.fdb:
             raise Refused(
                 "fdb_cluster", self.fdb, "not the content of a cluster file", "Write description:id@address:port,..."
             )
@@ -376,8 +376,7 @@ class Config:
                     for port in other["ports"].get(service, {}).values():
                         taken[port] = f"{service} of the cluster {other['cluster']}"
         for path in self.host.glob("/etc/foundationdb*/foundationdb.conf"):
-            for port in re.findall(r"^\[fdbserver\.(\d+)\]", self.host.read(path), re.MULTILINE):
-                taken[int(port)] = "FoundationDB"
+            taken.update(dict.fromkeys(ports(self.host.read(path)), "FoundationDB"))
         if self._has_clickhouse():
             taken[int(self.clickhouse["port"])] = "ClickHouse"
         return taken
@@ -428,9 +427,9 @@ class Config:
         for path, (text, mode) in self._wanted(observed).items():
             now = observed["now"].get(path)
             database = path == self._fdb_path()
-            same = _connection(now or "") == _connection(text) if database else now == text
-            readable = database and observed["fdb_mode"] & 0o077
-            if same and not readable:
+            same = connection(now or "") == connection(text) if database else now == text
+            why = exposed(observed["fdb_mode"]) if database else ""
+            if same and not why:
                 continue
             secret = mode == 0o600 and not database
             steps.append(
@@ -439,7 +438,7 @@ class Config:
                     path,
                     before="(hidden)" if secret and now is not None else _short(now, text),
                     after="(hidden)" if secret else _short(text, now or ""),
-                    why="others can read it, and FoundationDB asks nobody who he is" if readable else "",
+                    why=why,
                     data=(text, mode),
                 )
             )
@@ -645,11 +644,6 @@ def _stems() -> list[str]:
     for service in MANAGED:
         found += [PROGRAMS[service], f"{PROGRAMS[service]}_app", f"{PROGRAMS[service]}_launcher"]
     return sorted(found)
-
-
-def _connection(text: str) -> str:
-    """The line of a cluster file that counts; the daemons put comments above it."""
-    return "".join(line.strip() for line in text.splitlines() if not line.startswith("#"))
 
 
 def _short(text: str | None, other: str | None) -> str | None:
