@@ -15,6 +15,7 @@ import typing as t
 from dataclasses import dataclass, field
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _kvsize, _slab
+from ansible_collections.agentfleet.metal.plugins.module_utils._mooncake_admin import master_address
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Refused
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size
 
@@ -419,13 +420,6 @@ def _lmcache(made: Rendered, pool: t.Mapping[str, t.Any], connector: t.Mapping[s
 
 
 # -- what they share ------------------------------------------------------------------
-
-
-def master_address(pool: t.Mapping[str, t.Any]) -> str:
-    """Where clients find the master: its address, or etcd where several masters stand by."""
-    if pool["etcd"]:
-        return "etcd://" + ";".join(pool["etcd"])
-    return f"{pool['master']['address']}:{pool['master']['port']}"
 
 
 def _cluster(pool: t.Mapping[str, t.Any]) -> dict[str, str]:

@@ -30,7 +30,7 @@ import typing as t
 from ansible_collections.agentfleet.metal.plugins.module_utils import _bindguard
 from ansible_collections.agentfleet.metal.plugins.module_utils._cxl import observe_cxl
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host, open_beneath
-from ansible_collections.agentfleet.metal.plugins.module_utils._mooncake_admin import Admin
+from ansible_collections.agentfleet.metal.plugins.module_utils._mooncake_admin import Admin, master_address
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import parse_list
 
@@ -159,9 +159,7 @@ def _client(
     """A client of the engine; with patience it waits for a master that is just starting, or being elected."""
     if pool["etcd"]:
         os.environ["MC_STORE_CLUSTER_ID"] = pool["name"]  # under which the leading master is written into etcd
-        master = "etcd://" + ";".join(pool["etcd"])
-    else:
-        master = f"{pool['master']['address']}:{pool['master']['port']}"
+    master = master_address(pool)
     devices, end = ",".join(pool["rdma_devices"]), time.monotonic() + patience_seconds
     # No segment of the engine's own (the first 0): its memory would lie anywhere.
     options = (0, buffer_bytes, pool["protocol"], devices, master, None, bool(offload), offload, tenant)
@@ -515,9 +513,14 @@ def _forget(admin: Admin, tenant: str) -> None:
     return None
 
 
-def _percentiles(seconds: t.Sequence[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 99
-    return {"p50": round(cuts[49] * 1e6, 1), "p99": round(cuts[98] * 1e6, 1)}
+def summary(put_seconds: t.Sequence[float], get_seconds: t.Sequence[float], size: int) -> dict[str, t.Any]:
+    """Bandwidth and latency percentiles of single puts and gets."""
+    found: dict[str, t.Any] = {"probe_bytes": size, "samples": len(put_seconds)}
+    for name, seconds in (("put", put_seconds), ("get", get_seconds)):
+        cuts = statistics.quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 99
+        found[f"{name}_bytes_per_second"] = round(size * len(seconds) / sum(seconds))
+        found[f"{name}_microseconds"] = {"p50": round(cuts[49] * 1e6, 1), "p99": round(cuts[98] * 1e6, 1)}
+    return found
 
 
 def _probe_tier(
@@ -565,10 +568,7 @@ def _probe_tier(
         finally:
             client.remove(key, True)
     result.update(
-        put_bytes_per_second=round(size * len(put_seconds) / sum(put_seconds)),
-        get_bytes_per_second=round(size * len(get_seconds) / sum(get_seconds)),
-        put_microseconds=_percentiles(put_seconds),
-        get_microseconds=_percentiles(get_seconds),
+        **summary(put_seconds, get_seconds, size),
         replicas=copies,
     )
     problems = {

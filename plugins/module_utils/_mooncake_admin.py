@@ -20,6 +20,13 @@ _DRAIN = "/api/v1/drain_jobs"
 _POLL_SECONDS = 0.5
 
 
+def master_address(pool: t.Mapping[str, t.Any]) -> str:
+    """Where clients find the master: its address, or etcd where several masters stand by."""
+    if pool["etcd"]:
+        return "etcd://" + ";".join(pool["etcd"])
+    return f"{pool['master']['address']}:{pool['master']['port']}"
+
+
 class Admin:
     """The leading master of a pool.
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import statistics
 import time
 import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils import _boot, _connectors, _slab
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
-from ansible_collections.agentfleet.metal.plugins.module_utils._mooncake import ENGINE, POOLS, devdax_of_memdevs
+from ansible_collections.agentfleet.metal.plugins.module_utils._mooncake import (
+    ENGINE,
+    POOLS,
+    devdax_of_memdevs,
+    summary,
+)
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Looking, Refused
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import parse_size
 
@@ -104,16 +108,6 @@ def probe(host: Host, pool: t.Mapping[str, t.Any], probe_bytes: int, samples: in
         else:
             measured = {"problem": problem or "the engine said nothing of it"}
         found.append({**base, **measured})
-    return found
-
-
-def summary(put_seconds: t.Sequence[float], get_seconds: t.Sequence[float], size: int) -> dict[str, t.Any]:
-    """Bandwidth and latency percentiles of single puts and gets."""
-    found: dict[str, t.Any] = {"probe_bytes": size, "samples": len(put_seconds)}
-    for name, seconds in (("put", put_seconds), ("get", get_seconds)):
-        cuts = statistics.quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 99
-        found[f"{name}_bytes_per_second"] = round(size * len(seconds) / sum(seconds))
-        found[f"{name}_microseconds"] = {"p50": round(cuts[49] * 1e6, 1), "p99": round(cuts[98] * 1e6, 1)}
     return found
 
 

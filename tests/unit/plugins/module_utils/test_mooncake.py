@@ -118,8 +118,14 @@ def test_a_store_that_crashed_waits_until_it_is_forgotten(tmp_path: t.Any, monke
 
 
 def test_percentiles_of_few_and_of_one() -> None:
-    assert _mooncake._percentiles([0.001]) == {"p50": 1000.0, "p99": 1000.0}
-    assert _mooncake._percentiles([0.001, 0.002, 0.003])["p50"] == 2000.0
+    assert _mooncake.summary([0.001], [0.001, 0.002, 0.003], 3000) == {
+        "probe_bytes": 3000,
+        "samples": 1,
+        "put_bytes_per_second": 3000000,
+        "put_microseconds": {"p50": 1000.0, "p99": 1000.0},
+        "get_bytes_per_second": 1500000,
+        "get_microseconds": {"p50": 2000.0, "p99": 2980.0},
+    }
 
 
 def test_a_devdax_of_the_region_of_these_devices(fake_host: t.Any, monkeypatch: pytest.MonkeyPatch) -> None:
