@@ -535,9 +535,15 @@ class CloudHypervisorMachine:
             self._add(change, spec)
 
     def settle(self, change: Change) -> None:
-        """Wait until the guest has given memory; of what was plugged it is told what was asked for alone."""
+        """Wait until the guest has taken or given memory.
+
+        What it has plugged (before version 52: what it was asked for) and not left to its balloon is one number. A balloon
+        may give back some when memory runs out, so that beside one plugged memory is not waited for.
+        """
         if change.key == "balloon_bytes":
-            await_memory(change, self._balloon_bytes)
+            await_memory(change, lambda: self._spec["memory_bytes"] - self._memory_bytes())
+        elif change.key == "memory_bytes" and not self._spec["balloon_bytes"]:
+            await_memory(change, self._memory_bytes)
 
     def _resize_cpus(self, change: Change) -> None:
         """It tells nowhere how many there are; but what was asked for is refused until the guest has let all go."""
@@ -559,13 +565,8 @@ class CloudHypervisorMachine:
             return False
         return True
 
-    def _balloon_bytes(self) -> int:
-        """What the guest has left. Its actual memory is what is configured, plugged or not, without that."""
-        told = self._api.get("vm.info")
-        memory = told["config"]["memory"]
-        parts = [memory, *(memory.get("zones") or ())]
-        configured = sum(int(one["size"]) + int(one.get("hotplugged_size") or 0) for one in parts)
-        return configured - int(told["memory_actual_size"])
+    def _memory_bytes(self) -> int:
+        return int(self._api.get("vm.info")["memory_actual_size"])
 
     def _resize_memory(self, size: int) -> None:
         if _memory(self._spec).zones is None:

@@ -280,9 +280,10 @@ class Server:
         self.asked: list[tuple[str, str, t.Any]] = []
         self.answers: dict[str, tuple[int, str]] = {}
         self.tree: dict[str, dict[str, str]] = {}
-        # How often a guest is asked until it lets CPUs go, those it has, and whether it still does; what memory it gives.
+        # How often a guest is asked until it lets CPUs go, those it has, and whether it still does; what memory it gives and takes.
         self.slow, self.vcpus, self.leaving = 0, 1, 0
         self.spare, self.balloon = 1 << 40, 0
+        self.room, self.memory = 1 << 40, 256 << 20
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -322,10 +323,10 @@ class Server:
     def answer(self, name: str, body: t.Any) -> tuple[int, str]:
         """To what no table answers; a guest lets a device go at once."""
         if name == "vm.info":
-            zone = {"id": "memory0", "size": 128 << 20, "hotplugged_size": 64 << 20}
-            memory = {"size": 128 << 20, "hotplugged_size": None, "zones": [zone]}
-            told = {"config": {"memory": memory}, "memory_actual_size": (320 << 20) - self.balloon}
-            return 200, json.dumps({"state": "Running", "device_tree": self.tree, **told})
+            told = {"device_tree": self.tree, "memory_actual_size": self.memory - self.balloon}
+            return 200, json.dumps({"state": "Running", **told})
+        if name == "vm.resize" and "desired_ram" in body:
+            self.memory = min(body["desired_ram"], self.room)
         if name == "vm.resize" and "desired_balloon" in body:
             self.balloon = min(body["desired_balloon"], self.spare)
         if name == "vm.resize" and "desired_vcpus" in body:
@@ -477,7 +478,24 @@ def test_a_balloon_is_what_the_guest_gave(machine: t.Any, spec: t.Any, monkeypat
     server.spare = 1 << 40
     found.change(change, spec)
     found.settle(change)
-    found.settle(Change("memory_bytes", "", 256 << 20, 384 << 20))  # it does not tell what of it is plugged
+
+
+def test_plugged_memory_is_what_the_guest_took(machine: t.Any, spec: t.Any, monkeypatch: t.Any) -> None:
+    found, server, _host = machine
+    found._spec = {**spec, "memory_max_bytes": 512 << 20}
+    monkeypatch.setattr(_vmm, "STILL_SECONDS", 0)
+    change = Change("memory_bytes", "", 256 << 20, 384 << 20)
+    server.room = 320 << 20
+    found.change(change, spec)
+    with pytest.raises(_vmm.Unfinished, match="the guest came to 320 of 384 MiB") as short:
+        found.settle(change)
+    assert short.value.reached == 320 << 20
+    found._spec["balloon_bytes"] = 64 << 20  # of which it may have got back some
+    found.settle(change)
+    found._spec["balloon_bytes"] = 0
+    server.room = 1 << 40
+    found.change(change, spec)
+    found.settle(change)
 
 
 def test_a_zone_is_resized_as_a_zone(machine: t.Any, spec: t.Any) -> None:
