@@ -133,6 +133,12 @@ class Admin:
         """Whether this host has the cluster's configuration and its programs."""
         return self.described is not None and self.host.exists(f"{self.described['binaries']}/admin_cli")
 
+    def usable(self, predicting: bool) -> bool:
+        """Whether the cluster can be asked; refused on a host that is none of its admin hosts, unless predicting."""
+        if not self.ready and not predicting:
+            self.refuse_unready()
+        return self.ready and not (predicting and self.try_("list-nodes") is None)
+
     def refuse_unready(self) -> None:
         """The refusal of a host that is no admin host of the cluster."""
         raise Refused(

@@ -75,9 +75,7 @@ class Directories:
     def observe(self) -> dict[str, t.Any]:
         """Attributes of each directory; None where there is none."""
         admin = Admin(self.host, self.cluster)
-        if not admin.ready or (self.predicting and admin.try_("list-nodes") is None):
-            if not self.predicting:
-                admin.refuse_unready()
+        if not admin.usable(self.predicting):
             return {"now": dict.fromkeys(self.wanted), "tables": None}
         commands = [f"stat --display-layout {quote(path)}" for path in self.wanted]
         answers = admin.run("list-chain-tables", *commands, allow={_NOT_FOUND})

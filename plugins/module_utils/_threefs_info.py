@@ -16,7 +16,6 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import c
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import Admin
 
 _CELL = re.compile(r"^(\d+)\((\w+)-(\w+)\)$")
-_GOOD = ("SERVING", "UPTODATE")
 _EXPECTABLE = {"mgmtd": "MGMTD", "meta": "META", "storage": "STORAGE"}
 
 
@@ -68,6 +67,11 @@ def parse(
     return found
 
 
+def serves(target: t.Mapping[str, t.Any]) -> bool:
+    """Whether a target has all data and gives them."""
+    return (target["public"], target["local"]) == ("SERVING", "UPTODATE")
+
+
 def problems(
     state: t.Mapping[str, t.Any],
     expect: t.Mapping[str, int],
@@ -102,14 +106,12 @@ def problems(
         if len(alive) < count:
             found.append(f"{len(alive)} of {count} {service} report")
     for number, chain in state["chains"].items():
-        serving = sum((target["public"], target["local"]) == _GOOD for target in chain["targets"])
+        serving = sum(map(serves, chain["targets"]))
         enough = (replicas or {}).get(decode_chain(number)[0], 0)
         if chain["status"] == "SERVING" or 0 < enough <= serving:
             continue
         weak = ", ".join(
-            f"{target['id']} {target['public']}/{target['local']}"
-            for target in chain["targets"]
-            if (target["public"], target["local"]) != _GOOD
+            f"{target['id']} {target['public']}/{target['local']}" for target in chain["targets"] if not serves(target)
         )
         found.append(f"chain {number} is {chain['status']} ({weak})")
     return found
@@ -144,12 +146,10 @@ class Info(Looking):
     def observe(self) -> dict[str, t.Any] | None:
         """The state; waits until it is well when that is asked for."""
         admin = Admin(self.host, self.cluster)
-        if not admin.ready:
-            if not self.predicting:
-                admin.refuse_unready()
+        if not admin.usable(self.predicting):
             return None
         if self.predicting:
-            return None if admin.try_("list-nodes") is None else look(admin)
+            return look(admin)
         end = time.monotonic() + self.wait
         while True:
             state = look(admin, max(60.0, self.wait))
@@ -175,8 +175,7 @@ class Info(Looking):
             for number, chain in state["chains"].items()
             if any(target_place(target["id"])[0] in self.losing for target in chain["targets"])
             and not any(
-                (target["public"], target["local"]) == _GOOD and target_place(target["id"])[0] not in self.losing
-                for target in chain["targets"]
+                serves(target) and target_place(target["id"])[0] not in self.losing for target in chain["targets"]
             )
         ]
 

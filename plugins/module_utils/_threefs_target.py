@@ -28,11 +28,10 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import (
     target_place,
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_admin import STATUS, Admin, Answer, quote
-from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_info import look, parse
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_info import look, parse, serves
 
 # what an interrupted run left
 _ALREADY = {STATUS[name] for name in ("Storage::TargetNotFound", "Mgmtd::TargetNotFound", "Mgmtd::TargetExisted")}
-_GOOD = ("SERVING", "UPTODATE")
 _REPORT_SECONDS = 60.0  # how long a storage service that was just started may take to report
 
 
@@ -173,9 +172,7 @@ class Targets:
     def observe(self) -> dict[str, t.Any] | None:
         """The cluster as it is; None before it exists."""
         admin = Admin(self.host, self.cluster)
-        if not admin.ready or (self.predicting and admin.try_("list-nodes") is None):
-            if not self.predicting:
-                admin.refuse_unready()
+        if not admin.usable(self.predicting):
             return None
         end = time.monotonic() + min(self.wait, _REPORT_SECONDS)
         state = look(admin)
@@ -217,7 +214,7 @@ class Targets:
             )
         steps: list[Step] = []
         for disk in self.recreate:
-            weak = [target["id"] for target in disk.targets(state) if disk.lacks(target) or _serving(target) != _GOOD]
+            weak = [target["id"] for target in disk.targets(state) if disk.lacks(target) or not serves(target)]
             if weak:
                 why = "the other replicas fill it"
                 steps.append(Step("recreate", f"targets on {disk}", after=weak, why=why, data=("recreate", disk)))
@@ -382,7 +379,8 @@ class Targets:
             return [f"node {disk.node} does not report"] * silent + [
                 f"{target['id']} is {target['public']}/{target['local']}"
                 for target in disk.targets(state)
-                if disk.lacks(target) and _serving(target) not in (("OFFLINE", "OFFLINE"), ("LASTSRV", "OFFLINE"))
+                if disk.lacks(target)
+                and (target["public"], target["local"]) not in (("OFFLINE", "OFFLINE"), ("LASTSRV", "OFFLINE"))
             ]
 
         what = f"mgmtd notices what {disk} lacks (after heartbeat_fail_interval)"
@@ -399,7 +397,7 @@ class Targets:
             return [
                 f"{target['id']} {target['public']}/{target['local']}"
                 for target in disk.targets(state)
-                if _serving(target) != _GOOD
+                if not serves(target)
             ]
 
         self._until(admin, f"{disk} is filled again", missing, self.copy)
@@ -505,7 +503,7 @@ class Targets:
             found += [
                 f"{target} {held[target]['public'] if target in held else 'not in the chain'}"
                 for target in targets
-                if target not in held or (held[target]["public"], held[target]["local"]) != _GOOD
+                if target not in held or not serves(held[target])
             ]
         return found
 
@@ -544,10 +542,6 @@ def _disk(given: t.Mapping[str, t.Any]) -> _Disk:
     return _Disk(
         int(given["node_id"]), int(given["disk_index"]), None if present is None else frozenset(map(int, present))
     )
-
-
-def _serving(target: t.Mapping[str, t.Any]) -> tuple[str, str]:
-    return target["public"], target["local"]
 
 
 def _csv(option: str, text: str, head: list[str], more: str = "") -> list[list[int]]:
