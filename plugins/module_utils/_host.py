@@ -83,11 +83,16 @@ class Host:
 
     def read(self, path: str, default: str = "") -> str:
         """A file's text without surrounding white space, or ``default``."""
+        found = self.text(path)
+        return default if found is None else found.strip()
+
+    def text(self, path: str) -> str | None:
+        """A file's exact text; None when there is none, or it cannot be read."""
         try:
             with open(self.path(path), encoding="utf-8", errors="replace") as file:
-                return file.read().strip()
+                return file.read()
         except OSError:
-            return default
+            return None
 
     def read_int(self, path: str, default: int | None = None) -> int | None:
         """A file's number (decimal or 0x), or ``default``."""

@@ -334,8 +334,8 @@ class Config:
         ]
         return {
             "base": base,
-            "shipped": {name: self._read(f"{base}/{name}.toml") for name in names},
-            "now": {path: self._read(path) for path in paths},
+            "shipped": {name: self.host.text(f"{base}/{name}.toml") for name in names},
+            "now": {path: self.host.text(path) for path in paths},
             "directories": {
                 # not by looking at it, which a mount of a FUSE that died does not allow
                 path: os.path.basename(path) in self.host.names(os.path.dirname(path))
@@ -348,13 +348,6 @@ class Config:
             "published": self.published.observe(self.predicting) if self.published else None,
             "host": _threefs_checks.observe(self.host),
         }
-
-    def _read(self, path: str) -> str | None:
-        try:
-            with open(self.host.path(path), encoding="utf-8") as file:
-                return file.read()
-        except FileNotFoundError:
-            return None
 
     def _base(self) -> str:
         """Where the release has its configuration files."""

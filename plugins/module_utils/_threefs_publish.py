@@ -47,17 +47,10 @@ class Published:
         else:
             answers = admin.try_(*commands)
             answered = answers is not None and not any(answer.error for answer in answers)
-        kept = {kind: self._text(path) for kind, path in places.items()} if answered else None
+        kept = {kind: self.host.text(path) for kind, path in places.items()} if answered else None
         for path in places.values():
             self.host.remove(path)
         return {"initialized": True, "kept": kept}
-
-    def _text(self, path: str) -> str | None:
-        try:
-            with open(self.host.path(path), encoding="utf-8") as file:
-                return file.read()
-        except OSError:
-            return None
 
     def plan(self, observed: t.Mapping[str, t.Any], texts: t.Mapping[str, str]) -> list[Step]:
         """:param texts: service -> text that mgmtd shall keep"""

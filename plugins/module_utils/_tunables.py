@@ -172,11 +172,8 @@ class Tunables:
 
     def _value(self, path: str) -> str | None:
         """Text of an attribute; None when it is missing or cannot be read (a trigger)."""
-        try:
-            with open(self.host.path(path), encoding="utf-8", errors="replace") as file:
-                return file.read().strip()
-        except OSError:
-            return None
+        found = self.host.text(path)
+        return None if found is None else found.strip()
 
     # -- planning ------------------------------------------------------------
 
