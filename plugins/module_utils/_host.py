@@ -101,6 +101,18 @@ class Host:
         except ValueError:
             return default
 
+    def memory_bytes(self) -> int:
+        """The machine's RAM; 0 if unknown."""
+        for line in self.read("/proc/meminfo").splitlines():
+            if line.startswith("MemTotal:"):
+                return int(line.split()[1]) * 1024
+        return 0
+
+    def has_program(self, name: str) -> bool:
+        """Whether a program is where commands are looked for."""
+        places = ("/usr/bin", "/usr/sbin", "/bin", "/sbin", "/usr/local/bin")
+        return any(self.exists(f"{place}/{name}") for place in places)
+
     def exists(self, path: str) -> bool:
         """Whether the path exists (a broken link does)."""
         return os.path.lexists(self.path(path))

@@ -151,7 +151,7 @@ class Images:
             needed.update(_guest_kernel.SOURCE_PROGRAMS)
             files = _guest_kernel.SOURCE_FILES
         for program, package in needed.items():
-            if not any(self.host.exists(f"{where}/{program}") for where in ("/usr/bin", "/usr/sbin", "/bin", "/sbin")):
+            if not self.host.has_program(program):
                 raise Refused(
                     image.option, image.name, f"the builder has no {program}", f"Install the package {package}"
                 )

@@ -48,7 +48,7 @@ def observe_os(host: Host) -> dict[str, t.Any]:
         "python": platform.python_version(),
         "container": _container(host),
         "cgroup_v2": host.exists("/sys/fs/cgroup/cgroup.controllers"),
-        "memory_bytes": _memory_bytes(host),
+        "memory_bytes": host.memory_bytes(),
         "free_bytes": {path: size for path in FILESYSTEMS if (size := _free_bytes(host, path)) is not None},
     }
 
@@ -209,13 +209,6 @@ def _container(host: Host) -> str:
         if not name and host.exists(path):
             name = known
     return name
-
-
-def _memory_bytes(host: Host) -> int:
-    for line in host.read("/proc/meminfo").splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def _free_bytes(host: Host, path: str) -> int | None:

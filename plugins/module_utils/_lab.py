@@ -101,8 +101,7 @@ class LabHosts:
 
     def _machine_memory(self) -> int:
         """Bytes that this machine (or the container we are in) has; 0 if unknown."""
-        match = re.search(r"^MemTotal:\s+(\d+) kB", self.host.read("/proc/meminfo"), re.MULTILINE)
-        total = int(match.group(1)) << 10 if match else 0
+        total = self.host.memory_bytes()
         limit = self.host.read_int("/sys/fs/cgroup/memory.max")
         return min(total, limit) if limit and total else total
 

@@ -200,7 +200,7 @@ class LabImage:
         programs = ["mmdebstrap", "mke2fs", "ssh-keygen", "tar"] + ([] if os.geteuid() == 0 else ["fakeroot"])
         return {
             "present": self.host.exists(os.path.join(self.path, "disk.raw")),
-            "missing": [name for name in programs if not _found(self.host, name)],
+            "missing": [name for name in programs if not self.host.has_program(name)],
             "keyring": self.host.exists(self.keyring),
         }
 
@@ -300,12 +300,6 @@ class LabImage:
         shutil.rmtree(os.path.join(place, "root"))
         with open(os.path.join(place, "definition.json"), "w", encoding="utf-8") as file:
             json.dump(self.definition, file, indent=2, sort_keys=True)
-
-
-def _found(host: Host, program: str) -> bool:
-    return any(
-        host.exists(f"{place}/{program}") for place in ("/usr/bin", "/usr/sbin", "/bin", "/sbin", "/usr/local/bin")
-    )
 
 
 def _text(place: str, name: str) -> str:

@@ -29,11 +29,10 @@ ANY: Kind = (0, None)
 
 def observe(host: Host) -> dict[str, t.Any]:
     """What specs depend on."""
-    memory = re.search(r"^MemTotal:\s+(\d+) kB", host.read("/proc/meminfo"), re.M)
     return {
         "images": _store.stored(host),
         "names": _store.named(host),
-        "memory_bytes": int(memory.group(1)) * 1024 if memory else 0,
+        "memory_bytes": host.memory_bytes(),
         "nodes": {int(path.rpartition("node")[2]): _node_bytes(host, path) for path in host.glob(f"{NODES}/node*")},
         "virtualization": bool(re.search(r"^flags\s*:.*\b(vmx|svm)\b", host.read("/proc/cpuinfo"), re.M)),
         "landlock": _vmm.landlock(host),

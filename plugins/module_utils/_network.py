@@ -514,8 +514,7 @@ def _name_of(policy: str) -> str:
 
 def problem(host: Host) -> tuple[str, str] | None:
     """What the host lacks for microVMs with networks, and the remedy."""
-    directories = ("/usr/sbin", "/sbin", "/usr/bin", "/bin")
-    missing = [p for p in PROGRAMS if not any(host.exists(f"{directory}/{p}") for directory in directories)]
+    missing = [p for p in PROGRAMS if not host.has_program(p)]
     packages = " and ".join(dict.fromkeys(PROGRAMS[p] for p in missing))
     return (f"the host has no {', '.join(missing)}", f"Install {packages}") if missing else None
 

@@ -41,12 +41,11 @@ def observe(host: Host) -> dict[str, t.Any]:
                     "roce_v2": sum(kinds[name] == "RoCE v2" for name in usable),
                 }
             )
-    memory = re.search(r"^MemTotal:\s+(\d+) kB", host.read("/proc/meminfo"), re.MULTILINE)
     return {
         "ports": ports,
         "interfaces": [name for name in host.names("/sys/class/net") if host.exists(f"/sys/class/net/{name}/device")],
         "clock": _synchronized(host),
-        "memory_bytes": int(memory.group(1)) * 1024 if memory else 0,
+        "memory_bytes": host.memory_bytes(),
         "shm_bytes": _size(host, "/dev/shm"),
     }
 
