@@ -27,6 +27,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._host import Comp
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import (
     RUNNING,
+    UNITS,
     apply_retired,
     arrange,
     halt,
@@ -34,7 +35,6 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import (
     show,
 )
 
-UNITS = "/etc/systemd/system"
 # how fdbbackup tells a backup that has ended, or that there never was one
 ENDED = ("The previous backup", "No previous backups")
 NOT_RUNNING = "was not running"

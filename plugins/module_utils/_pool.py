@@ -31,10 +31,9 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._mooncake import 
 from ansible_collections.agentfleet.metal.plugins.module_utils._numa import observe_numa
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
 from ansible_collections.agentfleet.metal.plugins.module_utils._poolprobe import PROGRAM, agent, declared
-from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import show
+from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import UNITS, last_words, show
 from ansible_collections.agentfleet.metal.plugins.module_utils._units import format_size
 
-UNITS = _poolfiles.UNITS
 SYSUSERS = "/etc/sysusers.d/60-agentfleet-kv.conf"
 DRAIN_SECONDS = 600
 _GROW_SECONDS = 300  # with the wait for a master that was restarted
@@ -742,10 +741,7 @@ class Pools:
         failed = [unit for unit in units if states.get(unit, {}).get("ActiveState") != "active"] or units
         # Not left behind in a loop of restarts that would look half-made.
         self.host.run(["systemctl", "disable", "--quiet", "--now", *failed], timeout_seconds=120, check=False)
-        said = [
-            self.host.run(["journalctl", "--no-pager", "-q", "-o", "cat", "-n", "12", "-u", unit], check=False).text
-            for unit in failed
-        ]
+        said = [last_words(self.host, unit) for unit in failed]
         raise HostError(
             f"{', '.join(failed)}: does not start and was stopped again: {' '.join(said).strip() or done.text}"
         )

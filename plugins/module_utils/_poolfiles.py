@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from ansible_collections.agentfleet.metal.plugins.module_utils import _connectors
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._mooncake import POOLS, USER
-
-UNITS = "/etc/systemd/system"
+from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import UNITS
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import Step
 
+UNITS = "/etc/systemd/system"
 _RELOAD = ("systemctl", "daemon-reload")
 RUNNING = ("active", "activating", "reloading", "deactivating")
 
@@ -42,6 +43,11 @@ def show(host: Host, units: t.Sequence[str], properties: str) -> dict[str, dict[
     text = host.run(["systemctl", "show", f"--property=Id,{properties}", *units], timeout_seconds=180).stdout
     blocks = (dict(line.split("=", 1) for line in block.splitlines()) for block in text.split("\n\n") if block.strip())
     return {block["Id"]: block for block in blocks}
+
+
+def last_words(host: Host, unit: str) -> str:
+    """The end of a unit's journal."""
+    return host.run(["journalctl", "--no-pager", "-q", "-o", "cat", "-n", "12", "-u", unit], check=False).text
 
 
 def arrange(

@@ -17,10 +17,9 @@ import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
-from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import arrange
+from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import UNITS, arrange
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import check_cluster
 
-UNITS = "/etc/systemd/system"
 SECTOR = 4096
 _BY_ID = "/dev/disk/by-id/"
 

@@ -18,7 +18,7 @@ import typing as t
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, Step
-from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import Act, arrange, show
+from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import UNITS, Act, arrange, last_words, show
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import (
     ETC,
     PROGRAMS,
@@ -29,7 +29,6 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._threefs import (
 )
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_disk import mount_unit
 
-UNITS = "/etc/systemd/system"
 # Files that a service reads only when it starts. What mgmtd hands out comes to the digest by threefs_config's description.
 _FILES = {
     "monitor": ("monitor_collector_main.toml",),
@@ -260,8 +259,7 @@ class Services:
             self.host.wait(lambda: not unsteady(), f"{', '.join(units)} run", self.timeout, interval_seconds=1)
         except HostError as error:
             unit = unsteady()[0]
-            said = self.host.run(["journalctl", "--no-pager", "-q", "-o", "cat", "-n", "12", "-u", unit], check=False)
-            raise HostError(f"{unit} does not stay up: {said.text or error}") from error
+            raise HostError(f"{unit} does not stay up: {last_words(self.host, unit) or error}") from error
 
     def _processes(self, observed: t.Mapping[str, t.Any]) -> dict[str, int]:
         """Node id -> process, of what reports to mgmtd: a gate knows by it that a heartbeat is of the new process."""

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import HostError, Refused, apply_all
+from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import UNITS
 from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_disk import Disks, label, mount_unit
-from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_service import UNITS, Services
+from ansible_collections.agentfleet.metal.plugins.module_utils._threefs_service import Services
 
 DESCRIBED = {
     "cluster": "stage",
