@@ -138,15 +138,15 @@ class Bench:
             f"guests on {'CPU ' + host['guest_cpus'] if host['guest_cpus'] else 'all of them'}, "
             f"{mib(host['memory_bytes'])} MiB, KVM {'usable' if host['kvm'] else 'missing'}, "
             f"inventory {self.arguments.inventory}",
-            "versions": ", ".join([*versions(), f"QEMU {host['qemu']}", f"libvirt {host['libvirt']}"]),
+            "versions": ", ".join([*versions(*PEERS), f"QEMU {host['qemu']}", f"libvirt {host['libvirt']}"]),
             **more,
         }
         for key, value in facts.items():
             print(f"{key:10}{value}")
 
 
-def versions() -> list[str]:
-    """Versions of what runs on the controller."""
+def versions(*names: str) -> list[str]:
+    """Versions of what runs on the controller, with the collections of these names."""
     environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
 
     def ask(*command: str) -> str:
@@ -154,5 +154,5 @@ def versions() -> list[str]:
 
     found = {"Python": platform.python_version(), "ansible-core": ask("ansible", "--version").partition("]")[0][14:]}
     for collections in json.loads(ask("ansible-galaxy", "collection", "list", "--format", "json")).values():
-        found.update({name: collections[name]["version"] for name in PEERS if name in collections})
+        found.update({name: collections[name]["version"] for name in names if name in collections})
     return [f"{name} {version}" for name, version in found.items()]
