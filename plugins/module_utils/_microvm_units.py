@@ -195,8 +195,6 @@ LimitNOFILE=1048576
 NoNewPrivileges=yes
 """
 
-MODULES = ("vhost_vsock", "tun", "bridge")
-
 
 def code() -> dict[str, str]:
     """Path -> text of what ``microvm-unit`` runs."""
