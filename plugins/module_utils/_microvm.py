@@ -557,6 +557,7 @@ class MicroVms:
         networks = sorted(running["networks"], key=lambda one: order.get(one["network"], len(order)))
         new = _vmm.untold_of("networks", running)
         message = {
+            "cpus": running["vcpus"] if "vcpus" in _vmm.untold(running) else 0,
             "networks": [line for one, line in zip(networks, _network.guest_lines(networks)) if one in new],
             "images": _microvm_data.image_lines(_vmm.untold_of("data_images", running)),
             "shares": _microvm_data.share_lines(_vmm.untold_of("shares", running)),

@@ -382,6 +382,28 @@ def test_an_image_is_found_by_its_uuid_and_only_used_with_dax(
         agent.use({**wish, "images": [f"{'03' * 16} {target} erofs ro"]})
 
 
+def test_cpus_are_up_as_soon_as_the_kernel_has_them(
+    agent: t.Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+
+    def paths(directory: str, beginning: str) -> list[str]:
+        looks.append(1)
+        if len(looks) == 3:
+            (tmp_path / "cpu1").mkdir()
+            (tmp_path / "cpu1/online").write_text("0\n")
+        return sorted(map(str, tmp_path.glob(f"{beginning}*")))
+
+    (tmp_path / "cpu0").mkdir()  # that cannot be switched off, and has no such file
+    monkeypatch.setattr(agent, "paths", paths)
+    monkeypatch.setattr(agent.os, "cpu_count", lambda: 1 + len(list(tmp_path.glob("cpu1"))))
+    agent.use({"cpus": 2, "networks": [], "shares": []})
+    assert len(looks) == 3 and (tmp_path / "cpu1/online").read_text() == "1"
+    monkeypatch.setattr(agent, "ATTACH_SECONDS", 0)
+    with pytest.raises(OSError, match="2 of 3 CPUs are there"):
+        agent.use({"cpus": 3, "networks": [], "shares": []})
+
+
 def test_a_network_is_up_as_soon_as_the_kernel_has_its_device(agent: t.Any, monkeypatch: pytest.MonkeyPatch) -> None:
     there = [[], [], [(7, "eth1")]]
     monkeypatch.setattr(agent.socket, "if_nameindex", lambda: there.pop(0))

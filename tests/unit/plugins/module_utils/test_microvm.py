@@ -703,7 +703,7 @@ def test_an_image_of_data_comes_while_it_runs(models: t.Any, monkeypatch: t.Any)
     assert models.asked == [f"a1: data_images {'12' * 32} added"]
     assert any(f"MemoryMax={555745280 + (2 << 20)} " in line for line in models.calls if "set-property" in line)
     line = f"{'21' * 16} /opt/model erofs ro,dax=always"
-    assert told == [("/attached", {"networks": [], "images": [line], "shares": [], "volumes": []})]
+    assert told == [("/attached", {"cpus": 0, "networks": [], "images": [line], "shares": [], "volumes": []})]
     assert run(models, params) == []
 
 
@@ -1021,6 +1021,7 @@ def test_what_the_agent_did_not_take_is_told_again_until_it_does(models: t.Any, 
     ]  # fmt: skip
     assert told[0] == told[1] == told[2]
     assert len(told[0]["networks"]) == len(told[0]["images"]) == 1 and told[0]["shares"] == []
+    assert told[0]["cpus"] == 2
     assert run(models, params) == []
 
 
