@@ -903,7 +903,7 @@ def test_a_share_that_comes_is_mounted_and_one_that_goes_is_unmounted_before(
     run(machines, params)
     assert machines.asked == [
         "/detaching {'targets': ['/mnt/models']}", "a1: shares models removed", "a1: shares data added",
-        "/attached {'networks': [], 'images': [], 'shares': ['data /mnt/data ro'], 'volumes': []}",
+        "/attached {'cpus': 0, 'networks': [], 'images': [], 'shares': ['data /mnt/data ro'], 'volumes': []}",
     ]  # fmt: skip
 
 
