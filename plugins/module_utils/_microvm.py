@@ -596,7 +596,9 @@ class MicroVms:
     def _limit(self, name: str) -> None:
         """Apply the limits of the drop-in to the control group; reloading systemd alone does not."""
         settings = units.limits(self.specs[name], self._memory_max(self.specs[name]))
-        assignments = [f"{key}={value}" for key, value in settings.items()]
+        self._set(name, *(f"{key}={value}" for key, value in settings.items()))
+
+    def _set(self, name: str, *assignments: str) -> None:
         self.host.run(["systemctl", "set-property", "--runtime", unit(name), *assignments])
         # It also writes them down for later, where they would hide what the drop-in says then.
         shutil.rmtree(self.host.path(f"/run/systemd/system.control/{unit(name)}.d"), ignore_errors=True)
@@ -615,6 +617,8 @@ class MicroVms:
         elif change.key == "devices":
             owner = os.stat(self.host.path(run_directory(name))).st_uid
             self._given(name, lambda given: given | {change.item})  # also if the VMM does not answer in time
+            # Its unit says so, too; but where vfio was not loaded when it started, that gave no device number.
+            self._set(name, "DeviceAllow=char-vfio rw")
             os.chown(self._vfio_node(change.item), owner, -1)
 
     def _after(self, name: str, change: _vmm.Change, running: _vmm.Spec) -> None:

@@ -1249,6 +1249,8 @@ def test_the_node_of_a_device_is_taken_back_whatever_becomes_of_it(machines: t.A
         assert machines.read("/run/agentfleet/a1.devices").split() == [address, "0000:42:00.0"]
     monkeypatch.setattr(FakeMachine, "change", take)
     resource._apply_change({"a1": ([add], True)})
+    allow = ["systemctl", "set-property", "--runtime", "agentfleet-microvm@a1.service", "DeviceAllow=char-vfio rw"]
+    assert machines.calls.count(" ".join(allow)) == 3
     assert machines.read("/run/agentfleet/a1.devices").split() == [address, "0000:42:00.0"]
     resource._apply_change({"a1": ([_vmm.Change("devices", address, address, None)], True)})
     assert machines.read("/run/agentfleet/a1.devices").split() == ["0000:42:00.0"]
