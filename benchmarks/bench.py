@@ -92,23 +92,17 @@ class Bench:
         self.play("guest/setup.yml", **variables)
 
     def measure(self, part: t.Callable[..., None], *given: t.Any) -> None:
-        """Measure a part; anew when the host was reset meanwhile, which emulated ones are (docs/lab.md, Limits)."""
+        """Measure a part; at most twice anew, as an emulated host may lose guests, or be reset (docs/lab.md, Limits)."""
         for left in (2, 1, 0):
-            boot = self.boot()
             try:
                 part(self, *given)
-            except PlayFailed:
-                if not left or self.boot() == boot:
+            except PlayFailed as failed:
+                if not left:
                     raise
+                print(f"-- once more: {failed}", file=sys.stderr, flush=True)
             else:
                 return
-            print("-- the host was reset: once more", file=sys.stderr, flush=True)
             self.prepare(**self.prepared)
-
-    def boot(self) -> str:
-        """The boot id of the host, once it answers."""
-        self.play("guest/boot.yml")
-        return str(self.fetched("boot"))
 
     def fetched(self, name: str) -> t.Any:
         """What a playbook wrote to ``bench_dir``."""
