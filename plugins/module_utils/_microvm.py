@@ -435,8 +435,9 @@ class MicroVms:
 
     def _apply_define(self, data: tuple[str, dict[str, tuple[str, int]], list[str]]) -> None:
         name, files, left_over = data
+        gone = left_over if name or not left_over else self._unused_policies()
         for path in left_over:
-            if name or path in self._unused_policies():  # what was to leave a network may not have done it
+            if path in gone:  # what was to leave a network may not have done it
                 self.host.remove(path)
         self._write(files, *(["reload"] if name else self._filter()))
 
@@ -473,7 +474,9 @@ class MicroVms:
     def _apply_change(self, data: dict[str, tuple[list[_vmm.Change], bool]]) -> None:
         self._each(list(data), lambda running: self._change(running, *data[running["name"]]), self._parallel())
 
-    def _each(self, names: t.Iterable[str], call: t.Callable[[_vmm.Spec], None], at_most: int = 16) -> None:
+    def _each(
+        self, names: t.Iterable[str], call: t.Callable[[_vmm.Spec], None], at_most: int = state_of.AT_MOST
+    ) -> None:
         """Do something to each of those that run and have not failed before, several at the same time."""
 
         def one(name: str) -> str:

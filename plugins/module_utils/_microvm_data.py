@@ -38,11 +38,7 @@ def image_lines(images: t.Iterable[DataImage]) -> list[str]:
 
 def grown_lines(volumes: t.Iterable[Volume]) -> list[str]:
     """Volumes whose file systems a guest lets grow: serial, file system and size of each."""
-    return [
-        f"{volume['name']} {volume['filesystem']} {volume['size_bytes']}"
-        for volume in volumes
-        if volume["filesystem"] and not volume["readonly"]
-    ]
+    return [f"{volume['name']} {volume['filesystem']} {volume['size_bytes']}" for volume in volumes]
 
 
 def config(spec: Spec) -> str:

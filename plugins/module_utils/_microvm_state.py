@@ -21,6 +21,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils._systemd import s
 
 T = t.TypeVar("T")
 CONSOLE_LINES = 60
+AT_MOST = 16  # questions at the same time
 # When a VMM ends, or tells nonsense, as one that its guest has taken over can.
 NO_STATE = (OSError, HostError, ValueError, LookupError, TypeError, AttributeError)
 
@@ -77,7 +78,7 @@ def public_state(state: t.Mapping[str, t.Any] | None) -> str:
     return words.get((state or {}).get("active", ""), "stopped")
 
 
-def together(call: t.Callable[[str], T], names: t.Sequence[str], at_most: int = 16) -> dict[str, T]:
+def together(call: t.Callable[[str], T], names: t.Sequence[str], at_most: int = AT_MOST) -> dict[str, T]:
     """Name -> what the call returns for it, several at the same time: each waits for somebody else."""
     if not names:
         return {}
