@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
@@ -28,6 +29,10 @@ SECONDS_TO_END = 20.0
 AT_ONCE = 2
 LABS = ROOT / "build/molecule"
 FIRST_PORT = 2322
+LINES_OF_ONE = 8  # of a failure, said once more at the end
+WIDTH = 240
+SIGNS = ("fatal: ", "failed: [", "[ERROR]", "CRITICAL", "FAILED", "Error: ")  # of a line that tells why a step failed
+SAID: dict[str, deque[str]] = {}  # step -> its last lines with such a sign
 
 
 def marked_processes() -> dict[int, str]:
@@ -67,6 +72,7 @@ def run(name: str, *command: str, **environment: str) -> bool:
     """One step with its output (each line says whose it is), its time and whether it passed."""
     print(f"== {name}", flush=True)
     start = time.monotonic()
+    told = SAID[name] = deque(maxlen=LINES_OF_ONE)
     with subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, errors="replace",
@@ -74,6 +80,8 @@ def run(name: str, *command: str, **environment: str) -> bool:
         assert step.stdout
         for line in step.stdout:
             print(f"{name} | {line}", end="", flush=True)
+            if any(sign in line for sign in SIGNS):
+                told.append(line)
     passed = step.returncode == 0
     print(f"== {name}: {'passed' if passed else 'FAILED'} after {time.monotonic() - start:.0f} s", flush=True)
     return passed
@@ -96,6 +104,17 @@ def counts(*reports: Path) -> dict[str, int]:
             total["skipped"] += skipped
             total["passed"] += int(suite.get("tests", 0)) - failed - skipped
     return total
+
+
+def reasons(report: Path) -> list[str]:
+    """What the failed tests of a JUnit report say, briefly: a log that is cut off keeps its end."""
+    found = []
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        for failure in [*case.iter("failure"), *case.iter("error")]:
+            lines = (failure.text or failure.get("message", "")).splitlines()
+            said = [line for line in lines if line.startswith("E ")] or lines[-LINES_OF_ONE:]
+            found += [f"{report.stem}: {case.get('name')}", *(f"  {line[:WIDTH]}" for line in said[:LINES_OF_ONE])]
+    return found
 
 
 def main(scenarios: list[str]) -> int:
@@ -126,8 +145,14 @@ def main(scenarios: list[str]) -> int:
 
     total = counts(*UNITS.glob("*.xml"), *OUT.glob("*.xml"))
     total["failed"] = max(total["failed"], len(problems))
+    for report in [*UNITS.glob("*.xml"), *OUT.glob("*.xml")]:
+        for line in reasons(report):
+            print(line)
     for problem in problems:
         print(f"FAILED {problem}")
+        if not (OUT / f"{problem}.xml").exists():
+            for line in SAID.get(problem, ()):
+                print(f"  {line[:WIDTH].rstrip()}")
     words = ", ".join(f"{number} {word}" for word, number in total.items() if number or word != "skipped")
     seconds = int(time.monotonic() - start)
     summary = f"==== {words} in {seconds}s ({seconds // 60} min {seconds % 60} s) ===="
