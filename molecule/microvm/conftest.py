@@ -117,6 +117,24 @@ def sixteen(lab: t.Any, host: t.Any, microvms: t.Any) -> Sixteen:
     return found
 
 
+@pytest.fixture(scope="module", autouse=True)
+def who_is_not_needed_stands_still(request: t.Any, lab: t.Any, host: t.Any, microvms: t.Any) -> None:
+    """Of those that are there, a module's ``AWAKE`` run, all where it has none; the others are paused.
+
+    On an emulated host each idle guest costs time, and its emulation faults the rarer the fewer run (docs/lab.md).
+    """
+    awake = getattr(request.module, "AWAKE", NAMES)
+    there = host.run("ls /var/lib/agentfleet/microvms").stdout.split()
+    plain: dict[str, t.Any] = {**FLEET, "count": sum(name in PLAIN for name in there)}
+    states: dict[str, list[dict[str, t.Any]]] = {"paused": [], "running": []}
+    for one in [plain, KEEPER, PARENT, *OF_TENANTS]:
+        if one.get("count", one["name"] in there):
+            states["running" if one["name"].format(index=1) in awake else "paused"].append(one)
+    for state, instances in states.items():
+        if instances:
+            microvms.bring(*instances, networks=networks(lab.first_port), state=state)
+
+
 def install(lab: t.Any, program: str) -> None:
     """Bring a program of the controller to the host, by the role."""
     told = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout

@@ -13,6 +13,7 @@ import typing as t
 
 import pytest
 
+AWAKE: tuple[str, ...] = ()
 MIB = 1 << 20
 NVME = "1b36:0010"  # the drive of the lab's host that nobody uses
 DRAM, SLOW, CXL = 0, 1, 2  # its NUMA nodes; those but the first have no CPU

@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 
+AWAKE = ("fleet-01", "fleet-02", "fleet-03")
 STORE = "/var/lib/agentfleet/images"
 CACHE = Path("~/.cache/agentfleet/images")
 WRITER, READER, LAYERED = "fleet-01", "fleet-02", "image-layered"

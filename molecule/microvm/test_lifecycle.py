@@ -16,6 +16,7 @@ import typing as t
 
 import pytest
 
+AWAKE: tuple[str, ...] = ()
 MIB = 1 << 20
 NETWORKS = [
     {"name": "life", "prefix": "10.87.0.0/24", "bridge": "aflife"},

@@ -21,6 +21,7 @@ import typing as t
 
 import pytest
 
+AWAKE = ("net-blue1", "net-blue2", "net-red1", "net-alone")
 # Of conftest.py: the machine that the lab runs on, as its hosts see it, and what the host offers to one network.
 OUTSIDE, SERVICE = "10.0.2.2", 3128
 MANAGEMENT = "10.77.0.11"  # metal1's own address in the lab

@@ -14,6 +14,7 @@ import typing as t
 
 import pytest
 
+AWAKE = ("snap-parent",)
 STORE = "/var/lib/agentfleet/snapshots"
 ATTACHED = [{"network": "fleet"}]
 WARM = {"name": "snap-warm", "microvm": "snap-parent"}
