@@ -72,6 +72,7 @@ START_SECONDS = 900  # others may boot before
 TAPS_SECONDS = 180  # of which it may wait a minute for others
 LOOK_SECONDS = 5  # between two questions to systemd while guests boot
 ATTACH_SECONDS = 60  # until a guest uses what was attached; its agent gives up after 45
+ENDED = "it ended while this was done. See whether systemd starts it, and run this again"
 OVERHEAD = 192 << 20  # of a VMM besides guest RAM and privately written image pages
 
 
@@ -493,8 +494,14 @@ class MicroVms:
         with self._machine(running) as machine:
             getattr(machine, verb)()
 
-    def _machine(self, running: _vmm.Spec) -> _vmm.Machine:
-        return _vmm.driver(running["driver"]).machine(self.host, running)
+    @contextlib.contextmanager
+    def _machine(self, running: _vmm.Spec) -> t.Iterator[_vmm.Machine]:
+        with contextlib.ExitStack() as stack:
+            try:
+                machine = stack.enter_context(_vmm.driver(running["driver"]).machine(self.host, running))
+            except (FileNotFoundError, ConnectionRefusedError) as error:  # a VMM listens as long as it lives
+                raise HostError(ENDED) from error
+            yield machine
 
     def _parallel(self) -> int:
         """How many guests work at the same time; more than there are CPUs only take the CPUs from each other."""
@@ -504,7 +511,7 @@ class MicroVms:
         """What a microVM runs with, which may have ended since it was seen."""
         found = state_of.running(self.host, [name])
         if not found:
-            raise HostError("it ended while this was done. See whether systemd starts it, and run this again")
+            raise HostError(ENDED)
         return found[name]
 
     def _report(self, failed: dict[str, str]) -> None:

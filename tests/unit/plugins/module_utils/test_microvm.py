@@ -32,7 +32,7 @@ from ansible_collections.agentfleet.metal.plugins.module_utils import (
     _qemu,
     _vmm,
 )
-from ansible_collections.agentfleet.metal.plugins.module_utils._microvm import MicroVms
+from ansible_collections.agentfleet.metal.plugins.module_utils._microvm import ENDED, MicroVms
 from ansible_collections.agentfleet.metal.plugins.module_utils._microvm_info import MicrovmInfo
 from ansible_collections.agentfleet.metal.plugins.module_utils._plan import (
     HostError,
@@ -1105,17 +1105,20 @@ def test_one_that_ended_since_it_was_seen_is_an_error_of_its_own(
     assert "ended while this was done" in resource.failure()["instances"][0]["error"]
 
 
-def test_a_change_that_finds_no_vmm_is_an_error_of_its_own(machines: t.Any, monkeypatch: t.Any) -> None:
-    def gone(_self: t.Any, _change: t.Any, _spec: t.Any) -> None:
+@pytest.mark.parametrize(("method", "said"), [("change", "nobody listens"), ("__enter__", ENDED)])
+def test_a_change_that_finds_no_vmm_is_an_error_of_its_own(
+    machines: t.Any, monkeypatch: t.Any, method: str, said: str
+) -> None:
+    def gone(_self: t.Any, *_arguments: t.Any) -> None:
         raise ConnectionRefusedError("nobody listens")
 
     run(machines, call({"name": "a1", "vcpus_max": 4}))
-    monkeypatch.setattr(FakeMachine, "change", gone)
     resource = MicroVms(machines, call({"name": "a1", "vcpus_max": 4, "vcpus": 2}))
     steps = resource.plan(resource.observe())
-    with pytest.raises(HostError, match="nobody listens"):
+    monkeypatch.setattr(FakeMachine, method, gone)
+    with pytest.raises(HostError, match=said):
         apply_all(resource, steps)
-    assert resource.failure()["instances"][0]["error"] == "nobody listens"
+    assert resource.failure()["instances"][0]["error"] == said
 
 
 def test_what_cannot_be_applied_is_named_with_its_reason(machines: t.Any) -> None:
