@@ -53,8 +53,11 @@ class Qmp:
     def ask(self, command: str, **arguments: t.Any) -> t.Any:
         """Send a command and return its answer; events in between are dropped."""
         self._socket.begin(SLOW.get(command, self._timeout_seconds))
-        self._file.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+            self._file.flush()
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise HostError(f"QEMU ended before {command} was asked") from error
         while line := self._line(command):
             try:
                 answer = json.loads(line)
@@ -73,6 +76,8 @@ class Qmp:
         except socket.timeout as error:
             seconds = SLOW.get(command, self._timeout_seconds)
             raise HostError(f"QEMU did not answer {command} within {seconds:g} seconds. Run this again") from error
+        except ConnectionResetError:
+            return ""
         return line if line.endswith("\n") else ""
 
     def last(self, command: str) -> None:
@@ -94,5 +99,6 @@ class Qmp:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a QEMU that ended has not read
+            self._file.close()
         self._socket.close()

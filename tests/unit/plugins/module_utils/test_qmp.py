@@ -131,6 +131,16 @@ def test_an_end_is_told_from_an_answer(qemu: str, command: str) -> None:
         qmp.ask(command)
 
 
+def test_an_end_before_a_question_is_told_as_that(qemu: str) -> None:
+    with Qmp(qemu) as qmp:
+        qmp.last("quit")
+        time.sleep(0.1)  # until it has closed its end
+        with pytest.raises(HostError, match="QEMU ended (before|while) query-status was asked"):
+            qmp.ask("query-status")
+        with pytest.raises(HostError, match="QEMU ended before query-status was asked"):
+            qmp.ask("query-status")
+
+
 def test_a_missing_qemu_is_an_os_error(tmp_path: t.Any) -> None:
     with pytest.raises(FileNotFoundError):
         Qmp(str(tmp_path / "none"))
