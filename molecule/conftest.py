@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shlex
 import subprocess
 import time
@@ -73,6 +74,7 @@ sysctl net.ipv4.ip_forward net.ipv6.conf.all.forwarding
 # A guest that does not answer ends microvm-exec with 255, which over ssh would mean that the host does not.
 EXEC = "/usr/local/lib/agentfleet/microvm-exec"
 NOT_REACHED = 253
+ENDED = re.compile("it ended while this was done|QEMU ended (before|while) ")  # of a VMM, while its microVM was changed
 READY_SECONDS = 600
 FURTHER_SECONDS = 120  # for each microVM more: after a power cut an emulated host starts them one by one
 
@@ -225,13 +227,15 @@ class Lab:
     def succeed(self, playbook: str, *arguments: str, **variables: t.Any) -> Played:
         """Run a playbook that must succeed.
 
-        QEMU's emulation of nested virtualization can fault, which resets the emulated host (docs/lab.md, Limits). The
-        run then ends as it would when a real server loses power, and a second one must end well: what is there is not
-        done again, so that both together did what one would have done. It is said aloud in the output.
+        QEMU's emulation of nested virtualization can fault, which resets the emulated host or one of its guests
+        (docs/lab.md, Limits). The run then ends as it would when a real server loses power or a VMM dies, and a second
+        one must end well: what is there is not done again, so that both together did what one would have done. It is
+        said aloud in the output.
         """
         played = self.play(playbook, *arguments, **variables)
-        if played.rc != 0 and any(task.result.get("unreachable") for task in played.tasks):
-            warnings.warn(f"{playbook}: the emulated host was lost; running again: {played.failures()}", stacklevel=2)
+        lost = [x for x in played.tasks if x.result.get("unreachable") or ENDED.search(str(x.result.get("msg")))]
+        if played.rc != 0 and lost:
+            warnings.warn(f"{playbook}: the emulation lost a host or a guest; again: {played.failures()}", stacklevel=2)
             self.play("lab_up")
             before, played = played, self.play(playbook, *arguments, **variables)
             seen = before.changed()  # what changed before the loss may have to be finished, and counts once
