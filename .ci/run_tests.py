@@ -143,9 +143,10 @@ def main(scenarios: list[str]) -> int:
         run("lab down", "molecule", "destroy", "-s", lab.name)
     problems += [f"left behind: {thing}" for thing in left_behind(before)]
 
-    total = counts(*UNITS.glob("*.xml"), *OUT.glob("*.xml"))
+    reports = [*UNITS.glob("*.xml"), *OUT.glob("*.xml")]
+    total = counts(*reports)
     total["failed"] = max(total["failed"], len(problems))
-    for report in [*UNITS.glob("*.xml"), *OUT.glob("*.xml")]:
+    for report in reports:
         for line in reasons(report):
             print(line)
     for problem in problems:
