@@ -52,7 +52,7 @@ class Bench:
             "-i", "--inventory", default="inventories/lab", help="of its group metal the first host"
         )
         self.parser.add_argument("--only", choices=[*parts, "report"], action="append", help="run these parts alone")
-        self.parser.add_argument("--timeout-minutes", type=int, default=25, help="for each playbook")
+        self.parser.add_argument("--timeout-minutes", type=int, default=120, help="for each playbook")
 
     def parse(self) -> argparse.Namespace:
         """The arguments; what is not known goes to ansible-playbook."""

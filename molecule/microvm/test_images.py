@@ -33,6 +33,7 @@ PATTERN = "written by a guest"
 AGENT = {"name": "agent", "kernel_modules": ["nvme"]}  # as in converge.yml
 EXTRA = {"name": "agent-extra", "base": "agent", "files": [{"path": "/etc/extra", "content": "extra"}]}
 VERIFIED = {"name": "agent-verified", "base": "agent", "dax": False, "verity": True}
+EXT4 = {"name": "agent-ext4", "base": "agent", "filesystem": "ext4"}
 # The verified image's first block, which is cached nowhere since its file system was mounted, read past the cache.
 DAMAGED = (
     "dd if=/dev/zero of=/dev/pmem0 bs=4096 count=1 conv=fsync 2>/dev/null; "
@@ -236,29 +237,32 @@ def test_damage_is_found_named_and_repaired(guests: Guests) -> None:
     assert guests.lab.module("image_store", verify=True)["damaged"] == [] and guests.digest() == digest
 
 
-def test_a_verified_image_and_one_of_an_oci_archive_boot(guests: Guests, microvms: t.Any) -> None:
-    """Both of the agent's packages, which the cache has."""
+def test_a_verified_image_one_of_ext4_and_one_of_an_oci_archive_boot(guests: Guests, microvms: t.Any) -> None:
+    """All of the agent's packages, which the cache has."""
     cache, archive = guests.lab.directory / "images", guests.lab.directory / "agent.oci.tar"
     (agent,) = guests.lab.module("rootfs_image", on="localhost", cache=str(cache), images=[guests.agent])["images"]
     layers = json.loads((cache / agent["definition_digest"] / "manifest.json").read_text())["layers"]
     write_oci_archive(archive, [cache / f"layers/{layer}.tar.zst" for layer in layers])
     unpacked = {"name": "agent-oci", "oci": {"path": str(archive)}}
-    guests.lab.succeed("images", rootfs_images=[AGENT, VERIFIED, unpacked], rootfs_cache=str(cache))
-    names = {image: f"image-{image}" for image in ("agent-verified", "agent-oci")}
+    guests.lab.succeed("images", rootfs_images=[AGENT, VERIFIED, EXT4, unpacked], rootfs_cache=str(cache))
+    names = {image: f"image-{image}" for image in ("agent-verified", "agent-ext4", "agent-oci")}
     microvms.bring(*({"name": name, "image": image, "memory": "160MiB", "thp": True} for image, name in names.items()))
     seen = microvms.look(*names.values())
-    verified, of_archive = (seen[name] for name in names.values())
-    assert of_archive["ready"] and of_archive["agent"]["dax"] and of_archive["image_digest"] != guests.digest()
+    verified, of_ext4, of_archive = (seen[name] for name in names.values())
+    for dax in (of_archive, of_ext4):
+        assert dax["ready"] and dax["agent"]["dax"] and dax["image_digest"] != guests.digest()
     assert verified["ready"] and not verified["agent"]["dax"]
-    mounted = "awk '$2 == \"/run/agentfleet/image\" {print $1, $3}' /proc/mounts; cat /sys/block/dm-0/dm/name"
-    assert microvms.inside(verified["name"], mounted) == "/dev/dm-0 erofs\nagentfleet-image\n"
+    mounted = "awk '$2 == \"/run/agentfleet/image\" {print $1, $3}' /proc/mounts"
+    assert microvms.inside(of_ext4["name"], mounted) == "/dev/pmem0 ext4\n"
+    of_mapper = microvms.inside(verified["name"], f"{mounted}; cat /sys/block/dm-0/dm/name")
+    assert of_mapper == "/dev/dm-0 erofs\nagentfleet-image\n"
     refused = microvms.run(verified["name"], DAMAGED)
     assert refused.rc != 0 and "Input/output error" in refused.stderr, refused
     microvms.bring(*({"name": name} for name in names.values()), state="absent")
 
 
 def test_nothing_is_left(guests: Guests) -> None:
-    gone = [{"name": name} for name in ("agent-extra", "agent-verified", "agent-oci")]
+    gone = [{"name": name} for name in ("agent-extra", "agent-verified", "agent-ext4", "agent-oci")]
     guests.lab.module("image_store", state="absent", images=gone, gc=True)
     left = guests.host.run(f"ls -A {STORE}; ls /var/tmp").stdout.split()
     assert not [name for name in left if name.startswith((".", "agentfleet-"))]
