@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -52,7 +53,7 @@ class Bench:
             "-i", "--inventory", default="inventories/lab", help="of its group metal the first host"
         )
         self.parser.add_argument("--only", choices=[*parts, "report"], action="append", help="run these parts alone")
-        self.parser.add_argument("--timeout-minutes", type=int, default=120, help="for each playbook")
+        self.parser.add_argument("--timeout-minutes", type=int, default=45, help="for each playbook")
 
     def parse(self) -> argparse.Namespace:
         """The arguments; what is not known goes to ansible-playbook."""
@@ -63,24 +64,35 @@ class Bench:
         """Whether a part is to be run."""
         return not self.arguments.only or part in self.arguments.only
 
-    def play(self, book: str, *words: str, **variables: t.Any) -> float:
-        """Run a playbook of benchmarks/ with further words for ansible-playbook; returns its seconds."""
+    def play(self, book: str, *words: str, limit_seconds: float = 0, **variables: t.Any) -> float:
+        """Run a playbook of benchmarks/ with further words for ansible-playbook; returns its seconds.
+
+        :param limit_seconds: when to end it before its end; the seconds are then a lower bound, and at least this
+        """
         given = {"bench_dir": str(self.build), "bench_guest": str(HERE / "guest"), **variables}
         command = ["ansible-playbook", "-i", self.arguments.inventory, *self.rest, *words, str(HERE / book)]
         command += ["-e", json.dumps(given)]
         print(f"-- {book} {json.dumps(variables)[:120]}", file=sys.stderr, flush=True)
         start = time.monotonic()
-        done = subprocess.run(
+        with subprocess.Popen(
             command,
             cwd=ROOT,
             env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")},
-            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=60 * self.arguments.timeout_minutes,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise PlayFailed(f"{book} failed:\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}")
+        ) as running:
+            try:
+                out, err = running.communicate(timeout=limit_seconds or 60 * self.arguments.timeout_minutes)
+            except subprocess.TimeoutExpired as late:
+                running.send_signal(signal.SIGINT)  # ends its workers, too, which would go on if it were killed
+                running.communicate()
+                if not limit_seconds:
+                    raise PlayFailed(f"{book} took more than {self.arguments.timeout_minutes} minutes") from late
+            else:
+                if running.returncode != 0:
+                    raise PlayFailed(f"{book} failed:\n{out[-4000:]}\n{err[-2000:]}")
         seconds = time.monotonic() - start
         print(f"   {seconds:.0f} s", file=sys.stderr, flush=True)
         return seconds
