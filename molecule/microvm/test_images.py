@@ -249,8 +249,8 @@ def test_a_verified_image_one_of_ext4_and_one_of_an_oci_archive_boot(guests: Gue
     microvms.bring(*({"name": name, "image": image, "memory": "160MiB", "thp": True} for image, name in names.items()))
     seen = microvms.look(*names.values())
     verified, of_ext4, of_archive = (seen[name] for name in names.values())
-    for dax in (of_archive, of_ext4):
-        assert dax["ready"] and dax["agent"]["dax"] and dax["image_digest"] != guests.digest()
+    for mapped in (of_archive, of_ext4):
+        assert mapped["ready"] and mapped["agent"]["dax"] and mapped["image_digest"] != guests.digest()
     assert verified["ready"] and not verified["agent"]["dax"]
     mounted = "awk '$2 == \"/run/agentfleet/image\" {print $1, $3}' /proc/mounts"
     assert microvms.inside(of_ext4["name"], mounted) == "/dev/pmem0 ext4\n"

@@ -50,6 +50,14 @@ RESERVE_BYTES = 256 << 20
 FULL_BYTES = 4 << 20  # a failure with less than this free is the disk's
 
 
+def mke2fs_version(host: Host) -> tuple[str, bool]:
+    """The version of the host's mke2fs, empty if it tells none, and whether it makes the same image twice."""
+    match = re.search(r"mke2fs (\d+)\.(\d+)(?:\.(\d+))?", host.run(["mke2fs", "-V"], check=False).text)
+    if not match:
+        return "", False
+    return match.group(0)[7:], tuple(int(number or 0) for number in match.groups()) >= REPRODUCIBLE_E2FSPROGS
+
+
 class Images:
     """The images of a builder's cache.
 
@@ -159,12 +167,11 @@ class Images:
             if not self.host.exists(path):
                 raise Refused(image.option, image.name, f"the builder has no {path}", f"Install the package {package}")
         if image.content["filesystem"] == "ext4":
-            told = self.host.run(["mke2fs", "-V"], check=False).text
-            match = re.search(r"mke2fs (\d+)\.(\d+)(?:\.(\d+))?", told)
-            if not match or tuple(int(number or 0) for number in match.groups()) < REPRODUCIBLE_E2FSPROGS:
+            version, reproducible = mke2fs_version(self.host)
+            if not reproducible:
                 raise Refused(
                     f"{image.option}.filesystem", "ext4",
-                    f"the builder's mke2fs is {match.group(0)[7:] if match else 'of no known version'}, "
+                    f"the builder's mke2fs is {version or 'of no known version'}, "
                     "which writes the time of the build into the image",
                     f"Install e2fsprogs {'.'.join(map(str, REPRODUCIBLE_E2FSPROGS))} or newer, or use erofs",
                 )  # fmt: skip

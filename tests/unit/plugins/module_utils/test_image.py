@@ -170,15 +170,6 @@ BUILDS = pytest.mark.skipif(
 )
 
 
-def reproducible_mke2fs() -> bool:
-    """Whether this machine's mke2fs is one that the module takes."""
-    if not shutil.which("mke2fs"):
-        return False
-    told = subprocess.run(["mke2fs", "-V"], capture_output=True, text=True, check=True).stderr
-    version = tuple(int(number) for number in told.split()[1].split("."))
-    return version >= _image.REPRODUCIBLE_E2FSPROGS
-
-
 def oci(root: Path, **files: str | tarfile.TarInfo) -> dict[str, t.Any]:
     """A small OCI layout with a passwd and a group file."""
     content: dict[str, str | tarfile.TarInfo] = {
@@ -271,7 +262,7 @@ def test_two_builds_are_identical_bit_for_bit(
     tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch, filesystem: str
 ) -> None:
     """In another directory, as an ordinary user would, and again."""
-    if filesystem == "ext4" and not reproducible_mke2fs():
+    if filesystem == "ext4" and not (shutil.which("mke2fs") and _image.mke2fs_version(Host("/"))[1]):
         pytest.skip("e2fsprogs 1.47.1 or newer is needed")
     image = {
         "filesystem": filesystem,
