@@ -7,9 +7,9 @@ A scenario's tasks run one after the other on an emulated CPU, so that two fill 
 tests that really ran (unit tests and those that look at the lab's hosts). A step that fails without a failed test of
 its own counts as one failure.
 
-A machine can be several times slower than another one of its kind. A scenario that would then begin so late that the run
-could not end within its time is left out, which is said and counted as skipped; and a run that has not ended by then is
-ended, with its log's closing line, instead of being cut off by whoever called it.
+A machine can be several times slower than another one of its kind. What would then begin so late that the run could not
+end within its time, scenarios and tests of hosts, is left out, which is said and counted as skipped; and a run that has not
+ended by then is ended, with its log's closing line, instead of being cut off by whoever called it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ UNITS = ROOT / "build/ansible-test/units/ansible_collections/agentfleet/metal/te
 MARK = f"AGENTFLEET_TEST_RUN={uuid.uuid4()}"  # in the environment of all that is started, however it daemonizes
 SECONDS_TO_END = 20.0
 LAST_BEGIN_SECONDS = 2900  # the last scenario begins after about 1700 s where all take 2600 s
+LAST_TEST_SECONDS = 3600  # one test of hosts may take a quarter of an hour there
 SECONDS_IN_ALL = 4700
 AT_ONCE = 2
 LABS = ROOT / "build/molecule"
@@ -144,6 +145,13 @@ def reasons(report: Path) -> list[str]:
     return found
 
 
+def left_out(report: Path) -> list[str]:
+    """The skipped tests of a JUnit report with their reasons."""
+    cases = ElementTree.parse(report).getroot().iter("testcase")
+    skipped = [(case.get("name"), skip.get("message", "")) for case in cases for skip in case.iter("skipped")]
+    return [f"SKIPPED {report.stem}: {name}: {reason[:WIDTH]}" for name, reason in skipped]
+
+
 def on_interrupt(then: t.Any) -> None:
     """What an interrupt, the request to end and the end of the time do."""
     for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
@@ -157,7 +165,8 @@ def main(scenarios: list[str]) -> int:
     start, before = time.monotonic(), kernel_objects()
     subprocess.run(["rm", "-rf", str(OUT), str(UNITS)], check=True)
     OUT.mkdir(parents=True)
-    os.environ.update([MARK.split("=")], ANSIBLE_FORCE_COLOR="0", NO_COLOR="1")
+    latest = str(time.time() + LAST_TEST_SECONDS)
+    os.environ.update([MARK.split("=")], ANSIBLE_FORCE_COLOR="0", NO_COLOR="1", AGENTFLEET_TESTS_BEGIN_BEFORE=latest)
     problems = []
     with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
         steps = {
@@ -183,7 +192,7 @@ def main(scenarios: list[str]) -> int:
     total["failed"] = max(total["failed"], len(problems))
     total["skipped"] += len(OMITTED)
     for report in reports:
-        for line in reasons(report):
+        for line in left_out(report) + reasons(report):
             print(line)
     for problem in problems:
         print(f"FAILED {problem}")
