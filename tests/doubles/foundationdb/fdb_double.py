@@ -47,6 +47,7 @@ COPIES = {"single": 1, "double": 2, "triple": 3}
 ENGINES = {"ssd": "ssd-2", "ssd-redwood-1": "ssd-redwood-1", "memory": "memory"}
 MIGRATIONS = ("disabled", "aggressive", "gradual")
 ALIVE_SECONDS = 40
+REGISTER_SECONDS = 8
 ERRORS = {
     1038: "Database is locked",
     1515: "No cluster file found in current directory or default location",
@@ -371,7 +372,7 @@ def fdbserver(arguments: list[str]) -> int:
             if answer and "forward" in answer:
                 cluster._follow(answer["forward"])
                 break
-        time.sleep(4)
+        time.sleep(REGISTER_SECONDS)
 
 
 def fdbmonitor(arguments: list[str]) -> int:
@@ -716,9 +717,10 @@ def _backup_start(cluster: Cluster, tag: str, url: str, wait: bool) -> int:
 def backup_agent(arguments: list[str]) -> int:
     options, _rest = options_of("backup_agent", arguments)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    cluster = Cluster(options["cluster"])
     while True:
         try:
-            cluster = Cluster(options["cluster"])
+            cluster.reload()
             document = cluster.read()["document"]
             for tag, backup in document.get("backups", {}).items():
                 if backup["state"] == "submitted":
