@@ -32,8 +32,10 @@ OUT = ROOT / "build/test"
 UNITS = ROOT / "build/ansible-test/units/ansible_collections/agentfleet/metal/tests/output/junit"
 MARK = f"AGENTFLEET_TEST_RUN={uuid.uuid4()}"  # in the environment of all that is started, however it daemonizes
 SECONDS_TO_END = 20.0
-LAST_BEGIN_SECONDS = 3100  # the last scenario begins after about 1700 s where all take 2600 s
-LAST_TEST_SECONDS = 3400  # one test of hosts may take twenty minutes there
+# Until the last scenario and the last test of hosts begin, and until the run ends. Where all take 2600 s, the last scenario
+# begins after about 1700 s; on a slow machine one test may take twenty minutes.
+LAST_SCENARIO_SECONDS = 3100
+LAST_TEST_SECONDS = 3400
 SECONDS_IN_ALL = 4800
 AT_ONCE = 2
 LABS = ROOT / "build/molecule"
@@ -173,7 +175,7 @@ def main(scenarios: list[str]) -> int:
             "checks": pool.submit(run, "checks", "make", "-k", "lint", "sanity", "units-sandboxed", "contract", "build")
         }
         for number, name in enumerate(scenarios):
-            steps[name] = pool.submit(scenario, name, FIRST_PORT + 10 * number, start + LAST_BEGIN_SECONDS)
+            steps[name] = pool.submit(scenario, name, FIRST_PORT + 10 * number, start + LAST_SCENARIO_SECONDS)
         try:
             problems += [name for name, step in steps.items() if not step.result()]
         except KeyboardInterrupt:
@@ -200,7 +202,7 @@ def main(scenarios: list[str]) -> int:
             for line in SAID.get(problem, ()):
                 print(f"  {line[:WIDTH].rstrip()}")
     for name in OMITTED:
-        print(f"SKIPPED {name}: {LAST_BEGIN_SECONDS} s had passed before its turn: make molecule SCENARIO={name}")
+        print(f"SKIPPED {name}: {LAST_SCENARIO_SECONDS} s had passed before its turn: make molecule SCENARIO={name}")
     words = ", ".join(f"{number} {word}" for word, number in total.items() if number or word != "skipped")
     seconds = int(time.monotonic() - start)
     summary = f"==== {words} in {seconds}s ({seconds // 60} min {seconds % 60} s) ===="

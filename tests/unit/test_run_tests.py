@@ -49,13 +49,13 @@ def closing(done: subprocess.CompletedProcess[str]) -> str:
 
 def test_all_that_passes_in_time_is_counted(tmp_path: Path) -> None:
     report = f"echo '{REPORT}' > {tmp_path}/out/one.xml"
-    done = run(tmp_path, "LAST_BEGIN_SECONDS", 60, "echo lint", report)
+    done = run(tmp_path, "LAST_SCENARIO_SECONDS", 60, "echo lint", report)
     assert (done.returncode, closing(done)) == (0, "==== 3 passed, 0 failed"), done.stdout
 
 
 def test_a_scenario_whose_turn_comes_too_late_is_left_out_and_said(tmp_path: Path) -> None:
     report = f"echo '{REPORT}' > {tmp_path}/out/units.xml"
-    done = run(tmp_path, "LAST_BEGIN_SECONDS", -1, report, f"touch {tmp_path}/begun")
+    done = run(tmp_path, "LAST_SCENARIO_SECONDS", -1, report, f"touch {tmp_path}/begun")
     assert (done.returncode, closing(done)) == (0, "==== 3 passed, 0 failed, 1 skipped"), done.stdout
     assert "SKIPPED one: -1 s had passed" in done.stdout and not (tmp_path / "begun").exists()
 
