@@ -119,6 +119,7 @@ class Lab:
     report_directory = LAB_DIRECTORY / "report"
     first_port = FIRST_PORT
     variables: t.ClassVar[dict[str, t.Any]] = VARIABLES
+    declared: t.Mapping[str, t.Any] = {}  # what lab_up is given for the hosts of a scenario, as in its molecule.yml
 
     def __init__(self) -> None:
         self.environment: dict[str, str] = {}
@@ -239,7 +240,7 @@ class Lab:
         lost = [x for x in played.tasks if x.result.get("unreachable") or ENDED.search(str(x.result.get("msg")))]
         if played.rc != 0 and lost:
             warnings.warn(f"{playbook}: the emulation lost a host or a guest; again: {played.failures()}", stacklevel=2)
-            self.play("lab_up")
+            self.play("lab_up", **self.declared)
             before, played = played, self.play(playbook, *arguments, **variables)
             seen = before.changed()  # what changed before the loss may have to be finished, and counts once
             played.tasks = before.tasks + [x for x in played.tasks if f"{x.host}: {x.name}" not in seen]
@@ -248,7 +249,7 @@ class Lab:
 
     def hosts(self, state: str) -> None:
         """Bring the hosts to a state of role lab: started, restarted, reset, power_cut, ..."""
-        self.succeed("lab_up", lab_state=state)
+        self.succeed("lab_up", **self.declared, lab_state=state)
 
     def fingerprint(self, host: t.Any) -> set[str]:
         """Every line of a host's state that only a real run may change."""

@@ -23,7 +23,6 @@ ENGINE = "/opt/agentfleet/mooncake/bin/python3"
 KIB = 1 << 10
 MIB = 1 << 20
 ADDRESSES = {"metal1": "10.77.0.11", "metal2": "10.77.0.12"}
-BOTH = {"lab_group": "lab", "lab_packages": ["etcd-server"]}  # as in molecule.yml
 # The master forgets a store after 10 s of silence, and etcd a master after about as long. The rest is emulation.
 HEALED_SECONDS = 120
 # An acknowledged put is recorded in etcd some milliseconds later (docs/runbooks/kvcache.md).
@@ -80,6 +79,12 @@ class Machine:
                 shown + self.host.run(f"journalctl -n 20 -u {names.replace(' ', ' -u ')}").stdout
             )
             time.sleep(2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def both(lab: t.Any) -> None:
+    """The hosts of this scenario."""
+    lab.declared = {"lab_group": "lab", "lab_packages": ["etcd-server"]}
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +256,7 @@ def test_a_host_that_loses_power_comes_back_without_ansible(lab: t.Any, metal1: 
     cut = call(lab, "localhost", "lab_host", dir=str(lab.directory), hosts=[{"name": "metal1"}], state="power_cut")
     assert cut.rc == 0, cut.failures()
     assert len(metal2.client({"verb": "get", **objects, "seconds": HEALED_SECONDS})[0]["good"]) == 16
-    lab.succeed("lab_up", **BOTH)
+    lab.hosts("started")
     metal1.host.run("systemctl is-system-running --wait")
     metal1.back(*(f"agentfleet-mooncake-store@shared-{name}" for name in ("dram", "slow", "cxl")))
     assert len(metal1.client({"verb": "get", **objects, "seconds": HEALED_SECONDS})[0]["good"]) == 16

@@ -33,6 +33,7 @@ class Cluster:
     def __init__(self, lab: t.Any, module: t.Any) -> None:
         self.lab = lab
         lab.accelerate()
+        lab.declared = {"lab_group": "lab_threefs"}
         directory = module.LAB_DIRECTORY / "doubles"
         path = lab.root / "tests/doubles/threefs/make_archive.py"
         spec = importlib.util.spec_from_file_location("make_archive", path)

@@ -159,6 +159,23 @@ def test_how_to_reach_a_lab_host_can_be_read_through_hostvars() -> None:
         assert f"UserKnownHostsFile={directory}/metal1/known_hosts" in done.stdout, done.stdout + done.stderr
 
 
+def test_how_to_reach_a_lab_host_is_that_of_the_host_a_task_is_delegated_to() -> None:
+    """Where a task is delegated, inventory_hostname stays the name of the host that delegates it."""
+    words = ["-c", "from ansible.cli.adhoc import main; main()", "lab,lab_threefs", "-i", str(ROOT / "inventories/lab")]
+    words += [
+        "-m",
+        "ansible.builtin.debug",
+        "-a",
+        "msg={{ ansible_ssh_common_args }}{{ ansible_ssh_private_key_file }}",
+    ]
+    done = subprocess.run(
+        [sys.executable, *words, "-e", "inventory_hostname=another"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    for host in ("metal1", "metal2", "metal3", "metal4", "metal5"):
+        assert f"/{host}/known_hosts" in done.stdout and f"/{host}/id_ed25519" in done.stdout, done.stdout + done.stderr
+
+
 def test_no_file_names_a_registry_or_a_place_of_one_machine() -> None:
     registry = r"https?://[a-z0-9.-]*\b(?:debian|ubuntu|pypi|pythonhosted|npmjs|crates|docker)\.[a-z]+"
     # where the outermost checkout lies (ansible-test runs a copy below it), unless that is a path like any other
