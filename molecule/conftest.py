@@ -92,6 +92,12 @@ class Task:
     skipped: bool
     result: dict[str, t.Any]
 
+    @property
+    def lost(self) -> bool:
+        """Whether the emulation lost the host or a guest. A host key that is not the pinned one is no loss but a mistake."""
+        said = str(self.result.get("msg"))
+        return bool((self.result.get("unreachable") and "host key" not in said.lower()) or ENDED.search(said))
+
 
 @dataclass
 class Played:
@@ -237,7 +243,7 @@ class Lab:
         said aloud in the output.
         """
         played = self.play(playbook, *arguments, **variables)
-        lost = [x for x in played.tasks if x.result.get("unreachable") or ENDED.search(str(x.result.get("msg")))]
+        lost = [x for x in played.tasks if x.lost]
         if played.rc != 0 and lost:
             warnings.warn(f"{playbook}: the emulation lost a host or a guest; again: {played.failures()}", stacklevel=2)
             self.play("lab_up", **self.declared)
