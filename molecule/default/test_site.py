@@ -22,7 +22,7 @@ UNITS = " ".join(
     [f"agentfleet-microvm@agent{number}" for number in (1, 2, 3, 4)]
     + [f"agentfleet-mooncake-store@agents-{tier}" for tier in ("dram", "cxl")]
 )
-BACK_SECONDS = 1200  # four guests boot at once on two emulated CPUs
+BACK_SECONDS = 1800  # four guests boot at once on two emulated CPUs; alone on a slow machine they took 560
 
 
 @pytest.fixture(scope="module", autouse=True)
