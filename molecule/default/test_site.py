@@ -18,10 +18,10 @@ import jsonschema
 import pytest
 
 PREDICTED: list[str] = []
-UNITS = " ".join(
-    [f"agentfleet-microvm@agent{number}" for number in (1, 2, 3, 4)]
-    + [f"agentfleet-mooncake-store@agents-{tier}" for tier in ("dram", "cxl")]
-)
+UNITS = [
+    *(f"agentfleet-microvm@agent{number}" for number in (1, 2, 3, 4)),
+    *(f"agentfleet-mooncake-store@agents-{tier}" for tier in ("dram", "cxl")),
+]
 BACK_SECONDS = 1800  # four guests boot at once on two emulated CPUs; alone on a slow machine they took 560
 
 
@@ -87,9 +87,9 @@ def test_all_is_back_after_a_reboot_without_ansible(host: t.Any, lab: t.Any) -> 
     end = time.monotonic() + BACK_SECONDS
     ready: list[bool] = []
     while ready != [True] * 4:
-        states = host.run(f"systemctl is-active {UNITS}").stdout.split()
+        states = host.run(f"systemctl is-active {' '.join(UNITS)}").stdout.split()
         assert time.monotonic() < end, (states, ready)
-        if states == ["active"] * len(UNITS.split()):
+        if states == ["active"] * len(UNITS):
             lab.succeed("report")
             ready = [vm["ready"] for vm in report(lab)["hosts"]["metal1"]["microvms"]]
         else:

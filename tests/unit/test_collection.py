@@ -149,31 +149,27 @@ def test_microvm_playbook_installs_cloud_hypervisor_where_a_driver_asks_for_it(
     assert templar.evaluate_conditional(trust_as_template(condition)) is wanted
 
 
+def told_by_lab_hosts(pattern: str, message: str, *arguments: str) -> str:
+    """What ``ansible -m debug`` says for hosts of the lab's inventory; none of them has to be there."""
+    words = [pattern, "-i", str(ROOT / "inventories/lab"), "-m", "ansible.builtin.debug", "-a", f"msg={message}"]
+    program = [sys.executable, "-c", "from ansible.cli.adhoc import main; main()"]
+    done = subprocess.run([*program, *words, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return done.stdout + done.stderr
+
+
 def test_how_to_reach_a_lab_host_can_be_read_through_hostvars() -> None:
     """As the connection to its microVMs does; a variable that is read so cannot use hostvars itself."""
-    words = ["-c", "from ansible.cli.adhoc import main; main()", "localhost", "-i", str(ROOT / "inventories/lab")]
-    words += ["-m", "ansible.builtin.debug"]
-    words += ["-a", "msg={{ hostvars.metal1.ansible_ssh_common_args }}", "-e", "lab_dir=/elsewhere"]
-    for arguments, directory in ((words[:-2], ROOT / "build/lab"), (words, "/elsewhere")):
-        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False)
-        assert f"UserKnownHostsFile={directory}/metal1/known_hosts" in done.stdout, done.stdout + done.stderr
+    for arguments, directory in (([], ROOT / "build/lab"), (["-e", "lab_dir=/elsewhere"], "/elsewhere")):
+        told = told_by_lab_hosts("localhost", "{{ hostvars.metal1.ansible_ssh_common_args }}", *arguments)
+        assert f"UserKnownHostsFile={directory}/metal1/known_hosts" in told
 
 
 def test_how_to_reach_a_lab_host_is_that_of_the_host_a_task_is_delegated_to() -> None:
     """Where a task is delegated, inventory_hostname stays the name of the host that delegates it."""
-    words = ["-c", "from ansible.cli.adhoc import main; main()", "lab,lab_threefs", "-i", str(ROOT / "inventories/lab")]
-    words += [
-        "-m",
-        "ansible.builtin.debug",
-        "-a",
-        "msg={{ ansible_ssh_common_args }}{{ ansible_ssh_private_key_file }}",
-    ]
-    done = subprocess.run(
-        [sys.executable, *words, "-e", "inventory_hostname=another"],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    message = "{{ ansible_ssh_common_args }}{{ ansible_ssh_private_key_file }}"
+    told = told_by_lab_hosts("lab,lab_threefs", message, "-e", "inventory_hostname=another")
     for host in ("metal1", "metal2", "metal3", "metal4", "metal5"):
-        assert f"/{host}/known_hosts" in done.stdout and f"/{host}/id_ed25519" in done.stdout, done.stdout + done.stderr
+        assert f"/{host}/known_hosts" in told and f"/{host}/id_ed25519" in told, told
 
 
 def test_no_file_names_a_registry_or_a_place_of_one_machine() -> None:
