@@ -62,6 +62,7 @@ class LabHosts:
         self.directory = os.path.realpath(os.path.expanduser(params["dir"]))
         self.starting = self.state in ("started", "restarted", "reset")
         self.image = params.get("image")
+        self.supervisor = inspect.getsource(_lab_supervisor)  # here, since linecache fails in threads now and then
         hosts = params.get("hosts")
         if self.starting:
             self.specs = [normalize(f"hosts[{index}]", raw) for index, raw in enumerate(hosts or [])]
@@ -333,7 +334,7 @@ class LabHosts:
         self.host.write(os.path.join(place, "run.json"), json.dumps(run, indent=2))
         key = self.host.read(os.path.join(place, "known_hosts")).partition(" ")[2]
         self.host.write(os.path.join(place, "known_hosts"), f"[127.0.0.1]:{spec['ssh_port']} {key}\n")
-        self.host.write(os.path.join(place, "supervisor.py"), inspect.getsource(_lab_supervisor))
+        self.host.write(os.path.join(place, "supervisor.py"), self.supervisor)
         with open(os.path.join(place, "supervisor.log"), "ab") as log:
             # It outlives Ansible.
             subprocess.Popen(  # pylint: disable=ansible-bad-function

@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import socket
 import subprocess
 import sys
 import typing as t
+from unittest.mock import Mock
 
 import pytest
 
+from ansible_collections.agentfleet.metal.plugins.module_utils import _lab
 from ansible_collections.agentfleet.metal.plugins.module_utils._host import Completed, Host
 from ansible_collections.agentfleet.metal.plugins.module_utils._lab import LabHosts, answers, holders, port_free
 from ansible_collections.agentfleet.metal.plugins.module_utils._lab_image import MINIMUM_DISK
@@ -93,6 +96,22 @@ def verbs(hosts: LabHosts) -> list[tuple[str, str]]:
 def test_new_hosts_are_made_started_and_waited_for_together(lab: Lab) -> None:
     assert verbs(lab.hosts("started")) == [("make the disk of", "a, b"), ("start", "a, b"), ("wait for", "a, b")]
     assert not os.path.exists(lab.dir)
+
+
+def test_no_thread_reads_source_code(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads in linecache at the same time: one of them now and then finds no source code."""
+    hosts = lab.hosts("started")
+
+    def getsource(_module: t.Any) -> str:
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr(inspect, "getsource", getsource)
+    started = Mock(Popen=lambda argv, **_keywords: lab.power_on(os.path.basename(argv[-1])))
+    monkeypatch.setattr(_lab, "subprocess", started)
+    for step in hosts.plan(hosts.observe())[:2]:  # the disk and the start
+        hosts.apply(step)
+    assert [host["state"] for host in hosts.result(hosts.observe())["hosts"]] == ["started", "started"]
+    assert hosts.host.read(f"{lab.dir}/b/supervisor.py").startswith("# Copyright")
 
 
 def test_a_second_run_plans_nothing(lab: Lab) -> None:
