@@ -77,8 +77,8 @@ class Guard:
         )
 
     def failed_units(self) -> list[str]:
-        """Units that have failed."""
-        done = self.host.run(["systemctl", "list-units", "--state=failed", "--plain", "--no-legend"], check=False)
+        """Units that have failed; HostError when systemd does not tell, which is not the same as none."""
+        done = self.host.run(["systemctl", "list-units", "--state=failed", "--plain", "--no-legend"])
         return sorted(line.split()[0] for line in done.stdout.splitlines() if line.split())
 
     def possible(self) -> None:
@@ -302,9 +302,11 @@ class BootGuard:
             raise HostError(f"systemd is not up after {self.timeout_seconds} s; it waits for: {jobs.text}")
         new = sorted({*self.guard.failed_units()} - {*self.guard.record()["failed_units"]})
         if new:
+            look = ["journalctl", "-b", "-u", new[0]]
+            said = self.host.run([*look, "--no-pager", "-o", "cat", "-n", "5"], check=False).text
             raise HostError(
                 f"systemd is {done.stdout.strip()}: {', '.join(new)} failed, and did not before. "
-                f"See `journalctl -b -u {new[0]}`"
+                f"The last lines of `{' '.join(look)}`: {said or 'none'}"
             )
         if done.stdout.strip() not in ("running", "degraded"):
             raise HostError(f"systemd is {done.stdout.strip() or done.text!r}, not running")

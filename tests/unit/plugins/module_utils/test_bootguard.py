@@ -53,7 +53,7 @@ class Machine(Host):
     def __init__(self, root: str, backend: str) -> None:
         super().__init__(root, self._run)
         self.backend, self.boots, self.writes, self.cut_at = backend, 0, 0, -1
-        self.failed = ""
+        self.failed, self.mute = "", False
         self.directory = {"grub_d": "/boot/grub"}.get(backend, "/boot/grub2")
         for path in ("boot/loader/entries", "etc/default/grub.d", "proc/sys/kernel/random", "usr/sbin", "etc/kernel"):
             Path(root, path).mkdir(parents=True)
@@ -126,7 +126,11 @@ class Machine(Host):
             if "--info=ALL" not in words:
                 self._mutate()
             return Completed(tuple(argv), *GRUBBY.grubby(self.root, words))
+        if program == "journalctl":
+            return Completed(tuple(argv), 0, "start operation timed out\nFailed with result 'timeout'.\n")
         if program == "systemctl":
+            if "list-units" in words and self.mute:
+                return Completed(tuple(argv), 1, "", "Failed to list units: Connection timed out")
             running = "is-system-running" in words
             return Completed(tuple(argv), 0, "running\n" if running else f"{self.failed}\n")
         if program == "sh":
@@ -377,8 +381,12 @@ def test_the_gate_names_what_failed(machine: Machine) -> None:
     with pytest.raises(HostError, match=r"health check `exit 3` failed with exit code 3: no output"):
         run(BootGuard(machine, {"state": "promoted", "health_checks": ["exit 3"]}))
     machine.failed = "old.service loaded failed failed\nnew.service loaded failed failed"
-    with pytest.raises(HostError, match=r"new.service failed, and did not before"):
+    with pytest.raises(HostError, match=r"new.service failed, and did not before.* timed out.*Failed with result 'timeout'"):
         run(BootGuard(machine, {"state": "promoted", "health_checks": []}))
+    machine.mute = True
+    with pytest.raises(HostError, match=r"Failed to list units"):
+        run(BootGuard(machine, {"state": "promoted", "health_checks": []}))
+    machine.mute = False
     machine.failed = "old.service loaded failed failed"
     assert run(BootGuard(machine, {"state": "promoted", "health_checks": ["true"]})) == ["check", "promote"]
 
