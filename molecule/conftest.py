@@ -34,13 +34,13 @@ VARIABLES = {
 }
 
 # Everything that a check run must not touch: configuration, our programs and units, and the state of the
-# hardware that our roles manage. Times, caches and logs are left out.
+# hardware that our roles manage. Times, caches and logs are left out. Which units are enabled is told by links below /etc:
+# systemctl gives up after 25 seconds, which an emulated host may need to list all units.
 FINGERPRINT = r"""
 {
   find /etc /usr/local /boot/grub /var/lib/agentfleet /opt -xdev -type f -not -path '*/__pycache__/*' \
     -not -name grubenv -not -path '/etc/.pwd.lock' -exec sha256sum {} + 2>/dev/null
   find /etc /usr/local /var/lib/agentfleet /opt -xdev -type l -printf 'link %p -> %l\n' 2>/dev/null
-  systemctl list-unit-files --no-legend --no-pager
   lsmod | awk 'NR > 1 {print "module", $1}'
   for d in /sys/bus/pci/devices/*; do
     echo "driver ${d##*/} $(basename "$(readlink "$d/driver")") $(cat "$d/driver_override")"
@@ -60,10 +60,11 @@ FINGERPRINT = r"""
 # What microVMs have on a host, one thing a line, without what differs between two starts. Slots are of boots, and stay
 # until somebody else wants to boot; the target is reached at the next boot; agentfleet-restore is not of microVMs.
 LEFT = r"""
+units=$(systemctl list-units --all --no-legend --plain 'agentfleet*') || exit
 ps -eo args= | awk '$1 ~ /qemu-system|cloud-hypervisor|virtiofsd/ {print "process", substr($0, 1, 120)}'
 ls /sys/class/net | sed 's/^/device /'
-systemctl list-units --all --no-legend --plain 'agentfleet*' |
-  awk '$1 !~ /restore/ && $2 != "not-found" {print "unit", $1, $1 ~ /target$/ ? "" : $3}'
+echo "$units" |
+  awk '$1 && $1 !~ /restore/ && $2 != "not-found" {print "unit", $1, $1 ~ /target$/ ? "" : $3}'
 find /etc/systemd/system /run/systemd/system /etc/tmpfiles.d -name '*agentfleet*' -not -name '*restore*'
 find /sys/fs/cgroup -name 'agentfleet*' -printf 'cgroup %p\n'
 awk '/agentfleet/ {print "mount", $2}' /proc/mounts
@@ -329,7 +330,7 @@ class MicroVms:
     def left(self) -> set[str]:
         """What microVMs have on the host now."""
         done = self.host.run(LEFT)
-        assert "device lo" in done.stdout, done.stderr
+        assert done.rc == 0 and "device lo" in done.stdout, done.stderr
         return set(done.stdout.splitlines())
 
 
