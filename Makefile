@@ -7,9 +7,9 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 
 VENV := .venv
 COLLECTIONS := build/collections
-# Molecule scenarios of `make test`, the longest first, since two run at a time, then the main job, since a slow machine may not come to
-# the last ones; each is a directory of molecule/. `microvm` is run by name: it takes as long as all the others, and nothing else may run beside it.
-SCENARIO ?= threefs default kvcache host
+# Molecule scenarios of `make test`: the main job first and the longest last, since a slow machine may not come to the last ones; each is
+# a directory of molecule/. `microvm` is run by name: it takes as long as all the others, and nothing else may run beside it.
+SCENARIO ?= default host kvcache threefs
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg

@@ -20,19 +20,21 @@ runner = runpy.run_path({runner!r}, run_name="runner")
 base, name, value = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 changed = dict(OUT=base / "out", UNITS=base / "units", LABS=base / "labs", ROOT=base, SECONDS_TO_END=1.0)
 runner["main"].__globals__.update(changed, **{{name: value}})
-sys.exit(runner["main"](["one"]))
+sys.exit(runner["main"](sys.argv[4:]))
 """
 
 
-def run(base: Path, limit: str, seconds: int, make: str, molecule: str) -> subprocess.CompletedProcess[str]:
-    """`make test` with a scenario "one", where a limit is so many seconds, and where make and molecule are these scripts."""
-    (base / "bin").mkdir()
+def run(
+    base: Path, limit: str, seconds: int, make: str, molecule: str, scenarios: tuple[str, ...] = ("one",)
+) -> subprocess.CompletedProcess[str]:
+    """`make test` of scenarios, where a limit is so many seconds, and where make and molecule are these scripts."""
+    (base / "bin").mkdir(exist_ok=True)
     for name, script in (("make", make), ("molecule", molecule)):
         path = base / "bin" / name
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
     return subprocess.run(
-        [sys.executable, "-c", DRIVER.format(runner=str(RUNNER)), str(base), limit, str(seconds)],
+        [sys.executable, "-c", DRIVER.format(runner=str(RUNNER)), str(base), limit, str(seconds), *scenarios],
         env={**os.environ, "PATH": f"{base}/bin:{os.environ['PATH']}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -58,6 +60,16 @@ def test_a_scenario_whose_turn_comes_too_late_is_left_out_and_said(tmp_path: Pat
     done = run(tmp_path, "LAST_SCENARIO_SECONDS", -1, report, f"touch {tmp_path}/begun")
     assert (done.returncode, closing(done)) == (0, "==== 3 passed, 0 failed, 1 skipped"), done.stdout
     assert "SKIPPED one: -1 s had passed" in done.stdout and not (tmp_path / "begun").exists()
+
+
+def test_two_labs_at_a_time_only_where_the_checks_were_quick(tmp_path: Path) -> None:
+    report = f"echo '{REPORT}' > {tmp_path}/out/$3.xml"
+    alone = f"mkdir {tmp_path}/lab && sleep 0.5 && rmdir {tmp_path}/lab && {report}"
+    done = run(tmp_path, "QUICK_CHECKS_SECONDS", 0, "exit 0", alone, ("one", "two"))
+    assert (done.returncode, closing(done)) == (0, "==== 6 passed, 0 failed"), done.stdout
+    met = f"touch {tmp_path}/$3; for other in one two; do until [ -e {tmp_path}/$other ]; do sleep 0.1; done; done; {report}"
+    done = run(tmp_path, "QUICK_CHECKS_SECONDS", 60, "exit 0", met, ("one", "two"))
+    assert (done.returncode, closing(done)) == (0, "==== 6 passed, 0 failed"), done.stdout
 
 
 def test_a_run_whose_time_is_over_ends_what_it_started_and_fails(tmp_path: Path) -> None:
