@@ -52,6 +52,7 @@ _MASKED = (
     "getty@tty1.service serial-getty@ttyS0.service getty-static.service modprobe@drm.service "
     "cxl-monitor.service ndctl-monitor.service nvmefc-boot-connections.service nvmf-autoconnect.service"
 ).split()
+_PATIENCE_SECONDS = 900
 _ENABLED = {
     "multi-user.target.wants/systemd-networkd.service": "/usr/lib/systemd/system/systemd-networkd.service",
     "sysinit.target.wants/systemd-network-generator.service": "/usr/lib/systemd/system/systemd-network-generator.service",
@@ -84,6 +85,16 @@ _FILES: dict[str, tuple[int, str]] = {
         "[Match]\nPath=pci-0000:00:02.0\n[Network]\nDHCP=ipv4\nLinkLocalAddressing=no\nIPv6AcceptRA=no\nLLDP=no\n"
         "[DHCPv4]\nUseHostname=no\n",
     ),
+    # A busy emulated CPU needs a minute for the module kvm_amd alone: what is late there has not failed.
+    "/etc/systemd/system.conf.d/agentfleet-lab.conf": (
+        0o644,
+        f"[Manager]\nDefaultTimeoutStartSec={_PATIENCE_SECONDS}\nDefaultDeviceTimeoutSec={_PATIENCE_SECONDS}\n",
+    ),
+    "/etc/systemd/system/systemd-.service.d/agentfleet-lab.conf": (  # they have limits of their own
+        0o644,
+        f"[Service]\nTimeoutStartSec={_PATIENCE_SECONDS}\n",
+    ),
+    "/etc/udev/udev.conf": (0o644, f"event_timeout={_PATIENCE_SECONDS}\n"),
     **{f"/etc/systemd/system/{unit}": (0, "/dev/null") for unit in _MASKED},
     **{f"/etc/systemd/system/{link}": (0, target) for link, target in _ENABLED.items()},
 }

@@ -381,7 +381,9 @@ def test_the_gate_names_what_failed(machine: Machine) -> None:
     with pytest.raises(HostError, match=r"health check `exit 3` failed with exit code 3: no output"):
         run(BootGuard(machine, {"state": "promoted", "health_checks": ["exit 3"]}))
     machine.failed = "old.service loaded failed failed\nnew.service loaded failed failed"
-    with pytest.raises(HostError, match=r"new.service failed, and did not before.* timed out.*Failed with result 'timeout'"):
+    with pytest.raises(
+        HostError, match=r"new.service failed, and did not before.* timed out.*Failed with result 'timeout'"
+    ):
         run(BootGuard(machine, {"state": "promoted", "health_checks": []}))
     machine.mute = True
     with pytest.raises(HostError, match=r"Failed to list units"):
