@@ -94,7 +94,7 @@ _FILES: dict[str, tuple[int, str]] = {
         0o644,
         f"[Service]\nTimeoutStartSec={_PATIENCE_SECONDS}\n",
     ),
-    "/etc/udev/udev.conf": (0o644, f"event_timeout={_PATIENCE_SECONDS}\n"),
+    "/etc/udev/udev.conf.d/agentfleet-lab.conf": (0o644, f"event_timeout={_PATIENCE_SECONDS}\n"),
     **{f"/etc/systemd/system/{unit}": (0, "/dev/null") for unit in _MASKED},
     **{f"/etc/systemd/system/{link}": (0, target) for link, target in _ENABLED.items()},
 }
