@@ -22,7 +22,7 @@ UNITS = [
     *(f"agentfleet-microvm@agent{number}" for number in (1, 2, 3, 4)),
     *(f"agentfleet-mooncake-store@agents-{tier}" for tier in ("dram", "cxl")),
 ]
-BACK_SECONDS = 1800  # four guests boot at once on two emulated CPUs; alone on a slow machine they took 560
+BACK_SECONDS = 1800  # the host, then four guests in turn; alone on a slow machine that took 560
 
 
 @pytest.fixture(scope="module", autouse=True)
